@@ -1,0 +1,1 @@
+"""qpruner: structured pruning, mixed-precision quantization and recovery as one tracked search."""

@@ -1,0 +1,81 @@
+"""``python -m pipeline <stage>`` runs one stage (DVC does); ``python -m pipeline run <entry>`` an MLproject entry point."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+STAGES = ("fetch", "prune", "importance", "quantize", "search", "pareto", "build", "evaluate", "register", "report")
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, 1 (failed), 2 (the user's mistake) or 130 (interrupted)."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in STAGES:
+        commands.add_parser(name, help=f"run stage {name}; what it needs must be there (`dvc repro {name}` sees to that)")
+    entry = commands.add_parser("run", help="run an entry point and all that is upstream of it")
+    entry.add_argument("entry", choices=STAGES)
+    entry.add_argument("--n-trials", default="params.yaml")
+    commands.add_parser("check", help="check params.yaml")
+    asked = parser.parse_args(arguments)
+    _quiet_environment()
+    from pipeline.params import ParamsError, load
+
+    try:
+        if asked.command == "check":
+            load()
+            return 0
+        if asked.command == "run":
+            from pipeline import project
+
+            return project.run(asked.entry, asked.n_trials)
+        return _stage(asked.command, load())
+    except ParamsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; finished trials are kept, run the same command to go on", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _stage(name: str, params: object) -> int:
+    from pipeline import tracking
+    from pipeline.stages import STAGES as shells
+
+    tracking.on_termination_interrupt()
+    try:
+        shells[name](params)  # type: ignore[arg-type]
+    except expected_errors() as error:
+        print(f"error in stage {name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """Return the errors whose message says all that a user needs; any other one shows its traceback."""
+    from pipeline.build import BuildError
+    from pipeline.checkpoint import CheckpointError
+    from pipeline.fetch import FetchError
+    from pipeline.recover import RecoverError
+    from pipeline.search import SearchError
+
+    return (BuildError, CheckpointError, FetchError, RecoverError, SearchError, ValueError, FileNotFoundError)
+
+
+def _quiet_environment() -> None:
+    """No remote calls except those that `fetch` makes for a hub source, and no advertisement in the log."""
+    from pipeline.params import uses_hub
+
+    if not uses_hub():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Alpaca rows as tokens: the prompt template, the held-out split, batches of similar length."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+IGNORED = -100  # label of a position that the loss leaves out
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row.
+
+    Attributes:
+        tokens: Token ids of prompt, response and end of text, truncated.
+        response: Position of the response's first token.
+    """
+
+    tokens: tuple[int, ...]
+    response: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right to the longest. Causal attention never looks right, so no attention mask is needed.
+
+    Attributes:
+        tokens: [B, L].
+        labels: [B, L]; ``IGNORED`` where a position is not predicted. Position t holds the token at t itself.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+
+
+def prompt(instruction: str, context: str = "") -> str:
+    """Return Alpaca's prompt for an instruction, with or without an input."""
+    if context:
+        return (
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+        )
+    return (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n### Response:\n"
+    )
+
+
+def read(path: str | Path) -> list[dict[str, str]]:
+    """Read the rows that ``fetch`` wrote."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def split(rows: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], list[Any]]:
+    """Return (rows for training, ``held_out`` rows for validation), shuffled by the seed."""
+    shuffled = list(rows)
+    random.Random(seed).shuffle(shuffled)
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+def encode(rows: Sequence[dict[str, str]], tokenizer: Any, max_length: int) -> list[Example]:
+    """Tokenize rows; those whose prompt alone fills ``max_length`` are left out."""
+    examples = []
+    for row in rows:
+        start = tokenizer.encode(prompt(row["instruction"], row["input"]))
+        answer = tokenizer.encode(row["output"], add_special_tokens=False) + [tokenizer.eos_token_id]
+        if len(start) < max_length:
+            examples.append(Example(tuple((start + answer)[:max_length]), len(start)))
+    return examples
+
+
+def batch(examples: Sequence[Example], padding: int, whole: bool) -> Batch:
+    """Pad examples into one batch.
+
+    Args:
+        examples: The rows.
+        padding: Token id for the padded positions.
+        whole: Predict every token but the first; else the response only.
+    """
+    length = max(len(example.tokens) for example in examples)
+    tokens = torch.full((len(examples), length), padding, dtype=torch.long)
+    labels = torch.full((len(examples), length), IGNORED, dtype=torch.long)
+    for row, example in enumerate(examples):
+        ids = torch.tensor(example.tokens)
+        tokens[row, : len(ids)] = ids
+        first = 1 if whole else example.response
+        labels[row, first : len(ids)] = ids[first:]
+    return Batch(tokens, labels)
+
+
+def batches(examples: Sequence[Example], size: int, padding: int, whole: bool) -> Iterator[Batch]:
+    """Yield batches of rows of similar length, so that little is padding."""
+    ordered = sorted(examples, key=lambda example: len(example.tokens))
+    for start in range(0, len(ordered), size):
+        yield batch(ordered[start : start + size], padding, whole)
+
+
+def calibration(path: str | Path, tokenizer: Any, held_out: int, samples: int, max_length: int, seed: int) -> list[Example]:
+    """Return the first ``samples`` training rows, tokenized, for calibration."""
+    train, _ = split(read(path), held_out, seed)
+    return encode(train[: samples * 2], tokenizer, max_length)[:samples]

@@ -1,0 +1,203 @@
+"""What the supported families look like inside: blocks, coupled structures, linears.
+
+The only module that knows where heads, channels and linears are. Llama, Mistral, Qwen2 and Qwen3 share one
+decoder block: grouped-query attention with ``q, k, v, o`` projections, then a gated MLP with ``gate, up, down``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LINEARS = ATTENTION + MLP
+TARGET_MODULES = [name.split(".")[1] for name in LINEARS]
+
+# Coupled structures (paper section 3.1): removing an output neuron of a root removes the outputs that are multiplied
+# with it and the inputs that read it. Followed from q and from gate through the block's graph, that closes on these.
+COUPLED = {
+    "attention": ((ATTENTION[0], "out"), (ATTENTION[1], "out"), (ATTENTION[2], "out"), (ATTENTION[3], "in")),
+    "mlp": ((MLP[0], "out"), (MLP[1], "out"), (MLP[2], "in")),
+}
+
+# What one bit choice covers, finest last. Serving runtimes fuse q, k, v and gate, up, so that `group` is portable.
+GRANULARITIES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "block": (("block", LINEARS),),
+    "group": (("qkv", ATTENTION[:3]), ("o", ATTENTION[3:]), ("gate_up", MLP[:2]), ("down", MLP[2:])),
+    "linear": tuple((name.split(".")[1], (name,)) for name in LINEARS),
+}
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Size of one transformer block.
+
+    Attributes:
+        heads: Query heads.
+        kv_heads: Key/value heads; each goes together with ``heads / kv_heads`` query heads.
+        channels: MLP channels.
+    """
+
+    heads: int
+    kv_heads: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Linears that share one bit choice.
+
+    Attributes:
+        name: Such as ``3`` (a block) or ``3.qkv``.
+        block: Index of the block.
+        linears: Full module names.
+    """
+
+    name: str
+    block: int
+    linears: tuple[str, ...]
+
+
+def family(config: Any) -> str:
+    """Return the family of a config, pruned or not.
+
+    Raises:
+        ValueError: The family has no adapter.
+    """
+    name = config.model_type.removeprefix("pruned_")
+    if name not in FAMILIES:
+        raise ValueError(f"model family {config.model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
+    return name
+
+
+def head_dim(config: Any) -> int:
+    """Return the size of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def shapes(config: Any) -> list[BlockShape]:
+    """Return the shape of each block of a config, pruned or not."""
+    pruned = getattr(config, "block_shapes", None)
+    if pruned:
+        return [BlockShape(*shape) for shape in pruned]
+    whole = BlockShape(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
+    return [whole] * config.num_hidden_layers
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """Return the transformer blocks of a causal language model."""
+    return model.get_submodule("model.layers")
+
+
+def linear_name(block: int, name: str) -> str:
+    """Return the full module name of a block's linear, such as ``model.layers.3.mlp.up_proj``."""
+    return f"model.layers.{block}.{name}"
+
+
+def linears(config: Any) -> Iterator[str]:
+    """Yield the full name of every linear of every block, in the order of the blocks."""
+    for block in range(config.num_hidden_layers):
+        for name in LINEARS:
+            yield linear_name(block, name)
+
+
+def units(config: Any, granularity: str) -> tuple[Unit, ...]:
+    """Return the units of a model: block by block, in the order of ``GRANULARITIES``."""
+    return tuple(
+        Unit(
+            name=str(block) if granularity == "block" else f"{block}.{part}",
+            block=block,
+            linears=tuple(linear_name(block, name) for name in names),
+        )
+        for block in range(config.num_hidden_layers)
+        for part, names in GRANULARITIES[granularity]
+    )
+
+
+def group_count(shape: BlockShape, kind: str) -> int:
+    """Return how many coupled structures of a kind a block has: key/value heads or MLP channels."""
+    return shape.kv_heads if kind == "attention" else shape.channels
+
+
+def member_indices(config: Any, shape: BlockShape, name: str, groups: torch.Tensor) -> torch.Tensor:
+    """Return the rows (or columns) of a linear that belong to coupled structures.
+
+    Args:
+        config: The model's config.
+        shape: Shape of the block.
+        name: The linear within its block, such as ``self_attn.q_proj``.
+        groups: Indices of the structures, [n].
+
+    Returns:
+        Indices into the coupled dimension, [n * width], group by group.
+    """
+    width = group_width(config, shape, name)
+    return (groups[:, None] * width + torch.arange(width)).flatten()
+
+
+def group_width(config: Any, shape: BlockShape, name: str) -> int:
+    """Return how many rows or columns of a linear one coupled structure takes."""
+    if name in MLP:
+        return 1
+    rows = head_dim(config)
+    queries = name in (ATTENTION[0], ATTENTION[3])
+    return rows * (shape.heads // shape.kv_heads) if queries else rows
+
+
+def group_parameters(config: Any, shape: BlockShape, kind: str) -> int:
+    """Return the number of parameters that leave with one coupled structure, biases included."""
+    total = 0
+    for name, side in COUPLED[kind]:
+        width = group_width(config, shape, name)
+        total += width * config.hidden_size
+        total += width if side == "out" and has_bias(config, name) else 0
+    return total
+
+
+def has_bias(config: Any, name: str) -> bool:
+    """Return whether a linear of this family carries a bias."""
+    if family(config) == "qwen2":
+        return name in ATTENTION[:3]
+    if name in MLP:
+        return bool(getattr(config, "mlp_bias", False))
+    return bool(getattr(config, "attention_bias", False))
+
+
+def linear_shape(config: Any, shape: BlockShape, name: str) -> tuple[int, int]:
+    """Return (out_features, in_features) of a linear in a block of this shape."""
+    hidden, size = config.hidden_size, head_dim(config)
+    queries, keys = shape.heads * size, shape.kv_heads * size
+    return {
+        ATTENTION[0]: (queries, hidden),
+        ATTENTION[1]: (keys, hidden),
+        ATTENTION[2]: (keys, hidden),
+        ATTENTION[3]: (hidden, queries),
+        MLP[0]: (shape.channels, hidden),
+        MLP[1]: (shape.channels, hidden),
+        MLP[2]: (hidden, shape.channels),
+    }[name]
+
+
+def forward_from(model: nn.Module, block: int, hidden: torch.Tensor) -> torch.Tensor:
+    """Run the model from a block on, without attention mask.
+
+    Args:
+        model: A causal language model.
+        block: First block to run.
+        hidden: What that block receives, [B, L, hidden].
+
+    Returns:
+        The final hidden states, after the last norm, [B, L, hidden].
+    """
+    inner = model.get_submodule("model")
+    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    rotary = inner.rotary_emb(hidden, position_ids=positions)
+    for layer in inner.layers[block:]:
+        hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+    return inner.norm(hidden)

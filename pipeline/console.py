@@ -1,0 +1,34 @@
+"""What a person sees while a stage runs: progress with an ETA, tables, short notes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+T = TypeVar("T")
+WIDTH = 120
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """Show progress with an ETA: every tenth of a second on a terminal, every ten seconds in a log."""
+    return tqdm(items, description, total, mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True)
+
+
+def note(text: str) -> None:
+    """Print one line."""
+    tqdm.write(text)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table; columns after the first are figures."""
+    shown = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        shown.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(shown)

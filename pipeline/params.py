@@ -1,0 +1,368 @@
+"""The one reader of ``params.yaml``: frozen, typed sections, every fault reported at once.
+
+Each section is named after the stage (module, DVC stage, MLproject entry point) that reads it.
+Sections that several stages share (``model``, ``data``, ``recover``, ``tasks``) are named after the module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Task = Literal["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
+TASKS: tuple[str, ...] = get_args(Task)
+Granularity = Literal["block", "group", "linear"]
+SOURCE = re.compile(r"^(hub:[\w.-]+/[\w.-]+@[\w./-]+|package:[\w.-]+==[\w.]+|path:.+)$")
+SOURCE_FORMS = "hub:<org>/<name>@<revision>, package:<name>==<version> or path:<file or folder>"
+BITS = re.compile(r"^[48]+$")
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ParamsError(ValueError):
+    """The user's mistakes in ``params.yaml``, all of them in one message."""
+
+
+class Section(BaseModel):
+    """A frozen section of ``params.yaml`` that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Model(Section):
+    """The model to compress."""
+
+    source: str = Field(description=f"Where the model comes from: {SOURCE_FORMS}.")
+    sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$", description="Checksum of a package's wheel; empty: not checked.")
+
+    @field_validator("source")
+    @classmethod
+    def _known_form(cls, source: str) -> str:
+        return _source(source)
+
+
+class Data(Section):
+    """The rows for calibration and recovery, and the benchmark items."""
+
+    alpaca: str = Field(description="Alpaca-format JSONL file: path:<file> or hub:<org>/<name>@<revision>.")
+    benchmarks: str = Field(description="Benchmark items: path:<folder of <task>.jsonl> or the word `hub`.")
+    validation_rows: Positive = Field(description="Rows held out of calibration and recovery for the validation loss.")
+
+    @field_validator("alpaca")
+    @classmethod
+    def _known_form(cls, source: str) -> str:
+        return _source(source)
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _known_place(cls, source: str) -> str:
+        return source if source == "hub" else _source(source, ("path:",))
+
+
+class BlockRange(Section):
+    """Blocks ``first`` to ``last``, both included; -1 is the last block of the model."""
+
+    first: int = Field(ge=0)
+    last: int = Field(ge=-1)
+
+
+class Prune(Section):
+    """Structured pruning (paper section 3.1)."""
+
+    ratio: float = Field(ge=0, lt=0.9, description="Fraction of the whole model's parameters to remove.")
+    importance: Literal["taylor1", "taylor2", "taylor_mix", "magnitude", "random", "activation", "fisher_mask"] = Field(
+        description="Score of a coupled structure; taylor1 is the paper's Element1, taylor2 its Element2.",
+    )
+    level: Literal["parameter", "vector"] = Field(description="Take absolute values before or after summing a row.")
+    aggregate: Literal["sum", "mean", "prod", "max", "last"] = Field(description="From a group's members to its score.")
+    scope: Literal["local", "global"] = Field(description="The same share of each block, or one ranking of all groups.")
+    structures: tuple[Literal["attention", "mlp"], ...] = Field(min_length=1, description="Which structures may go.")
+    attention_blocks: BlockRange
+    mlp_blocks: BlockRange
+    samples: int = Field(ge=0, description="Calibration rows.")
+    max_length: Positive = Field(description="Tokens of a calibration row.")
+    steps: Positive = Field(description="1: one shot; more: score again after each part of the removal.")
+    compensate: bool = Field(description="Refit down_proj and o_proj to the dense outputs by least squares.")
+
+    @field_validator("structures", mode="before")
+    @classmethod
+    def _tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _samples_where_needed(self) -> Prune:
+        if self.samples == 0 and (self.importance not in ("magnitude", "random") or self.compensate):
+            raise ValueError(
+                f"samples is 0, but importance {self.importance!r} or compensation needs calibration rows; "
+                "set samples to 10 or more"
+            )
+        return self
+
+
+class Importance(Section):
+    """Mutual information and sensitivity of each unit (paper section 3.2, eq. 7)."""
+
+    samples: Positive = Field(description="Calibration rows.")
+    max_length: Positive = Field(description="Tokens of a row.")
+    clusters: int = Field(ge=2, description="k-means codes of a block's output in the estimate of eq. 7.")
+    outcomes: int = Field(ge=2, description="The most frequent predicted tokens told apart; the rest share one outcome.")
+
+
+class Quantize(Section):
+    """The layer bank: each linear at each bit-width, with its LoRA initialization (eq. 1-3, 10)."""
+
+    four_bit: Literal["nf4", "fp4"] = Field(description="The 4-bit type.")
+    double_quant: bool = Field(description="Quantize the 4-bit scales too.")
+    init: Literal["loftq", "gaussian", "pissa"] = Field(description="LoRA initialization.")
+    iterations: int = Field(ge=1, le=16, description="LoftQ's alternations between quantizing and low-rank fitting.")
+    r: Positive = Field(description="LoRA rank.")
+    lora_alpha: Positive = Field(description="LoRA alpha; the adapter is scaled by lora_alpha / r.")
+
+
+class Recover(Section):
+    """LoRA recovery on Alpaca (paper section 3.3, appendix B)."""
+
+    steps: int = Field(ge=0, description="Optimizer steps of a trial.")
+    batch_size: Positive
+    micro_batch_size: Positive
+    max_length: Positive
+    learning_rate: float = Field(gt=0, le=1)
+    warmup_steps: int = Field(ge=0)
+    dropout: float = Field(ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_the_batch(self) -> Recover:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; "
+                "set one so that it is"
+            )
+        return self
+
+
+class Evaluate(Section):
+    """The zero-shot benchmarks."""
+
+    tasks: tuple[Task, ...] = Field(min_length=1, description="Benchmarks, averaged with equal weight.")
+    limit: int = Field(ge=0, description="Items of a task in a trial; 0: all.")
+    final_limit: int = Field(ge=0, description="Items of a task for the built model; 0: all.")
+    batch_tokens: Positive = Field(description="Tokens of one forward pass.")
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tasks)) < len(tasks):
+            raise ValueError("each task may be named once; remove the repeated ones")
+        return tasks
+
+
+class Search(Section):
+    """Bayesian optimization of the bit vector (algorithm 1)."""
+
+    granularity: Granularity = Field(description="What one bit choice covers; block is the paper's.")
+    n_trials: Positive = Field(description="Finished trials that the study should hold.")
+    n_random: int = Field(ge=0, description="Random feasible vectors before the sampler takes over.")
+    max_8bit_fraction: Fraction = Field(description="Largest share of units at 8 bits.")
+    memory_budget_gib: float | None = Field(gt=0, description="Largest peak memory of a trial; null: none.")
+    seed_bits: tuple[str, ...] = Field(description="Vectors of your own to try first, such as '4484...'.")
+    references: tuple[Literal["dense", "llm_pruner", "uniform8"], ...] = Field(
+        description="Reference rows measured once, outside the front."
+    )
+
+    @field_validator("references", "seed_bits", mode="before")
+    @classmethod
+    def _tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("seed_bits")
+    @classmethod
+    def _bit_strings(cls, seeds: tuple[str, ...]) -> tuple[str, ...]:
+        for bits in seeds:
+            if not BITS.match(bits):
+                raise ValueError(f"{bits!r} is no string of 4s and 8s, one for each unit")
+        return seeds
+
+    @model_validator(mode="after")
+    def _seeds_are_feasible(self) -> Search:
+        for bits in self.seed_bits:
+            share = bits.count("8") / len(bits)
+            if share > self.max_8bit_fraction:
+                raise ValueError(
+                    f"seed_bits {bits!r} has {bits.count('8')} of {len(bits)} units at 8 bits ({share:.0%}), but "
+                    f"max_8bit_fraction allows {self.max_8bit_fraction:.0%}; lower the one or raise the other"
+                )
+        return self
+
+
+class Pareto(Section):
+    """The front, queried from the MLflow runs."""
+
+    objective: Literal["accuracy"] | Task = Field(description="`accuracy` (the mean) or one benchmark.")
+
+
+class Build(Section):
+    """The model that is handed over."""
+
+    choose: str = Field(
+        pattern=r"^(best|[0-9a-f]{32}|[48]+)$",
+        description="`best` (highest accuracy on the front), the id of a trial's run, or a bit string.",
+    )
+    steps: int = Field(ge=0, description="Optimizer steps of the final recovery.")
+
+
+class Register(Section):
+    """The entry in the model registry."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    alias: str = Field(pattern=r"^[a-z][\w-]*$")
+
+
+class Params(Section):
+    """The whole of ``params.yaml``."""
+
+    seed: int = Field(ge=0, lt=2**32)
+    device: Literal["auto", "cpu", "cuda"]
+    model: Model
+    data: Data
+    prune: Prune
+    importance: Importance
+    quantize: Quantize
+    recover: Recover
+    evaluate: Evaluate
+    search: Search
+    pareto: Pareto
+    build: Build
+    register_: Register = Field(alias="register")
+
+    @model_validator(mode="after")
+    def _objective_is_measured(self) -> Params:
+        if self.pareto.objective not in ("accuracy", *self.evaluate.tasks):
+            raise ValueError(
+                f"pareto.objective is {self.pareto.objective!r}, which evaluate.tasks does not measure; "
+                f"use accuracy or one of {', '.join(self.evaluate.tasks)}"
+            )
+        return self
+
+
+def _source(source: str, forms: tuple[str, ...] = ("hub:", "package:", "path:")) -> str:
+    """Check the form of a source and, for a path, that it exists."""
+    if not SOURCE.match(source) or not source.startswith(forms):
+        raise ValueError(f"must be of the form {SOURCE_FORMS}")
+    if source.startswith("path:") and not Path(source.removeprefix("path:")).exists():
+        raise ValueError(f"{source.removeprefix('path:')} does not exist; name a file or folder that does")
+    return source
+
+
+def parse(raw: Any, origin: str = "params.yaml") -> Params:
+    """Turn a parsed YAML document into params.
+
+    Args:
+        raw: The document.
+        origin: What to call it in messages.
+
+    Raises:
+        ParamsError: With one line for each fault: the key, the value received, what is allowed.
+    """
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{origin} must be a mapping of sections; copy one of presets/ over it")
+    try:
+        params = Params.model_validate(raw)
+    except ValidationError as error:
+        faults = [_line(fault) for fault in error.errors()]
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise ParamsError("\n".join([f"{origin} has {count}:", *faults])) from None
+    supported_family(params)
+    return params
+
+
+def _line(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
+    message = fault["msg"].removeprefix("Value error, ")
+    received = fault["input"]
+    if fault["type"] == "missing":
+        return f"  {key}: missing; add it (see presets/default.yaml)"
+    if fault["type"] == "extra_forbidden":
+        return f"  {key}: unknown key (value {received!r}); remove it or correct its spelling"
+    shown = "" if isinstance(received, (dict, BaseModel)) else f" (value {received!r})"
+    return f"  {key}: {message}{shown}"
+
+
+def supported_family(params: Params) -> None:
+    """Refuse a local model of an unsupported family before anything loads it.
+
+    Raises:
+        ParamsError: The model at ``model.source`` has a config of a family that has no adapter.
+    """
+    source = params.model.source
+    if not source.startswith("path:"):
+        return
+    config = Path(source.removeprefix("path:")) / "config.json"
+    if not config.exists():
+        raise ParamsError(f"params.yaml has 1 fault:\n  model.source: {config} does not exist; name a folder with a model")
+    family = json.loads(config.read_text()).get("model_type")
+    supported = ("llama", "mistral", "qwen2", "qwen3")
+    if family not in supported:
+        raise ParamsError(
+            f"params.yaml has 1 fault:\n  model.source: model family {family!r} is not supported (value {source!r}); "
+            f"use one of {', '.join(supported)}"
+        )
+
+
+def load(path: str | Path = "params.yaml") -> Params:
+    """Read and check ``params.yaml``, with the overrides that an entry point was given.
+
+    ``QPRUNER_OVERRIDES`` holds a JSON object of dotted keys, such as ``{"search.n_trials": 20}``.
+
+    Raises:
+        ParamsError: The file is missing, is no YAML, or has faults.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ParamsError(f"{path} does not exist here ({Path.cwd()}); run from the project's root or copy presets/default.yaml")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path} is no valid YAML: {error}") from None
+    for key, value in json.loads(os.environ.get("QPRUNER_OVERRIDES", "{}")).items():
+        *sections, name = key.split(".")
+        target = raw
+        for section in sections:
+            target = target.setdefault(section, {}) if isinstance(target, dict) else {}
+        target[name] = value
+    return parse(raw, str(path))
+
+
+def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Return a section as dotted keys, for a tracker that knows no nesting."""
+    flat: dict[str, Any] = {}
+    for name, value in section:
+        if isinstance(value, BaseModel):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def digest(*parts: Any) -> str:
+    """Return twelve hex digits that name ``parts`` (sections, strings, numbers, lists, mappings)."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def uses_hub(path: str | Path = "params.yaml") -> bool:
+    """Return whether any source is on a hub, without judging the rest of the file."""
+    path = Path(path)
+    return path.exists() and bool(re.search(r"^\s*(source|alpaca|benchmarks):\s*['\"]?hub", path.read_text(), re.M))

@@ -1,0 +1,118 @@
+"""The MLproject entry points: check the params, run ``dvc repro`` under the project's run, show the front.
+
+``mlflow run . -e search`` comes here. Whatever is upstream and out of date is built first; nothing runs twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline import console, params, tracking
+from pipeline.params import ParamsError
+
+# The main job goes all the way to a registered model; every other entry point is the stage of its name.
+TARGETS = {"search": ("report", "register")}
+_LOCK = Path(".dvc/tmp/qpruner.lock")
+
+
+def run(entry: str, n_trials: str = "params.yaml") -> int:
+    """Run one entry point; return the exit status.
+
+    Args:
+        entry: A stage's name.
+        n_trials: Finished trials that the study should hold, or ``params.yaml``: as it says there.
+
+    Raises:
+        ParamsError: ``params.yaml`` or ``n_trials`` has faults; nothing was started.
+    """
+    if n_trials != "params.yaml":
+        if not n_trials.isdigit() or int(n_trials) == 0:
+            raise ParamsError(f"n_trials: {n_trials!r} is no whole number above 0; give one, or leave it out")
+        os.environ["QPRUNER_OVERRIDES"] = json.dumps({"search.n_trials": int(n_trials)})
+    checked = params.load()
+    with lock():
+        tracking.reap()
+        tracking.adopt_project_run()
+        status = dvc("repro", *(("search",) if entry == "search" else (entry,)))
+        if status == 0 and entry == "search":
+            if _finished() < checked.search.n_trials:  # DVC sees no change in what only the command line asked for
+                status = dvc("repro", "--force", "--single-item", "search")
+            status = status or dvc("repro", *TARGETS["search"])
+        if status == 0 and entry in ("search", "pareto", "report"):
+            from pipeline.stages import show_front
+
+            show_front(checked)
+    return status
+
+
+def _finished() -> int:
+    from pipeline.stages import REPORTS
+
+    return int(json.loads((REPORTS / "search.json").read_text())["finished"])
+
+
+def dvc(*arguments: str) -> int:
+    """Run DVC with this Python first on the PATH; pass signals on to all it started."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    child = subprocess.Popen([sys.executable, "-m", "dvc", *arguments], env=environment, pass_fds=_held)
+
+    def stop(*_: Any) -> None:
+        raise tracking.Interrupted
+
+    previous = [signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _stop_all(child)
+        tracking.kill_project_run()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous[0])
+        signal.signal(signal.SIGINT, previous[1])
+
+
+def _stop_all(child: subprocess.Popen) -> None:
+    """End the stage first (it ends its runs), then what waits for it."""
+    try:
+        family = psutil.Process(child.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    for process in reversed(family):
+        try:
+            process.terminate()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=30)
+    child.wait(timeout=30)
+
+
+_held: Sequence[int] = ()
+
+
+@contextmanager
+def lock() -> Iterator[None]:
+    """Wait for any other run in this folder; DVC itself would fail at once. Stages that outlive this process hold it too."""
+    global _held
+    _LOCK.parent.mkdir(parents=True, exist_ok=True)
+    with _LOCK.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.note("another run is at work in this folder; waiting for it to end (Ctrl-C to give up)")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        _held = (file.fileno(),)
+        yield
+        _held = ()

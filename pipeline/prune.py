@@ -1,0 +1,435 @@
+"""Stage ``prune``: remove the coupled structures that the loss misses least (paper section 3.1, eq. 4-6).
+
+Reads ``artifacts/base`` and Alpaca rows for calibration. Writes ``artifacts/pruned``, a ``pruned_*`` checkpoint that
+``from_pretrained`` loads. A structure is one key/value head with its query heads, or one MLP channel; removing it
+removes every row and column that is coupled with it (``architecture.COUPLED``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline import architecture, checkpoint
+from pipeline.alpaca import IGNORED, Batch
+from pipeline.architecture import ATTENTION, COUPLED, MLP, BlockShape
+from pipeline.console import progress
+from pipeline.params import BlockRange, Prune
+
+Scores = list[dict[str, torch.Tensor]]  # of each block: structure kind -> score of each structure
+Keep = list[dict[str, torch.Tensor]]  # of each block: structure kind -> indices of those that stay, ascending
+_READER = {"attention": ATTENTION[3], "mlp": MLP[2]}  # the linear that reads a kind's structures
+_DAMPING = 1e-2  # of the mean of the Gram matrix's diagonal, added to it in the least-squares fit
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Result of pruning.
+
+    Attributes:
+        config: Config of the smaller model.
+        state: Its tensors.
+        parameters: Parameters before and after.
+        kept: Of each block, the structures that stayed, in the numbering of the original model.
+    """
+
+    config: Any
+    state: dict[str, torch.Tensor]
+    parameters: tuple[int, int]
+    kept: Keep
+
+    @property
+    def ratio(self) -> float:
+        """Fraction of the parameters that was removed."""
+        return 1 - self.parameters[1] / self.parameters[0]
+
+
+def run(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) -> Pruned:
+    """Prune a model.
+
+    Args:
+        model: The model; left as it is except for gradients.
+        calibration: Token batches with every position labelled.
+        settings: Section ``prune`` of the params.
+        seed: For random importance.
+
+    Raises:
+        ValueError: The settings do not fit this model.
+    """
+    before = sum(parameter.numel() for parameter in model.parameters())
+    whole = architecture.shapes(model.config)
+    check(model.config, before, settings)
+    kept: Keep = [{kind: torch.arange(architecture.group_count(shape, kind)) for kind in COUPLED} for shape in whole]
+    for step in range(1, settings.steps + 1):
+        scores = importance(model, calibration, settings, seed)
+        grams = input_grams(model, calibration) if settings.compensate else None
+        now = sum(parameter.numel() for parameter in model.parameters())
+        target = round(before * settings.ratio * step / settings.steps) - (before - now)
+        keep = select(scores, model.config, target, settings)
+        config, state = remove(model, keep, grams)
+        kept = [
+            {kind: old[kind][new[kind]] for kind in COUPLED} for old, new in zip(kept, keep, strict=True)
+        ]
+        model = checkpoint.from_state(config, state)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    return Pruned(model.config, state, (before, after), kept)
+
+
+def check(config: Any, parameters: int, settings: Prune) -> None:
+    """Refuse settings that do not fit a model.
+
+    Raises:
+        ValueError: A block range lies outside the model, or the ratio asks for more than the ranges hold.
+    """
+    faults = []
+    for key, span in (("attention_blocks", settings.attention_blocks), ("mlp_blocks", settings.mlp_blocks)):
+        last = config.num_hidden_layers - 1
+        if span.first > last or span.last > last or (span.last != -1 and span.last < span.first):
+            faults.append(f"prune.{key}: {span.first} to {span.last} is no range within blocks 0 to {last}")
+    removable = sum(
+        architecture.group_parameters(config, shape, kind) * (architecture.group_count(shape, kind) - 1)
+        for index, shape in enumerate(architecture.shapes(config))
+        for kind in settings.structures
+        if inside(index, _span(settings, kind), config.num_hidden_layers)
+    )
+    if not faults and settings.ratio * parameters > removable:
+        faults.append(
+            f"prune.ratio: {settings.ratio} of {parameters:,} parameters is more than the {removable / parameters:.3f} "
+            "that structures and block ranges allow while each block keeps one of each; lower it or widen the ranges"
+        )
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _span(settings: Prune, kind: str) -> BlockRange:
+    return settings.attention_blocks if kind == "attention" else settings.mlp_blocks
+
+
+def inside(block: int, span: BlockRange, layers: int) -> bool:
+    """Return whether a block lies in a range whose ``last`` may be -1."""
+    return span.first <= block <= (layers - 1 if span.last == -1 else span.last)
+
+
+# --- importance --------------------------------------------------------------------------------------------------
+
+
+def importance(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int = 0) -> Scores:
+    """Return the score of every coupled structure of a model, by the chosen measure.
+
+    Args:
+        model: The model. Gradients of its parameters are used and cleared.
+        calibration: Token batches.
+        settings: ``importance``, ``level`` and ``aggregate`` are read.
+        seed: For random importance.
+    """
+    kind = settings.importance
+    if kind == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            {name: torch.rand(architecture.group_count(shape, name), generator=generator) for name in COUPLED}
+            for shape in architecture.shapes(model.config)
+        ]
+    if kind == "fisher_mask":
+        return fisher_mask(model, calibration)
+    if kind == "activation":
+        return activation(model, calibration)
+    first, second = gradients(model, calibration, kind)
+    return structure_scores(model, weight_scores(model, first, second, kind), settings.level, settings.aggregate)
+
+
+def gradients(
+    model: Any, calibration: Sequence[Batch], kind: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return each linear's mean gradient and mean squared gradient over the rows, as the measure needs them.
+
+    The diagonal of the Hessian in eq. 6 is replaced by the diagonal of the empirical Fisher information, the mean over
+    rows of the squared gradient of a row's mean loss.
+    """
+    first: dict[str, torch.Tensor] = {}
+    second: dict[str, torch.Tensor] = {}
+    if kind == "magnitude":
+        return first, second
+    names = list(architecture.linears(model.config))
+    squares = kind in ("taylor2", "taylor_mix")
+    rows = [Batch(one.tokens[i : i + 1], one.labels[i : i + 1]) for one in calibration for i in range(len(one.tokens))]
+    parts = rows if squares else list(calibration)
+    model.eval().requires_grad_(False)
+    weights = {name: model.get_submodule(name).weight.requires_grad_(True) for name in names}
+    for part in progress(parts, f"importance ({kind})"):
+        loss(model, part).backward()
+        share = len(part.tokens) / len(rows)
+        for name, weight in weights.items():
+            gradient = weight.grad.float()
+            if kind != "taylor2":
+                first[name] = first.get(name, 0) + share * gradient
+            if squares:
+                second[name] = second.get(name, 0) + share * gradient.square()
+            weight.grad = None
+    model.requires_grad_(False)
+    return first, second
+
+
+def loss(model: Any, part: Batch) -> torch.Tensor:
+    """Return the mean over rows of the mean next-token loss of a row, in nats."""
+    logits = model(input_ids=part.tokens, use_cache=False).logits[:, :-1].float()
+    labels = part.labels[:, 1:]
+    every = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    return (every.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)).mean()
+
+
+def weight_scores(
+    model: Any, first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], kind: str
+) -> dict[str, torch.Tensor]:
+    """Return the signed score of every weight.
+
+    ``taylor1`` is the first term of eq. 6 (Element1), ``taylor2`` its second term without the factor (Element2),
+    ``taylor_mix`` both: g w, w^2 F and g w - w^2 F / 2.
+    """
+    scores = {}
+    for name in architecture.linears(model.config):
+        weight = model.get_submodule(name).weight.detach().float()
+        if kind == "magnitude":
+            scores[name] = weight
+        elif kind == "taylor1":
+            scores[name] = weight * first[name]
+        elif kind == "taylor2":
+            scores[name] = weight.square() * second[name]
+        else:
+            scores[name] = weight * first[name] - weight.square() * second[name] / 2
+    return scores
+
+
+def structure_scores(model: Any, scores: dict[str, torch.Tensor], level: str, aggregate: str) -> Scores:
+    """Sum the scores of weights to the score of each coupled structure.
+
+    Args:
+        model: The model.
+        scores: Signed scores of every linear's weights, [out, in].
+        level: ``parameter`` sums absolute values; ``vector`` takes the absolute value of a row's or column's sum.
+        aggregate: How the members of a group (one for each coupled linear) become one score.
+    """
+    found: Scores = []
+    for index, shape in enumerate(architecture.shapes(model.config)):
+        block = {}
+        for kind, members in COUPLED.items():
+            every = []
+            for name, side in members:
+                weights = scores[architecture.linear_name(index, name)]
+                dim = 1 if side == "out" else 0
+                vectors = weights.abs().sum(dim) if level == "parameter" else weights.sum(dim).abs()
+                width = architecture.group_width(model.config, shape, name)
+                every.append(vectors.unflatten(0, (-1, width)).sum(1))
+            block[kind] = aggregated(torch.stack(every), aggregate)
+        found.append(block)
+    return found
+
+
+def aggregated(members: torch.Tensor, how: str) -> torch.Tensor:
+    """Reduce the members of each group, [members, groups], to one score each, [groups]."""
+    if how == "prod":
+        # In logarithms, relative to each member's mean: plain products of a 7B model's scores underflow.
+        return (members.clamp(min=1e-30).log() - members.mean(1, keepdim=True).clamp(min=1e-30).log()).sum(0).exp()
+    return {
+        "sum": members.sum(0), "mean": members.mean(0), "max": members.amax(0), "last": members[-1]
+    }[how]  # fmt: skip
+
+
+def fisher_mask(model: Any, calibration: Sequence[Batch]) -> Scores:
+    """Return the loss that removing each structure is expected to cost, from gradients of a mask of ones.
+
+    With a mask m on what a structure hands to the linear that reads it, L(m = 0) - L(m = 1) is to second order
+    F / 2, F being the mean over rows of (dL/dm)^2; the mean of dL/dm itself is near zero at a minimum.
+    """
+    squares = [
+        {kind: torch.zeros(architecture.group_count(shape, kind)) for kind in COUPLED}
+        for shape in architecture.shapes(model.config)
+    ]
+    model.eval().requires_grad_(False)
+    rows = sum(len(part.tokens) for part in calibration)
+    for part in progress(calibration, "importance (fisher_mask)"):
+        with _reading(model, lambda value: value.requires_grad_(True)) as seen:
+            embedded = model.get_input_embeddings()(part.tokens).requires_grad_(True)
+            logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1].float()
+            every = nn.functional.cross_entropy(
+                logits.transpose(1, 2), part.labels[:, 1:], ignore_index=IGNORED, reduction="none"
+            )
+            gradients_ = torch.autograd.grad(every.sum() / max((part.labels != IGNORED).sum().item() / len(part.tokens), 1),
+                                             list(seen.values()))
+        for ((block, kind), value), gradient in zip(seen.items(), gradients_, strict=True):
+            change = (value.detach() * gradient).float().sum(1)  # [B, inputs]
+            squares[block][kind] += _by_structure(change, squares[block][kind].numel()).square().sum(0) / rows
+    return squares
+
+
+def activation(model: Any, calibration: Sequence[Batch]) -> Scores:
+    """Return the share of the residual stream's energy that each structure writes into it.
+
+    The mean square of what the reading linear adds because of the structure, over that of its block's output.
+    """
+    grams = input_grams(model, calibration)
+    found: Scores = []
+    for index, block in enumerate(grams):
+        scores = {}
+        for kind, gram in block.items():
+            if kind == "output":
+                continue
+            reader = model.get_submodule(architecture.linear_name(index, _READER[kind])).weight.detach().float()
+            count = architecture.group_count(architecture.shapes(model.config)[index], kind)
+            width = gram.shape[0] // count
+            energy = torch.stack([
+                torch.einsum("oi,ij,oj->", reader[:, here], gram[here, here], reader[:, here])
+                for here in (slice(start, start + width) for start in range(0, gram.shape[0], width))
+            ]) if width > 1 else gram.diagonal() * reader.square().sum(0)  # fmt: skip
+            scores[kind] = energy / block["output"]
+        found.append(scores)
+    return found
+
+
+def input_grams(model: Any, calibration: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
+    """Return, for each block, X^T X of the inputs X of the reading linears, and the energy of the block's output.
+
+    Padding is left out. Divided by the number of tokens.
+    """
+    found: list[dict[str, torch.Tensor]] = [{} for _ in architecture.blocks(model)]
+    total = 0
+    model.eval()
+    for part in progress(calibration, "activations"):
+        real = part.labels != IGNORED
+        real[:, 0] = True
+        total += int(real.sum())
+        with torch.no_grad(), _reading(model, lambda value: value) as seen:
+            outputs = model.model(input_ids=part.tokens, use_cache=False, output_hidden_states=True).hidden_states
+        for (block, kind), value in seen.items():
+            rows = value[real].float()
+            found[block][kind] = found[block].get(kind, 0) + rows.T @ rows
+        for block, value in enumerate(outputs[1:]):
+            found[block]["output"] = found[block].get("output", 0) + value[real].float().square().sum()
+    return [{kind: value / total for kind, value in block.items()} for block in found]
+
+
+class _reading:  # noqa: N801  (a context manager)
+    """Collects what the reading linears of every block receive: (block, kind) -> [B, L, inputs]."""
+
+    def __init__(self, model: Any, through: Callable[[torch.Tensor], torch.Tensor]):
+        self.model, self.through, self.seen, self.handles = model, through, {}, []
+
+    def __enter__(self) -> dict[tuple[int, str], torch.Tensor]:
+        for block in range(self.model.config.num_hidden_layers):
+            for kind, name in _READER.items():
+                linear = self.model.get_submodule(architecture.linear_name(block, name))
+                self.handles.append(linear.register_forward_pre_hook(self._hook(block, kind)))
+        return self.seen
+
+    def _hook(self, block: int, kind: str) -> Callable:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            self.seen[block, kind] = self.through(inputs[0]) if inputs[0].is_leaf else inputs[0]
+            return (self.seen[block, kind],)
+
+        return hook
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _by_structure(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Sum [B, inputs] over the inputs of each structure: [B, count]. Inputs of a structure are neighbours."""
+    return values.unflatten(1, (count, -1)).sum(2)
+
+
+# --- selection and removal ---------------------------------------------------------------------------------------
+
+
+def select(scores: Scores, config: Any, target: int, settings: Prune) -> Keep:
+    """Choose what stays so that ``target`` parameters go, to within half a structure.
+
+    ``global`` ranks all structures by score per parameter and takes the lowest. ``local`` takes the same share of every
+    block in range, lowest scores first. Each block keeps at least one structure of each kind.
+
+    Args:
+        scores: Of each block and kind, [structures].
+        config: The model's config.
+        target: Parameters to remove.
+        settings: ``scope``, ``structures`` and the block ranges are read.
+    """
+    # (rank, parameters, block, kind, structure), cheapest to lose first
+    ranked: list[tuple[float, int, int, str, int]] = []
+    for index, (shape, block) in enumerate(zip(architecture.shapes(config), scores, strict=True)):
+        for kind in settings.structures:
+            if not inside(index, _span(settings, kind), config.num_hidden_layers):
+                continue
+            cost = architecture.group_parameters(config, shape, kind)
+            order = block[kind].argsort(stable=True).tolist()
+            for position, structure in enumerate(order[:-1]):  # the best one always stays
+                local_rank = (position + 1) / len(order)
+                rank = local_rank if settings.scope == "local" else float(block[kind][structure]) / cost
+                ranked.append((rank, cost, index, kind, structure))
+    ranked.sort(key=lambda item: (item[0], item[2], item[3], item[4]))
+    gone: list[dict[str, set[int]]] = [{kind: set() for kind in COUPLED} for _ in scores]
+    left = target
+    for _, cost, index, kind, structure in ranked:
+        if cost / 2 <= left:  # a large head may not fit where a channel still does
+            gone[index][kind].add(structure)
+            left -= cost
+    return [
+        {
+            kind: torch.tensor([i for i in range(architecture.group_count(shape, kind)) if i not in removed[kind]])
+            for kind in COUPLED
+        }
+        for shape, removed in zip(architecture.shapes(config), gone, strict=True)
+    ]
+
+
+def remove(
+    model: Any, keep: Keep, grams: Sequence[dict[str, torch.Tensor]] | None = None
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return (config, tensors) of the model without the structures that are not kept.
+
+    Args:
+        model: The model; not changed.
+        keep: Of each block, the structures that stay.
+        grams: If given, the reading linears are refitted to their dense outputs (``refit``).
+    """
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    shapes = architecture.shapes(model.config)
+    smaller = []
+    for index, (shape, block) in enumerate(zip(shapes, keep, strict=True)):
+        for kind, members in COUPLED.items():
+            if len(block[kind]) == architecture.group_count(shape, kind):
+                continue
+            for name, side in members:
+                full = architecture.linear_name(index, name)
+                rows = architecture.member_indices(model.config, shape, name, block[kind])
+                weight = state[f"{full}.weight"]
+                if side == "in":
+                    fitted = refit(weight, grams[index][kind], rows) if grams else weight[:, rows]
+                    state[f"{full}.weight"] = fitted.contiguous()
+                else:
+                    state[f"{full}.weight"] = weight[rows].contiguous()
+                    if f"{full}.bias" in state:
+                        state[f"{full}.bias"] = state[f"{full}.bias"][rows].contiguous()
+        queries = shape.heads // shape.kv_heads
+        smaller.append(BlockShape(len(block["attention"]) * queries, len(block["attention"]), len(block["mlp"])))
+    return checkpoint.pruned_config(model.config, smaller), state
+
+
+def refit(weight: torch.Tensor, gram: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return the columns of W that stay, changed so that X_S W'^T is nearest to X W^T (ridge regression).
+
+    W' = W G[:, S] (G[S, S] + damping)^-1 with G = X^T X.
+
+    Args:
+        weight: W, [out, in].
+        gram: G, [in, in].
+        columns: S, [kept].
+    """
+    inner = gram[columns][:, columns].double()
+    inner += torch.eye(len(columns), dtype=torch.float64) * _DAMPING * inner.diagonal().mean()
+    outer = weight.double() @ gram[:, columns].double()
+    # Damp towards the unchanged columns, not towards zero.
+    outer += weight[:, columns].double() * _DAMPING * gram[columns][:, columns].double().diagonal().mean()
+    return torch.linalg.solve(inner, outer.T).T.to(weight.dtype)

@@ -1,0 +1,176 @@
+"""LoRA recovery on Alpaca (paper section 3.3, appendix B): the loss of the responses, AdamW, linear decay.
+
+A plain training loop, because a trial's cost is mostly this: rows of similar length share a batch, only response
+positions reach ``lm_head``, their logits exist a chunk at a time, and no attention mask is needed (padding is on the
+right, which causal attention never sees).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from pipeline.alpaca import IGNORED, Batch, Example, batch, batches
+from pipeline.memory import LOSS_CHUNK
+from pipeline.params import Recover
+
+_MAX_NORM = 1.0
+_BUCKET = 16  # batches whose rows are sorted by length together
+
+
+class RecoverError(RuntimeError):
+    """Training diverged: at which step, and what to change."""
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery measured.
+
+    Attributes:
+        losses: Mean response loss of each step, in nats a token.
+        validation_loss: The same on held-out rows, after training.
+        tokens: Tokens trained on, padding left out.
+    """
+
+    losses: tuple[float, ...]
+    validation_loss: float
+    tokens: int
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of cross-entropies of ``hidden @ head.T``, a chunk of positions at a time.
+
+    The head is frozen, so the gradient of the hidden states is all that backward needs; it is computed along with the
+    loss, and no chunk's logits outlive the chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden)
+        for start in range(0, len(hidden), LOSS_CHUNK):
+            here = slice(start, start + LOSS_CHUNK)
+            logits = (hidden[here] @ head.T).float()
+            wanted = labels[here]
+            total += F.cross_entropy(logits, wanted, reduction="sum")
+            logits = logits.softmax(-1)
+            logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
+            gradient[here] = logits.to(hidden.dtype) @ head
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer.to(gradient.dtype), None, None
+
+
+def response_loss(model: Any, part: Batch) -> tuple[torch.Tensor, int]:
+    """Return (sum of the next-token losses at labelled positions, their number).
+
+    Args:
+        model: A causal language model, plain or wrapped by PEFT, with a frozen head.
+        part: Tokens and labels, on the model's device.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = causal.model(input_ids=part.tokens, use_cache=False).last_hidden_state[:, :-1]
+    labels = part.labels[:, 1:]
+    chosen = labels != IGNORED
+    return _ChunkedLoss.apply(hidden[chosen], causal.lm_head.weight, labels[chosen]), int(chosen.sum())
+
+
+def run(
+    model: Any, train: Sequence[Example], validation: Sequence[Example], settings: Recover, steps: int, padding: int,
+    seed: int, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Recovered:
+    """Train the adapters of a model and measure its validation loss; changes the model.
+
+    Args:
+        model: Wrapped by PEFT; parameters that require gradients are trained.
+        train: Rows to train on.
+        validation: Held-out rows.
+        settings: Section ``recover`` of the params.
+        steps: Optimizer steps; 0 only measures.
+        padding: Token id of padded positions.
+        seed: Order of the rows and dropout.
+        progress: Wraps the steps.
+
+    Raises:
+        RecoverError: The loss is not finite.
+    """
+    losses, tokens = [], 0
+    device = model.device
+    if steps:
+        model.train()
+        torch.manual_seed(seed)
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = adamw(weights, settings.learning_rate, device)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.warmup_steps, steps))
+        rows = endless(train, settings.batch_size, seed)
+        for step in progress(range(steps)):
+            chosen = next(rows)
+            size = settings.micro_batch_size
+            parts = [batch(chosen[i : i + size], padding, False) for i in range(0, len(chosen), size)]
+            count = sum(int((part.labels[:, 1:] != IGNORED).sum()) for part in parts)
+            total = 0.0
+            for part in parts:
+                value, _ = response_loss(model, Batch(part.tokens.to(device), part.labels.to(device)))
+                (value / count).backward()
+                total += value.item() / count
+            if not math.isfinite(total):
+                raise RecoverError(f"loss is {total} at step {step}; lower recover.learning_rate ({settings.learning_rate})")
+            torch.nn.utils.clip_grad_norm_(weights, _MAX_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(total)
+            tokens += sum(len(example.tokens) for example in chosen)
+    return Recovered(tuple(losses), validation_loss(model, validation, settings.micro_batch_size, padding), tokens)
+
+
+def adamw(weights: Sequence[torch.nn.Parameter], learning_rate: float, device: torch.device) -> torch.optim.Optimizer:
+    """Return the paper's paged AdamW with 32-bit states on CUDA, AdamW elsewhere; no weight decay."""
+    if device.type == "cuda":
+        import bitsandbytes
+
+        return bitsandbytes.optim.PagedAdamW32bit(weights, lr=learning_rate)
+    return torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
+
+
+def _rate(step: int, warmup: int, steps: int) -> float:
+    """Linear warm-up, then linear decay to zero."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (steps - step) / max(steps - warmup, 1)
+
+
+def endless(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
+    """Yield batches for ever: rows shuffled each epoch, batches of similar length in random order."""
+    order = random.Random(seed)
+    while True:
+        rows = list(examples)
+        order.shuffle(rows)
+        found: list[list[Example]] = []
+        for start in range(0, len(rows), size * _BUCKET):
+            bucket = sorted(rows[start : start + size * _BUCKET], key=lambda example: len(example.tokens))
+            found += [bucket[i : i + size] for i in range(0, len(bucket), size)]
+        order.shuffle(found)
+        yield from found
+
+
+def validation_loss(model: Any, examples: Sequence[Example], size: int, padding: int) -> float:
+    """Return the mean loss of a response token on held-out rows, in nats."""
+    model.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for part in batches(examples, size, padding, False):
+            value, positions = response_loss(model, Batch(part.tokens.to(model.device), part.labels.to(model.device)))
+            total += value.item()
+            count += positions
+    return total / count

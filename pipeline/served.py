@@ -1,0 +1,50 @@
+"""The registered model, as MLflow loads it from code: ``mlflow.pyfunc.load_model("models:/<name>@<alias>")``.
+
+MLflow runs this file, with ``pipeline`` beside it, where the project is not installed. It is no part of the pipeline.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlflow
+import torch
+
+from pipeline import alpaca, checkpoint
+
+MAX_NEW_TOKENS = 64
+
+
+class Compressed(mlflow.pyfunc.PythonModel):
+    """A built checkpoint that answers instructions."""
+
+    def load_context(self, context: Any) -> None:
+        """Load and verify the checkpoint."""
+        folder = context.artifacts["checkpoint"]
+        checkpoint.verify(folder, "build")
+        self.model = checkpoint.load_final(folder)
+        self.tokenizer = checkpoint.load_tokenizer(folder)
+
+    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
+        """Answer instructions, greedily.
+
+        Args:
+            context: Unused.
+            model_input: A dataframe with a column ``instruction``, or a list of strings.
+            params: ``max_new_tokens`` may be given.
+        """
+        texts = model_input["instruction"] if hasattr(model_input, "columns") else model_input
+        limit = (params or {}).get("max_new_tokens", MAX_NEW_TOKENS)
+        answers = []
+        for text in texts:
+            tokens = torch.tensor([self.tokenizer.encode(alpaca.prompt(text))])
+            with torch.inference_mode():
+                out = self.model.generate(
+                    input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=limit, do_sample=False,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )  # fmt: skip
+            answers.append(self.tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True))
+        return answers
+
+
+mlflow.models.set_model(Compressed())

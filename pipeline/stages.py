@@ -1,0 +1,433 @@
+"""The stages' shells: load, run, save, track. Each is one DVC stage and one MLproject entry point of the same name.
+
+What a stage computes is in the module of its name; nothing here computes. Read top to bottom, this is the pipeline.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipeline import console, tracking
+from pipeline.params import Params, digest, flatten
+from pipeline.tracking import Run
+
+BASE, PRUNED, BANK, FINAL = (Path("artifacts") / name for name in ("base", "pruned", "bank", "final"))
+STUDY = Path("artifacts/study")
+ALPACA, BENCHMARKS = Path("data/alpaca.jsonl"), Path("data/benchmarks")
+REPORTS = Path("reports")
+STAGES: dict[str, Callable[[Params], None]] = {}
+
+
+def stage(run: Callable[[Params, Run], None]) -> Callable[[Params], None]:
+    """Register a shell under its name and track it, with the params of its own section."""
+    name = run.__name__.rstrip("_")
+
+    def tracked(params: Params) -> None:
+        section = getattr(params, "register_" if name == "register" else name, None)
+        shown = flatten(section, f"{name}.") if section is not None else {}
+        with tracking.stage(name, {"seed": params.seed, **shown}) as own:
+            run(params, own)
+
+    STAGES[name] = tracked
+    return tracked
+
+
+@stage
+def fetch(params: Params, run: Run) -> None:
+    """Base model, Alpaca rows and benchmark items."""
+    from pipeline import fetch as stage_
+
+    run.params(flatten(params.model, "model.") | flatten(params.data, "data."))
+    figures = stage_.run(params.model, params.data, params.evaluate.tasks)
+    run.metrics(figures)
+    run.dataset(ALPACA, "alpaca", "training")
+    for task in params.evaluate.tasks:
+        run.dataset(BENCHMARKS / f"{task}.jsonl", task, "evaluation")
+
+
+@stage
+def prune(params: Params, run: Run) -> None:
+    """Remove the structures that the loss misses least."""
+    from pipeline import alpaca, checkpoint
+    from pipeline import prune as stage_
+
+    checkpoint.verify(BASE, "fetch")
+    model, tokenizer = checkpoint.load_model(BASE), checkpoint.load_tokenizer(BASE)
+    settings = params.prune
+    rows = alpaca.calibration(
+        ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed
+    )
+    parts = list(alpaca.batches(rows, 8, tokenizer.pad_token_id, whole=True))
+    run.dataset(ALPACA, "alpaca", "calibration")
+    pruned = stage_.run(model, parts, settings, params.seed)
+    with checkpoint.writing(PRUNED) as folder:
+        checkpoint.from_state(pruned.config, pruned.state).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    figures = {"ratio": pruned.ratio, "parameters_before": pruned.parameters[0], "parameters_after": pruned.parameters[1]}
+    _figures(run, "prune", figures)
+    _shapes_picture(pruned, run)
+
+
+def _shapes_picture(pruned: Any, run: Run) -> None:
+    from pipeline import report
+
+    kinds = {"attention": "key/value heads kept", "mlp": "MLP channels kept"}
+    series = {label: [len(block[kind]) for block in pruned.kept] for kind, label in kinds.items()}
+    report.bar_chart([str(index) for index in range(len(pruned.kept))], series, REPORTS / "prune.png")
+    run.artifact(REPORTS / "prune.png")
+
+
+@stage
+def importance(params: Params, run: Run) -> None:
+    """Mutual information and quantization sensitivity of each unit."""
+    from pipeline import alpaca, architecture, checkpoint, report
+    from pipeline import importance as stage_
+
+    checkpoint.verify(PRUNED, "prune")
+    model, tokenizer = checkpoint.load_model(PRUNED), checkpoint.load_tokenizer(PRUNED)
+    settings = params.importance
+    rows = alpaca.calibration(
+        ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed
+    )
+    parts = list(alpaca.batches(rows, 8, tokenizer.pad_token_id, whole=True))
+    run.dataset(ALPACA, "alpaca", "calibration")
+    units = architecture.units(model.config, params.search.granularity)
+    priors = stage_.run(model, parts, units, settings, params.quantize, params.seed)
+    checkpoint.write_text(REPORTS / "importance.json", json.dumps(asdict(priors), indent=1))
+    series = {"mutual information, nats": priors.mutual_information, "sensitivity, nats": priors.sensitivity}
+    report.bar_chart(priors.units, series, REPORTS / "importance.png")
+    run.metrics({"loss_8bit": priors.loss, "tokens": priors.tokens})
+    for index, (information, rise) in enumerate(zip(priors.mutual_information, priors.sensitivity, strict=True)):
+        run.metrics({"mutual_information": information, "sensitivity": rise}, step=index)
+    run.artifact(REPORTS / "importance.json")
+    run.artifact(REPORTS / "importance.png")
+
+
+@stage
+def quantize(params: Params, run: Run) -> None:
+    """The layer bank."""
+    from pipeline import checkpoint, trial
+    from pipeline import quantize as stage_
+
+    checkpoint.verify(PRUNED, "prune")
+    config = checkpoint.load_config(PRUNED)
+    with checkpoint.writing(BANK) as folder:
+        stage_.run(trial.load_state(PRUNED), stage_.names_of(config), params.quantize, params.seed, folder)
+    run.metrics({"bank_bytes": sum(path.stat().st_size for path in BANK.iterdir())})
+
+
+@stage
+def search(params: Params, run: Run) -> None:
+    """Trials: seeds, then Bayesian optimization; references outside the front."""
+    from pipeline import checkpoint, trial
+    from pipeline import search as stage_
+    from pipeline.allocate import Space
+    from pipeline.importance import Priors
+    from pipeline.memory import GIB
+
+    context = trial.load(params, PRUNED, BANK, ALPACA, BENCHMARKS)
+    name = study_name(params)
+    run.params(flatten(params.recover, "recover.") | flatten(params.evaluate, "evaluate."))
+    run.tags({"study_digest": name})
+    for task in params.evaluate.tasks:
+        run.dataset(BENCHMARKS / f"{task}.jsonl", task, "evaluation")
+    run.dataset(ALPACA, "alpaca", "training")
+    priors = Priors(**{key: tuple(value) if isinstance(value, list) else value
+                       for key, value in json.loads((REPORTS / "importance.json").read_text()).items()})  # fmt: skip
+    budget = params.search.memory_budget_gib
+    space = Space.of(
+        lambda bits: context.predict(bits).training, len(context.units), params.search.max_8bit_fraction,
+        None if budget is None else int(budget * GIB),
+    )  # fmt: skip
+    study = stage_.Study(STUDY, name, space.units)
+    recorder = Recorder(run, name, params, context)
+    recorder.agree(study)
+    recorder.references(study)
+    failed = stage_.run(study, params.search, space, priors, params.seed, recorder.attempt(study))
+    finished = study.finished()
+    rows = [{"number": one["number"], "run_id": one["run_id"], "method": one["method"], **_flat(one["result"])} for one in finished]
+    pd.DataFrame(rows).to_csv(REPORTS / "trials.csv", index=False)
+    best = max(one["result"]["accuracy"] for one in finished) if finished else None
+    figures = {"study": name, "search_run": run.run_id, "finished": len(finished), "failed": failed, "best_accuracy": best}
+    run.metrics({key: value for key, value in figures.items() if key not in ("study", "search_run")})
+    checkpoint.write_text(REPORTS / "search.json", json.dumps(figures, indent=1))
+    run.artifact(REPORTS / "trials.csv")
+
+
+def study_name(params: Params) -> str:
+    """Name a study by all that defines it: the models, the data, how a trial is run, the space that is searched."""
+    from pipeline import checkpoint
+
+    parts = [checkpoint.sha256(folder / checkpoint.CHECKSUMS) for folder in (PRUNED, BANK)]
+    data = [tracking.md5(ALPACA), *(tracking.md5(BENCHMARKS / f"{task}.jsonl") for task in params.evaluate.tasks)]
+    space = params.search.model_dump(include={"granularity", "max_8bit_fraction", "memory_budget_gib"})
+    return digest(parts, data, params.recover, params.evaluate, params.data.validation_rows, space, params.seed)
+
+
+def _flat(result: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in result.items() if not isinstance(value, (dict, list))}
+    tasks = {task: pair[0] for task, pair in result["tasks"].items()}
+    errors = {f"{task}_stderr": pair[1] for task, pair in result["tasks"].items()}
+    return plain | tasks | errors | {f"seconds_{phase}": value for phase, value in result["seconds"].items()}
+
+
+class Recorder:
+    """Runs trials and keeps their MLflow runs in step with the study."""
+
+    def __init__(self, run: Run, study: str, params: Params, context: Any):
+        self.run, self.study, self.params, self.context = run, study, params, context
+
+    def agree(self, study: Any) -> None:
+        """Give every finished trial its finished run below this search, whatever a killed process left of it."""
+        for record in [*study.finished(), *study.references().values()]:
+            self._agree(record)
+
+    def _agree(self, record: Mapping[str, Any]) -> None:
+        from pipeline.trial import Result
+
+        result = Result.from_json(record["result"])
+        own = tracking.reopen(record["run_id"])
+        if own is None:  # the store was lost or is another one
+            reference = "number" not in record
+            own = self._open(record["method"], record["method"], result.bits, reference)
+            own.tags({"journal_run_id": record["run_id"]})
+        else:
+            tracking.move(own.run_id, self.run)
+            if tracking.status_name(tracking.run(own.run_id)) == "FINISHED":
+                return
+        self._log(own, result)
+        own.finish()
+
+    def references(self, study: Any) -> None:
+        """Measure the reference rows that the study lacks."""
+        from pipeline import trial
+
+        done = study.references()
+        widths = {"dense": 16, "llm_pruner": 16, "uniform8": 8}
+        for name in self.params.search.references:
+            if name in done:
+                continue
+            context = self._untouched() if name == "dense" else self.context
+            bits = (widths[name],) * len(context.units)
+            own = self._open(name, name, "16" if widths[name] == 16 else "8" * len(bits), reference=True)
+            try:
+                result, _ = trial.run(context, bits, progress=_steps(name), trained=name != "dense")
+            except Exception as error:
+                own.finish("FAILED", error)
+                console.note(f"reference {name} failed: {error}")
+                continue
+            self._log(own, result)
+            study.record_reference(name, own.run_id, result)
+            own.finish()
+
+    def _untouched(self) -> Any:
+        """Return a context of the base model: before pruning."""
+        import dataclasses
+
+        from pipeline import architecture, checkpoint
+
+        checkpoint.verify(BASE, "fetch")
+        model = checkpoint.load_model(BASE)
+        config = checkpoint.pruned_config(model.config, architecture.shapes(model.config))
+        return dataclasses.replace(self.context, config=config, state=model.state_dict())
+
+    def attempt(self, study: Any) -> Callable[[Any, Any, int], Any]:
+        """Return what runs one trial for ``search.run``: tracked, recorded, its failure returned."""
+        from pipeline import trial
+        from pipeline.quantize import write_bits
+
+        def run(opened: Any, candidate: Any, done: int) -> Any:
+            text = write_bits(candidate.bits)
+            own = self._open(f"trial {opened.number}", candidate.method, text, reference=False)
+            own.tags({"trial": str(opened.number)})
+            label = f"trial {done + 1}/{self.params.search.n_trials} ({candidate.method})"
+            try:
+                result, _ = trial.run(self.context, candidate.bits, progress=_steps(label))
+                self._log(own, result)
+            except Exception as error:
+                study.fail(opened, error)
+                own.finish("FAILED", error)
+                console.note(f"{label} failed: {type(error).__name__}: {error}")
+                return error
+            study.complete(opened, own.run_id, result)
+            own.finish()
+            self._say(label, result)
+            return result
+
+        return run
+
+    def _say(self, label: str, result: Any) -> None:
+        console.note(
+            f"{label}: accuracy {100 * result.accuracy:.1f} ± {100 * result.accuracy_stderr:.1f} %, "
+            f"{result.peak_memory_bytes / 2**30:.4f} GiB, {sum(result.seconds.values()):.0f} s, bits {result.bits}"
+        )
+
+    def _open(self, name: str, method: str, bits: str, reference: bool) -> Run:
+        kind = "reference" if reference else "trial"
+        own = self.run.child(name, {"stage": kind, "study": self.study, "method": method})
+        own.params({"bits": bits, "method": method, "granularity": self.params.search.granularity})
+        return own
+
+    def _log(self, own: Run, result: Any) -> None:
+        own.metrics(result.metrics())
+        for step, value in enumerate(result.losses):
+            own.metrics({"loss": value}, step)
+        own.tags({"memory_source": result.memory_source})
+
+
+def _steps(label: str) -> Callable[[Any], Any]:
+    return lambda items: console.progress(items, label)
+
+
+@stage
+def pareto(params: Params, run: Run) -> None:
+    """The front, from the MLflow runs alone."""
+    from pipeline import pareto as stage_
+
+    every, members = _front(params)
+    inside = {one.run_id for one in members}
+    for one in every:
+        if one.run_id in inside:
+            tracking.reopen(one.run_id).tags({"pareto": "true"})
+        elif not one.reference:
+            tracking.reopen(one.run_id).tags({"pareto": "false"})
+    for path in stage_.write(every, members, params.pareto.objective, REPORTS):
+        run.artifact(path)
+    run.metrics({"front_size": len(members), "trials": sum(not one.reference for one in every)})
+
+
+def _front(params: Params) -> tuple[list[Any], list[Any]]:
+    """Return (all points, the front) of the latest study, from MLflow."""
+    from pipeline import pareto as stage_
+
+    study = json.loads((REPORTS / "search.json").read_text())["study"]
+    every = stage_.points(tracking.trials(study), params.pareto.objective)
+    return every, stage_.front([one for one in every if not one.reference])
+
+
+@stage
+def build(params: Params, run: Run) -> None:
+    """The chosen bit vector as the final checkpoint, verified in a fresh process."""
+    from pipeline import build as stage_
+    from pipeline import checkpoint, trial
+    from pipeline.quantize import read_bits
+
+    rows = json.loads((REPORTS / "pareto.json").read_text())
+    text, chosen = stage_.choose(params.build.choose, rows)
+    context = trial.load(params, PRUNED, BANK, ALPACA, BENCHMARKS)
+    bits = read_bits(text, context.units)
+    run.params({"bits": text, "chosen_run": chosen or ""})
+    result, model = trial.run(context, bits, steps=params.build.steps, progress=_steps("build: recovery"))
+    lineage = {
+        "chosen_run": chosen or "none: bits given", "git_commit": tracking.git_commit(),
+        "alpaca_md5": tracking.md5(ALPACA), "benchmarks_md5": tracking.md5(BENCHMARKS),
+        "pruned_checkpoint": checkpoint.sha256(PRUNED / checkpoint.CHECKSUMS), "base_model": params.model.source,
+        "search_run": json.loads((REPORTS / "search.json").read_text())["search_run"],
+    }  # fmt: skip
+    with checkpoint.writing(FINAL) as folder:
+        (folder / "README.md").write_text(stage_.card(params.register_.name, result, context, lineage), encoding="utf-8")
+        (folder / "lineage.json").write_text(stage_.lineage_json(lineage))
+        figures = stage_.verified(context, bits, model, folder)
+    run.metrics(result.metrics())
+    run.artifact(FINAL / "README.md")
+    _figures(run, "build", figures | {key: value for key, value in result.metrics().items() if "seconds" not in key})
+
+
+@stage
+def evaluate(params: Params, run: Run) -> None:
+    """Score the built checkpoint itself, with bitsandbytes' modules."""
+    from pipeline import checkpoint, tasks, trial
+    from pipeline import evaluate as stage_
+
+    checkpoint.verify(FINAL, "build")
+    model = checkpoint.load_final(FINAL, trial.device_of(params).type)
+    scores = stage_.run(
+        model, checkpoint.load_tokenizer(FINAL), tasks.load(params.evaluate.tasks, BENCHMARKS),
+        params.evaluate.final_limit, params.evaluate.batch_tokens,
+        lambda found: console.progress(found, "evaluate: batches"),
+    )  # fmt: skip
+    figures = {"accuracy": scores.mean, "accuracy_stderr": scores.mean_stderr, "items": scores.items, **scores.accuracy}
+    figures |= {f"{task}_stderr": error for task, error in scores.stderr.items()} | scores.other
+    for task in params.evaluate.tasks:
+        run.dataset(BENCHMARKS / f"{task}.jsonl", task, "evaluation")
+    _figures(run, "evaluate", figures)
+
+
+@stage
+def register_(params: Params, run: Run) -> None:
+    """The built checkpoint into the model registry, with an alias and its evidence."""
+    from pipeline import checkpoint
+
+    checkpoint.verify(FINAL, "build")
+    figures = json.loads((REPORTS / "evaluate.json").read_text())
+    lineage = json.loads((FINAL / "lineage.json").read_text())
+    run.metrics(figures)
+    root = tracking.root()
+    wanted = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
+    pinned = [line for line in (root / "requirements.txt").read_text().splitlines() if line.split("==")[0] in wanted]
+    tags = lineage | {key: f"{value:.4f}" for key, value in figures.items()}
+    uri = tracking.register_model(
+        run, params.register_.name, params.register_.alias, root / "pipeline" / "served.py", FINAL.absolute(),
+        [str(root / "pipeline")], pinned, tags, ["What is the capital of France?"],
+    )  # fmt: skip
+    run.tags({"model": uri})
+    checkpoint.write_text(REPORTS / "register.json", json.dumps({"model": uri, "alias": params.register_.alias}, indent=1))
+    console.note(f"registered {uri} as models:/{params.register_.name}@{params.register_.alias}")
+
+
+@stage
+def report(params: Params, run: Run) -> None:
+    """One page: the table of methods, the front, the bits."""
+    from pipeline import report as stage_
+
+    search_ = json.loads((REPORTS / "search.json").read_text())
+    priors = json.loads((REPORTS / "importance.json").read_text())
+    every, members = _front(params)
+    stage_.heat_map(members, priors["units"], REPORTS / "bits.png")
+    facts = [
+        f"model: {params.model.source}; pruned by {100 * json.loads((REPORTS / 'prune.json').read_text())['ratio']:.1f} %",
+        f"study {search_['study']}: {search_['finished']} finished trials, {len(members)} on the front",
+        f"peak memory is {members[0].source if members else 'predicted'}; ± is one standard error",
+    ]
+    tables = [
+        ("Methods", *stage_.method_table(stage_.methods(every, members), params.evaluate.tasks)),
+        ("Pareto front", *stage_.front_table(members)),
+    ]
+    pictures = {
+        "Accuracy against peak memory": REPORTS / "pareto.png",
+        "Bits of the front's members": REPORTS / "bits.png",
+        "Importance of the units": REPORTS / "importance.png",
+    }
+    written = stage_.write(tables, facts, pictures, REPORTS)
+    owner = tracking.reopen(search_["search_run"]) or run
+    for path in [*written, *pictures.values()]:
+        owner.artifact(path, "report")
+
+
+def show_front(params: Params) -> None:
+    """Print the table of methods, the front and the command that opens it in the MLflow UI."""
+    from pipeline import report as stage_
+
+    study = json.loads((REPORTS / "search.json").read_text())["study"]
+    every, members = _front(params)
+    columns, rows = stage_.method_table(stage_.methods(every, members), ())
+    console.table("Methods", columns, rows)
+    columns, rows = stage_.front_table(members)
+    console.table("Pareto front: lowest memory first", columns, rows)
+    experiment = tracking.run(members[0].run_id).info.experiment_id if members else tracking.experiment_id()
+    console.note("See every trial, best first, in the MLflow UI:\n" + tracking.ui_command(experiment, study))
+    console.note(f"One page with tables and pictures: {REPORTS / 'report.html'}")
+
+
+def _figures(run: Run, name: str, figures: Mapping[str, float]) -> None:
+    """Keep a stage's figures as its DVC metrics and its MLflow metrics."""
+    from pipeline import checkpoint
+
+    run.metrics(figures)
+    checkpoint.write_text(REPORTS / f"{name}.json", json.dumps(dict(figures), indent=1))

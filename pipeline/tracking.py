@@ -1,0 +1,362 @@
+"""The only module that imports mlflow: the store, runs of stages and trials, reaping, lineage, the registry.
+
+Everything goes through ``MlflowClient`` with explicit run ids. MLflow's fluent ``start_run`` would, inside
+``mlflow run``, silently become the project's own run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+import mlflow  # noqa: E402
+from mlflow.data.dataset_source_registry import resolve_dataset_source  # noqa: E402
+from mlflow.data.meta_dataset import MetaDataset  # noqa: E402
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunStatus, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.tracking import MlflowClient  # noqa: E402
+
+EXPERIMENT = "qpruner"
+PARENT = "QPRUNER_PARENT_RUN"  # the run of `mlflow run`, handed from the entry point to the stages it starts
+_PARENT_TAG = "mlflow.parentRunId"
+_PAGE = 1000
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to stop."""
+
+
+def root() -> Path:
+    """Return the project's root: DVC's when it runs the stage, else the nearest folder with an ``MLproject``."""
+    if "DVC_ROOT" in os.environ:
+        return Path(os.environ["DVC_ROOT"])
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "MLproject").exists():
+            return folder
+    return Path.cwd()
+
+
+def store() -> str:
+    """Return the tracking URI: ``MLFLOW_TRACKING_URI`` or ``mlflow.db`` at the root, wherever the command was given."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root() / 'mlflow.db'}"
+
+
+def client() -> MlflowClient:
+    """Return a client of the store."""
+    mlflow.set_tracking_uri(store())
+    return MlflowClient(store())
+
+
+def parent_run() -> str | None:
+    """Return the id of the ``mlflow run`` that this process belongs to, if any."""
+    return os.environ.get(PARENT)
+
+
+def adopt_project_run() -> str | None:
+    """Take ``MLFLOW_RUN_ID`` out of the environment and keep it as the parent of the stages to come."""
+    run_id = os.environ.pop("MLFLOW_RUN_ID", None)
+    if run_id:
+        os.environ[PARENT] = run_id
+        for key, value in _process_tags().items():
+            client().set_tag(run_id, key, value)
+        client().set_tag(run_id, "stage", "project")
+    return run_id
+
+
+def kill_project_run() -> None:
+    """Mark the project's run KILLED before ``mlflow run`` marks it FAILED."""
+    if run_id := parent_run():
+        client().set_terminated(run_id, "KILLED")
+
+
+def experiment_id() -> str:
+    """Return the experiment of the project's run, or our own, made with an artifact folder that clients can write."""
+    if parent := parent_run():
+        own = client().get_run(parent).info.experiment_id
+        if not _needs_server(client().get_experiment(own).artifact_location):
+            return own
+    if found := client().get_experiment_by_name(EXPERIMENT):
+        return found.experiment_id
+    local = store().startswith("sqlite")
+    try:
+        return client().create_experiment(EXPERIMENT, str(root() / "mlartifacts") if local else None)
+    except MlflowException:  # another process made it in between
+        return client().get_experiment_by_name(EXPERIMENT).experiment_id
+
+
+def _needs_server(location: str) -> bool:
+    """Whether artifacts go through a server, while we talk to the database directly."""
+    return location.startswith("mlflow-artifacts:") and not store().startswith("http")
+
+
+def experiments() -> list[str]:
+    """Return the ids of all experiments: runs are found by their tags, wherever `mlflow run` put them."""
+    return [found.experiment_id for found in client().search_experiments()]
+
+
+@dataclass
+class Run:
+    """One MLflow run: thin, explicit, in batches (a call apiece costs seven times as much)."""
+
+    run_id: str
+    experiment_id: str
+    children: list[Run] = field(default_factory=list)
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log params; lists as JSON."""
+        shown = {key: json.dumps(value) if isinstance(value, list) else str(value) for key, value in values.items()}
+        client().log_batch(self.run_id, params=[Param(key, value[:6000]) for key, value in shown.items()])
+
+    def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
+        """Log the metrics that have a value."""
+        now = int(time.time() * 1000)
+        batch = [Metric(key, float(value), now, step) for key, value in values.items() if value is not None]
+        client().log_batch(self.run_id, metrics=batch)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+        client().log_batch(self.run_id, tags=[RunTag(key, str(value)[:5000]) for key, value in values.items()])
+
+    def artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Log a file."""
+        client().log_artifact(self.run_id, str(path), folder)
+
+    def dataset(self, path: str | Path, name: str, context: str) -> str:
+        """Log a file as the run's input, with its MD5 as digest; return the digest."""
+        digest = md5(path)
+        source = resolve_dataset_source(str(path))
+        entity = MetaDataset(source, name=name, digest=digest[:36])._to_mlflow_entity()
+        inputs = DatasetInput(entity, [InputTag("mlflow.data.context", context)])
+        client().log_inputs(self.run_id, [inputs])
+        return digest
+
+    def child(self, name: str, tags: Mapping[str, str]) -> Run:
+        """Start a run below this one."""
+        run = _create(name, self.experiment_id, self.run_id, tags)
+        self.children.append(run)
+        return run
+
+    def finish(self, status: str = "FINISHED", error: BaseException | None = None) -> None:
+        """End the run; ``error`` becomes its tag ``error`` and its traceback an artifact."""
+        if error is not None:
+            self.tags({"error": f"{type(error).__name__}: {error}"})
+            trace = "".join(traceback.format_exception(error))
+            with suppress(OSError, MlflowException):  # the cause is in the tag; a full disk must not hide it
+                client().log_text(self.run_id, trace, "traceback.txt")
+        client().set_terminated(self.run_id, status)
+
+
+def _create(name: str, experiment: str, parent: str | None, tags: Mapping[str, str]) -> Run:
+    every = {"mlflow.runName": name, "mlflow.user": "", "mlflow.source.name": "pipeline", **_process_tags(), **tags}
+    if parent:
+        every[_PARENT_TAG] = parent
+    if commit := git_commit():
+        every["mlflow.source.git.commit"] = commit
+    made = client().create_run(experiment, tags=every, run_name=name)
+    return Run(made.info.run_id, experiment)
+
+
+@contextmanager
+def stage(name: str, params: Mapping[str, Any]) -> Iterator[Run]:
+    """Track one stage: its own run, always ended, with system metrics and the cause of a failure."""
+    reap()
+    run = _create(name, experiment_id(), parent_run(), {"stage": name})
+    run.params(params)
+    monitor = _system_metrics(run.run_id)
+    try:
+        yield run
+    except KeyboardInterrupt:
+        _finish_all(run, "KILLED")
+        raise
+    except BaseException as error:
+        _finish_all(run, "FAILED", error)
+        raise
+    else:
+        run.finish()
+    finally:
+        monitor.finish()
+
+
+def _finish_all(run: Run, status: str, error: BaseException | None = None) -> None:
+    for child in run.children:
+        if client().get_run(child.run_id).info.status == "RUNNING":
+            child.finish("KILLED")
+    run.finish(status, error)
+
+
+def _system_metrics(run_id: str) -> Any:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=5)
+    monitor.start()
+    return monitor
+
+
+def _process_tags() -> dict[str, str]:
+    process = psutil.Process()
+    return {
+        "qpruner.host": platform.node(),
+        "qpruner.pid": str(process.pid),
+        "qpruner.started": f"{process.create_time():.0f}",
+    }
+
+
+def reap() -> list[str]:
+    """End as KILLED every run whose process on this host is dead; return their ids."""
+    found = client().search_runs(
+        experiments(), f"attributes.status = 'RUNNING' and tags.`qpruner.host` = '{platform.node()}'", max_results=_PAGE
+    )
+    dead = [run for run in found if not _alive(run.data.tags)]
+    for run in dead:
+        client().set_terminated(run.info.run_id, "KILLED")
+    return [run.info.run_id for run in dead]
+
+
+def _alive(tags: Mapping[str, str]) -> bool:
+    try:
+        process = psutil.Process(int(tags["qpruner.pid"]))
+        return abs(process.create_time() - float(tags["qpruner.started"])) <= 1 and process.status() != "zombie"
+    except psutil.NoSuchProcess:
+        return False
+
+
+def on_termination_interrupt() -> None:
+    """Turn SIGTERM into an interrupt, and ask for one when the parent dies, so that runs end as KILLED."""
+
+    def stop(*_: Any) -> None:
+        raise Interrupted
+
+    signal.signal(signal.SIGTERM, stop)
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+# --- trials ------------------------------------------------------------------------------------------------------
+
+
+def trials(study: str) -> list[Any]:
+    """Return all runs of a study's trials and references, newest last."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client().search_runs(
+            experiments(), f"tags.study = '{study}'", order_by=["attributes.start_time ASC"], max_results=_PAGE, page_token=token
+        )
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def run(run_id: str) -> Any:
+    """Return one run as MLflow has it.
+
+    Raises:
+        MlflowException: There is no such run.
+    """
+    return client().get_run(run_id)
+
+
+def reopen(run_id: str) -> Run | None:
+    """Return a handle on an existing run, or None if the store does not have it."""
+    try:
+        return Run(run_id, client().get_run(run_id).info.experiment_id)
+    except MlflowException:
+        return None
+
+
+def move(run_id: str, parent: Run) -> None:
+    """Put a run below another one."""
+    client().set_tag(run_id, _PARENT_TAG, parent.run_id)
+
+
+def delete_tag(run_id: str, key: str) -> None:
+    """Remove a tag."""
+    client().delete_tag(run_id, key)
+
+
+def status_name(run: Any) -> str:
+    """Return a run's status as a word."""
+    return run.info.status if isinstance(run.info.status, str) else RunStatus.to_string(run.info.status)
+
+
+# --- lineage -----------------------------------------------------------------------------------------------------
+
+
+def md5(path: str | Path) -> str:
+    """Return the MD5 of a file, or of a folder's files in order of their names (DVC versions data by MD5)."""
+    path = Path(path)
+    value = hashlib.md5(usedforsecurity=False)
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        value.update(file.read_bytes())
+    return value.hexdigest()
+
+
+def git_commit() -> str:
+    """Return the commit of the project's root, or an empty string outside git."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root(), capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+# --- registry ----------------------------------------------------------------------------------------------------
+
+
+def register_model(
+    run: Run, name: str, alias: str, model_code: Path, checkpoint: Path, code: list[str], requirements: list[str],
+    tags: Mapping[str, str], example: list[str],
+) -> str:
+    """Log a checkpoint as a pyfunc model defined by code, register it and move the alias to it.
+
+    Returns:
+        The model's URI, ``models:/<name>/<version>``.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, Schema
+
+    client()
+    # The one use of the fluent API: log_model has no client counterpart. The run exists already.
+    with mlflow.start_run(run_id=run.run_id):
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(model_code),
+            artifacts={"checkpoint": str(checkpoint)},
+            code_paths=code,
+            pip_requirements=requirements,
+            registered_model_name=name,
+            signature=ModelSignature(Schema([ColSpec("string", "instruction")]), Schema([ColSpec("string")])),
+            metadata={"example": example},
+        )
+    version = info.registered_model_version
+    for key, value in tags.items():
+        client().set_model_version_tag(name, version, key, value)
+    client().set_registered_model_alias(name, alias, version)
+    return f"models:/{name}/{version}"
+
+
+def ui_command(experiment: str, study: str | None = None) -> str:
+    """Return the commands that open the trials, flat and best first, in the MLflow UI."""
+    search = "tags.stage%20%3D%20%22trial%22"
+    if study:
+        search += f"%20and%20tags.study%20%3D%20%22{study}%22"
+    page = f"#/experiments/{experiment}/runs?searchFilter={search}&orderByKey=metrics.%60accuracy%60&orderByAsc=false"
+    return f"mlflow ui --host 127.0.0.1 --backend-store-uri '{store()}'\nhttp://127.0.0.1:5000/{page}"

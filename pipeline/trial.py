@@ -1,0 +1,301 @@
+"""One trial: a bit vector -> assembled, recovered and evaluated model -> figures.
+
+Search, references and build all come through here; there is no second way to turn bits into a score.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from pipeline import alpaca, architecture, checkpoint, evaluate, memory, quantize, recover, tasks
+from pipeline.alpaca import Example
+from pipeline.architecture import Unit
+from pipeline.params import Params
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all trials of a study share; loaded once.
+
+    Attributes:
+        config: Config of the pruned model.
+        state: Its tensors.
+        bank: The layer bank.
+        tokenizer: The tokenizer.
+        units: What one bit choice covers.
+        tasks: lm-eval's tasks by name.
+        train: Rows to recover on.
+        validation: Held-out rows.
+        params: The params.
+        device: Where trials run.
+    """
+
+    config: Any
+    state: dict[str, torch.Tensor]
+    bank: quantize.Bank
+    tokenizer: Any
+    units: tuple[Unit, ...]
+    tasks: Mapping[str, Any]
+    train: list[Example]
+    validation: list[Example]
+    params: Params
+    device: torch.device
+
+    @property
+    def memory_setting(self) -> memory.Setting:
+        """Return the batch and adapter sizes that peak memory depends on."""
+        settings = self.params.recover
+        return memory.Setting(
+            tokens=settings.micro_batch_size * settings.max_length,
+            r=self.bank.settings.r,
+            double_quant=self.bank.settings.double_quant,
+            inference_tokens=self.params.evaluate.batch_tokens,
+        )
+
+    def bits_of(self, bits: Sequence[int]) -> dict[str, int]:
+        """Return each linear's bits."""
+        return quantize.linear_bits(self.units, bits)
+
+    def predict(self, bits: Sequence[int]) -> memory.Peak:
+        """Return the predicted peak memory of a bit vector."""
+        return memory.predict(self.config, self.bits_of(bits), self.memory_setting)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a trial measured; plain values, ready for JSON and MLflow.
+
+    Attributes:
+        bits: Such as ``4484...``, or ``16``.
+        accuracy: Mean accuracy in [0, 1].
+        accuracy_stderr: Its standard error.
+        tasks: Task -> (accuracy, standard error).
+        other: Further metrics of the tasks.
+        gold_logprob: See ``evaluate.Scores``.
+        validation_loss: Nats a response token on held-out rows.
+        peak_memory_bytes: Of training.
+        inference_memory_bytes: Of inference.
+        memory_source: ``measured`` or ``predicted``.
+        seconds: Phase -> seconds.
+        items: Items scored.
+        losses: Training loss of each step.
+    """
+
+    bits: str
+    accuracy: float
+    accuracy_stderr: float
+    tasks: dict[str, tuple[float, float]]
+    other: dict[str, float]
+    gold_logprob: float
+    validation_loss: float
+    peak_memory_bytes: int
+    inference_memory_bytes: int
+    memory_source: str
+    seconds: dict[str, float]
+    items: int
+    losses: list[float] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures by their names in MLflow."""
+        found = {
+            "accuracy": self.accuracy,
+            "accuracy_stderr": self.accuracy_stderr,
+            "gold_logprob": self.gold_logprob,
+            "validation_loss": self.validation_loss,
+            "peak_memory_bytes": float(self.peak_memory_bytes),
+            "peak_memory_gib": self.peak_memory_bytes / memory.GIB,
+            "inference_memory_bytes": float(self.inference_memory_bytes),
+            "items": float(self.items),
+            **self.other,
+        }
+        for task, (value, error) in self.tasks.items():
+            found[task] = value
+            found[f"{task}_stderr"] = error
+        return found | {f"seconds_{phase}": value for phase, value in self.seconds.items()}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Result:
+        """Return the result that ``as_json`` was made from."""
+        pairs = {task: (float(pair[0]), float(pair[1])) for task, pair in values["tasks"].items()}
+        return Result(**{**values, "tasks": pairs})
+
+
+def load(params: Params, pruned: Path, bank: Path, rows: Path, items: Path) -> Context:
+    """Load and verify what trials share.
+
+    Raises:
+        CheckpointError: The pruned model or the bank is missing or was changed.
+        ValueError: A bit string in the params does not fit the model.
+    """
+    checkpoint.verify(pruned, "prune")
+    checkpoint.verify(bank, "quantize")
+    model = checkpoint.load_model(pruned)
+    tokenizer = checkpoint.load_tokenizer(pruned)
+    units = architecture.units(model.config, params.search.granularity)
+    for bits in params.search.seed_bits:
+        quantize.read_bits(bits, units)
+    train, held_out = alpaca.split(alpaca.read(rows), params.data.validation_rows, params.seed)
+    length = params.recover.max_length
+    return Context(
+        config=model.config,
+        state=model.state_dict(),
+        bank=quantize.Bank(bank),
+        tokenizer=tokenizer,
+        units=units,
+        tasks=tasks.load(params.evaluate.tasks, items),
+        train=alpaca.encode(train, tokenizer, length),
+        validation=alpaca.encode(held_out, tokenizer, length),
+        params=params,
+        device=device_of(params),
+    )
+
+
+def device_of(params: Params) -> torch.device:
+    """Return the device that the params ask for.
+
+    Raises:
+        ValueError: CUDA is asked for and there is none.
+    """
+    if params.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda is asked for, but PyTorch sees no GPU; set device to auto or cpu")
+    return torch.device("cuda" if params.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def run(
+    context: Context, bits: Sequence[int], *, steps: int | None = None, limit: int | None = None,
+    progress: Callable[[Any], Any] = iter, trained: bool = True,
+) -> tuple[Result, PeftModel]:
+    """Assemble, recover and evaluate one bit vector.
+
+    Args:
+        context: What trials share.
+        bits: Bits of each unit: 4, 8 or 16.
+        steps: Optimizer steps; None: the params' own.
+        limit: Items of a task; None: the params' own.
+        progress: Wraps the recovery's steps.
+        trained: False leaves recovery out and reports inference memory as the peak (the untouched model).
+
+    Returns:
+        The result and the recovered model.
+    """
+    params = context.params
+    steps = params.recover.steps if steps is None else steps
+    limit = params.evaluate.limit if limit is None else limit
+    seconds: dict[str, float] = {}
+    peaks: dict[str, int | None] = {}
+
+    def timed(phase: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result, peaks[phase] = memory.measured(work, context.device)
+        seconds[phase] = time.perf_counter() - start
+        return result
+
+    model = timed("assemble", lambda: assemble(context, bits))
+    padding = context.tokenizer.pad_token_id
+    recovered = timed(
+        "recover",
+        lambda: recover.run(
+            model, context.train, context.validation, params.recover, steps if trained else 0, padding, params.seed, progress
+        ),
+    )
+    model.eval()
+    scores = timed(
+        "evaluate",
+        lambda: evaluate.run(model, context.tokenizer, context.tasks, limit, params.evaluate.batch_tokens),
+    )
+    predicted = context.predict(bits)
+    on_gpu = peaks["recover"] is not None and peaks["evaluate"] is not None
+    training = peaks["recover"] if on_gpu else predicted.training
+    inference = peaks["evaluate"] if on_gpu else predicted.inference
+    result = Result(
+        bits=quantize.write_bits(bits),
+        accuracy=scores.mean,
+        accuracy_stderr=scores.mean_stderr,
+        tasks={task: (value, scores.stderr[task]) for task, value in scores.accuracy.items()},
+        other=scores.other | ({"predicted_peak_memory_bytes": float(predicted.training)} if on_gpu else {}),
+        gold_logprob=scores.gold_logprob,
+        validation_loss=recovered.validation_loss,
+        peak_memory_bytes=int((training if trained else inference) or 0),
+        inference_memory_bytes=int(inference or 0),
+        memory_source="measured" if on_gpu else "predicted",
+        seconds=seconds,
+        items=scores.items,
+        losses=list(recovered.losses),
+    )
+    return result, model
+
+
+def assemble(context: Context, bits: Sequence[int], *, real: bool | None = None) -> PeftModel:
+    """Build the model of a bit vector from the bank, with adapters at their initialization.
+
+    Args:
+        context: What trials share.
+        bits: Bits of each unit.
+        real: bitsandbytes' own modules (the default on CUDA), or weights dequantized once into 16 bits (elsewhere:
+            equal for 4 bits, and several times faster than bitsandbytes is on a CPU).
+    """
+    bits_of = context.bits_of(bits)
+    real = context.device.type == "cuda" if real is None else real
+    if real:
+        model = mixed_model(context, bits_of)
+    else:
+        model = checkpoint.from_state(context.config, quantize.simulated(context.state, context.bank, bits_of))
+    model.to(context.device)
+    adapted = get_peft_model(model, lora_config(context.params, context.bank.settings))
+    set_adapters(adapted, context.bank, bits_of)
+    return adapted
+
+
+def mixed_model(context: Context, bits_of: Mapping[str, int]) -> Any:
+    """Build a model of bitsandbytes' modules from the bank's codes."""
+    import copy
+
+    config = copy.deepcopy(context.config)
+    settings = context.bank.settings
+    named = {name: bits for name, bits in bits_of.items() if bits != 16}
+    if named:
+        config.quantization_config = checkpoint.MixedBitsConfig(named, settings.four_bit, settings.double_quant)
+    return checkpoint.from_state(config, quantize.quantized(context.state, context.bank, bits_of))
+
+
+def lora_config(params: Params, settings: Any) -> LoraConfig:
+    """Return PEFT's description of the adapters: all seven projections, as in appendix B."""
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=params.recover.dropout,
+        target_modules=architecture.TARGET_MODULES,
+        task_type="CAUSAL_LM",
+    )
+
+
+def set_adapters(model: PeftModel, bank: quantize.Bank, bits_of: Mapping[str, int]) -> None:
+    """Give each linear the bank's initialization for its bits; a dense linear keeps PEFT's (B = 0)."""
+    base = model.get_base_model()
+    with torch.no_grad():
+        for name, bits in bits_of.items():
+            if bits == 16:
+                continue
+            layer, adapter = base.get_submodule(name), bank.adapter(name, bits)
+            layer.lora_A["default"].weight.copy_(adapter.a)
+            layer.lora_B["default"].weight.copy_(adapter.b)
+
+
+def load_state(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a checkpoint's safetensors files."""
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        state |= load_file(file)
+    return state
