@@ -1,4 +1,4 @@
-"""``python -m pipeline <stage>`` runs one stage (DVC does); ``python -m pipeline run <entry>`` an MLproject entry point."""
+"""``python -m pipeline <stage>`` runs one stage, as DVC does; ``... run <entry>`` an MLproject entry point."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in STAGES:
-        commands.add_parser(name, help=f"run stage {name}; what it needs must be there (`dvc repro {name}` sees to that)")
+        commands.add_parser(
+            name, help=f"run stage {name}; what it needs must be there (`dvc repro {name}` sees to that)"
+        )
     entry = commands.add_parser("run", help="run an entry point and all that is upstream of it")
     entry.add_argument("entry", choices=STAGES)
     entry.add_argument("--n-trials", default="params.yaml")

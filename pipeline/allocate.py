@@ -5,7 +5,7 @@ Peak memory is linear in the bits: the peak of all units at 4 bits plus a cost f
 
 from __future__ import annotations
 
-import random
+from random import Random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ class Space:
         deltas = tuple(predict(low[:i] + (8,) + low[i + 1 :]) - base for i in range(units))
         if budget is not None and base > budget:
             raise ValueError(
-                f"search.memory_budget_gib: every unit at 4 bits already peaks at {base / 2**30:.3f} GiB, more than the "
+                f"search.memory_budget_gib: every unit at 4 bits peaks at {base / 2**30:.3f} GiB, more than the "
                 f"budget of {budget / 2**30:.3f}; raise it, prune more, or lower recover.micro_batch_size"
             )
         return Space(base, deltas, int(units * max_8bit_fraction + 1e-9), budget)
@@ -77,7 +77,7 @@ class Space:
             fixed[unit] = 4
         return tuple(fixed)
 
-    def random(self, generator: random.Random) -> Bits:
+    def draw(self, generator: Random) -> Bits:
         """Return a feasible vector: a random number of units, 1 to the most allowed, at random places."""
         order = list(range(self.units))
         generator.shuffle(order)
@@ -85,7 +85,7 @@ class Space:
         bits = tuple(8 if index in chosen else 4 for index in range(self.units))
         return self.repair(bits, [generator.random() for _ in bits])
 
-    def unseen(self, seen: set[Bits], generator: random.Random, near: Bits | None = None) -> Bits | None:
+    def unseen(self, seen: set[Bits], generator: Random, near: Bits | None = None) -> Bits | None:
         """Return a feasible vector that was not tried: a neighbour of ``near`` if there is one, else a random one.
 
         None if a thousand draws find none: the space is as good as exhausted.
@@ -95,11 +95,11 @@ class Space:
                 return candidate
         return None
 
-    def _candidates(self, generator: random.Random, near: Bits | None) -> Iterator[Bits]:
+    def _candidates(self, generator: Random, near: Bits | None) -> Iterator[Bits]:
         if near is not None:
             yield near
             flips = [near[:i] + (12 - near[i],) + near[i + 1 :] for i in range(self.units)]
             generator.shuffle(flips)
             yield from (flip for flip in flips if flip in self)
         for _ in range(1000):
-            yield self.random(generator)
+            yield self.draw(generator)

@@ -103,7 +103,9 @@ def batches(examples: Sequence[Example], size: int, padding: int, whole: bool) -
         yield batch(ordered[start : start + size], padding, whole)
 
 
-def calibration(path: str | Path, tokenizer: Any, held_out: int, samples: int, max_length: int, seed: int) -> list[Example]:
+def calibration(
+    path: str | Path, tokenizer: Any, held_out: int, samples: int, max_length: int, seed: int
+) -> list[Example]:
     """Return the first ``samples`` training rows, tokenized, for calibration."""
     train, _ = split(read(path), held_out, seed)
     return encode(train[: samples * 2], tokenizer, max_length)[:samples]

@@ -105,8 +105,8 @@ tags: [pruned, mixed-precision, bitsandbytes, lora]
 ---
 # {name}
 
-A causal language model compressed with QPruner (arXiv 2412.11629): structured pruning, {context.params.search.granularity}-wise
-4/8-bit quantization, LoRA recovery on Alpaca.
+A causal language model compressed with QPruner (arXiv 2412.11629): structured pruning,
+{context.params.search.granularity}-wise 4/8-bit quantization, LoRA recovery on Alpaca.
 
 - bits, block 0 first: `{result.bits}`
 - peak memory of recovery: {result.peak_memory_bytes / 2**30:.3f} GiB ({result.memory_source})
@@ -151,7 +151,11 @@ def verified(context: Context, bits: Sequence[int], trained: PeftModel, folder: 
         )
     simulated = probe(trained, context.tokenizer)
     agree = (own.argmax(1) == simulated.argmax(1)).float().mean().item()
-    return {"reload_difference": difference, "trial_difference": (own - simulated).abs().max().item(), "trial_agreement": agree}
+    return {
+        "reload_difference": difference,
+        "trial_difference": (own - simulated).abs().max().item(),
+        "trial_agreement": agree,
+    }
 
 
 def lineage_json(values: Mapping[str, str]) -> str:

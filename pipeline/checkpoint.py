@@ -78,7 +78,7 @@ class _PrunedConfig:
     def block(self, index: int) -> Any:
         """Return the config that one block is built from."""
         shape = shapes(self)[index]
-        own = copy.copy(self)
+        own: Any = copy.copy(self)
         own.num_attention_heads, own.num_key_value_heads = shape.heads, shape.kv_heads
         own.intermediate_size = shape.channels
         return own
@@ -88,7 +88,7 @@ class _PrunedModel:
     """Builds each block at its own shape."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if getattr(config, "block_shapes", None):
             for index, block in enumerate(self.model.layers):  # type: ignore[attr-defined]
                 smaller = type(block)(config.block(index), index)
@@ -213,7 +213,7 @@ class MixedBitsQuantizer(Bnb4BitHfQuantizer):
     }
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """bitsandbytes and accelerate are pinned requirements."""
+        """Bitsandbytes and accelerate are pinned requirements."""
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Return whether a parameter is the weight of a bitsandbytes linear."""
@@ -291,7 +291,9 @@ def writing(folder: str | Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield temporary
-        sums = {str(path.relative_to(temporary)): sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()}
+        sums = {
+            str(path.relative_to(temporary)): sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()
+        }
         write_text(temporary / CHECKSUMS, json.dumps(sums, indent=1))
         for path in temporary.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)

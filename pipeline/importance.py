@@ -5,7 +5,7 @@ Reads ``artifacts/pruned`` and Alpaca rows. Writes ``reports/importance.json`` a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,25 @@ class Priors:
     loss: float
     tokens: int
 
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Priors:
+        """Return the priors from what JSON made of them."""
+        return Priors(
+            units=tuple(values["units"]),
+            mutual_information=tuple(values["mutual_information"]),
+            sensitivity=tuple(values["sensitivity"]),
+            loss=values["loss"],
+            tokens=values["tokens"],
+        )
+
 
 def run(
-    model: Any, calibration: Sequence[Batch], units: Sequence[Unit], settings: Importance, quantization: Quantize, seed: int
+    model: Any,
+    calibration: Sequence[Batch],
+    units: Sequence[Unit],
+    settings: Importance,
+    quantization: Quantize,
+    seed: int,
 ) -> Priors:
     """Measure both importances.
 

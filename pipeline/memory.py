@@ -64,7 +64,8 @@ def predict(config: Any, bits_of: Mapping[str, int], setting: Setting) -> Peak:
     hidden, vocabulary = config.hidden_size, config.vocab_size
     tokens, r = setting.tokens, setting.r
     weights = dense_bytes(config)
-    adapters = activations = widest = 0
+    adapters = widest = 0
+    activations = 0.0
     for index, shape in enumerate(architecture.shapes(config)):
         for name in LINEARS:
             outputs, inputs = architecture.linear_shape(config, shape, name)

@@ -41,7 +41,9 @@ class Model(Section):
     """The model to compress."""
 
     source: str = Field(description=f"Where the model comes from: {SOURCE_FORMS}.")
-    sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$", description="Checksum of a package's wheel; empty: not checked.")
+    sha256: str = Field(
+        "", pattern=r"^([0-9a-f]{64})?$", description="Checksum of a package's wheel; empty: not checked."
+    )
 
     @field_validator("source")
     @classmethod
@@ -113,7 +115,9 @@ class Importance(Section):
     samples: Positive = Field(description="Calibration rows.")
     max_length: Positive = Field(description="Tokens of a row.")
     clusters: int = Field(ge=2, description="k-means codes of a block's output in the estimate of eq. 7.")
-    outcomes: int = Field(ge=2, description="The most frequent predicted tokens told apart; the rest share one outcome.")
+    outcomes: int = Field(
+        ge=2, description="The most frequent predicted tokens told apart; the rest share one outcome."
+    )
 
 
 class Quantize(Section):
@@ -311,7 +315,9 @@ def supported_family(params: Params) -> None:
         return
     config = Path(source.removeprefix("path:")) / "config.json"
     if not config.exists():
-        raise ParamsError(f"params.yaml has 1 fault:\n  model.source: {config} does not exist; name a folder with a model")
+        raise ParamsError(
+            f"params.yaml has 1 fault:\n  model.source: {config} does not exist; name a folder with a model"
+        )
     family = json.loads(config.read_text()).get("model_type")
     supported = ("llama", "mistral", "qwen2", "qwen3")
     if family not in supported:
@@ -331,7 +337,9 @@ def load(path: str | Path = "params.yaml") -> Params:
     """
     path = Path(path)
     if not path.exists():
-        raise ParamsError(f"{path} does not exist here ({Path.cwd()}); run from the project's root or copy presets/default.yaml")
+        raise ParamsError(
+            f"{path} does not exist here ({Path.cwd()}); run from the project's root or copy presets/default.yaml"
+        )
     try:
         raw = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:

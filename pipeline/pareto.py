@@ -163,22 +163,41 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
     for group, marker, color, label in styles:
         if group:
             axes.errorbar(
-                [one.memory / GIB for one in group], [100 * one.score for one in group],
+                [one.memory / GIB for one in group],
+                [100 * one.score for one in group],
                 [100 * one.stderr for one in group],
-                fmt=marker, color=color, ecolor=color, elinewidth=0.7, alpha=0.75, capsize=2, ms=5, label=label,
-            )  # fmt: skip
+                fmt=marker,
+                color=color,
+                ecolor=color,
+                elinewidth=0.7,
+                alpha=0.75,
+                capsize=2,
+                ms=5,
+                label=label,
+            )
     x, y = [one.memory / GIB for one in members], [100 * one.score for one in members]
     axes.step(x, y, where="post", color="#c8442c", lw=1, alpha=0.6)
     axes.errorbar(
-        x, y, [100 * one.stderr for one in members],
-        fmt="o", color="#c8442c", ecolor="#c8442c", elinewidth=0.7, capsize=2, ms=7, label="Pareto front",
-    )  # fmt: skip
+        x,
+        y,
+        [100 * one.stderr for one in members],
+        fmt="o",
+        color="#c8442c",
+        ecolor="#c8442c",
+        elinewidth=0.7,
+        capsize=2,
+        ms=7,
+        label="Pareto front",
+    )
     for one in every:
         if one.reference or one.method in ("qpruner1", "qpruner2"):
             axes.annotate(
-                LABELS.get(one.method, one.method), (one.memory / GIB, 100 * one.score), xytext=(5, 5),
-                textcoords="offset points", fontsize=8,
-            )  # fmt: skip
+                LABELS.get(one.method, one.method),
+                (one.memory / GIB, 100 * one.score),
+                xytext=(5, 5),
+                textcoords="offset points",
+                fontsize=8,
+            )
     source = members[0].source if members else "predicted"
     axes.set_xlabel(f"peak memory of recovery, GiB ({source})")
     axes.set_ylabel(f"{'mean accuracy' if objective == 'accuracy' else objective}, % (± 1 standard error)")
@@ -191,9 +210,13 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
 
 
 LABELS = {
-    "dense": "untouched", "llm_pruner": "LLM-Pruner (16-bit)", "uniform8": "uniform 8-bit",
-    "qpruner1": "QPruner1", "qpruner2": "QPruner2", "qpruner3": "QPruner3",
-}  # fmt: skip
+    "dense": "untouched",
+    "llm_pruner": "LLM-Pruner (16-bit)",
+    "uniform8": "uniform 8-bit",
+    "qpruner1": "QPruner1",
+    "qpruner2": "QPruner2",
+    "qpruner3": "QPruner3",
+}
 
 
 def _page(every: Sequence[Point], members: Sequence[Point], objective: str, path: Path) -> None:
@@ -217,7 +240,9 @@ def _page(every: Sequence[Point], members: Sequence[Point], objective: str, path
             text=[f"{one.name}<br>{one.method}<br>{one.bits}<br>{one.run_id}" for one in group],
         )
     figure.update_layout(
-        title="Pareto front", template="simple_white",
-        xaxis_title="peak memory, GiB", yaxis_title=f"{objective}, %",
-    )  # fmt: skip
+        title="Pareto front",
+        template="simple_white",
+        xaxis_title="peak memory, GiB",
+        yaxis_title=f"{objective}, %",
+    )
     figure.write_html(path, include_plotlyjs=True)

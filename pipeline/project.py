@@ -41,6 +41,7 @@ def run(entry: str, n_trials: str = "params.yaml") -> int:
             raise ParamsError(f"n_trials: {n_trials!r} is no whole number above 0; give one, or leave it out")
         os.environ["QPRUNER_OVERRIDES"] = json.dumps({"search.n_trials": int(n_trials)})
     checked = params.load()
+    tracking.on_termination_interrupt()
     with lock():
         tracking.reap()
         tracking.adopt_project_run()
@@ -104,7 +105,7 @@ _held: Sequence[int] = ()
 
 @contextmanager
 def lock() -> Iterator[None]:
-    """Wait for any other run in this folder; DVC itself would fail at once. Stages that outlive this process hold it too."""
+    """Wait for any other run in this folder: DVC itself would fail at once. Stages that outlive this process count."""
     global _held
     _LOCK.parent.mkdir(parents=True, exist_ok=True)
     with _LOCK.open("w") as file:

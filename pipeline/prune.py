@@ -71,9 +71,7 @@ def run(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) ->
         target = round(before * settings.ratio * step / settings.steps) - (before - now)
         keep = select(scores, model.config, target, settings)
         config, state = remove(model, keep, grams)
-        kept = [
-            {kind: old[kind][new[kind]] for kind in COUPLED} for old, new in zip(kept, keep, strict=True)
-        ]
+        kept = [{kind: old[kind][new[kind]] for kind in COUPLED} for old, new in zip(kept, keep, strict=True)]
         model = checkpoint.from_state(config, state)
     after = sum(parameter.numel() for parameter in model.parameters())
     return Pruned(model.config, state, (before, after), kept)
@@ -233,9 +231,7 @@ def aggregated(members: torch.Tensor, how: str) -> torch.Tensor:
     if how == "prod":
         # In logarithms, relative to each member's mean: plain products of a 7B model's scores underflow.
         return (members.clamp(min=1e-30).log() - members.mean(1, keepdim=True).clamp(min=1e-30).log()).sum(0).exp()
-    return {
-        "sum": members.sum(0), "mean": members.mean(0), "max": members.amax(0), "last": members[-1]
-    }[how]  # fmt: skip
+    return {"sum": members.sum(0), "mean": members.mean(0), "max": members.amax(0), "last": members[-1]}[how]
 
 
 def fisher_mask(model: Any, calibration: Sequence[Batch]) -> Scores:
@@ -257,8 +253,9 @@ def fisher_mask(model: Any, calibration: Sequence[Batch]) -> Scores:
             every = nn.functional.cross_entropy(
                 logits.transpose(1, 2), part.labels[:, 1:], ignore_index=IGNORED, reduction="none"
             )
-            gradients_ = torch.autograd.grad(every.sum() / max((part.labels != IGNORED).sum().item() / len(part.tokens), 1),
-                                             list(seen.values()))
+            gradients_ = torch.autograd.grad(
+                every.sum() / max((part.labels != IGNORED).sum().item() / len(part.tokens), 1), list(seen.values())
+            )
         for ((block, kind), value), gradient in zip(seen.items(), gradients_, strict=True):
             change = (value.detach() * gradient).float().sum(1)  # [B, inputs]
             squares[block][kind] += _by_structure(change, squares[block][kind].numel()).square().sum(0) / rows
@@ -280,10 +277,16 @@ def activation(model: Any, calibration: Sequence[Batch]) -> Scores:
             reader = model.get_submodule(architecture.linear_name(index, _READER[kind])).weight.detach().float()
             count = architecture.group_count(architecture.shapes(model.config)[index], kind)
             width = gram.shape[0] // count
-            energy = torch.stack([
-                torch.einsum("oi,ij,oj->", reader[:, here], gram[here, here], reader[:, here])
-                for here in (slice(start, start + width) for start in range(0, gram.shape[0], width))
-            ]) if width > 1 else gram.diagonal() * reader.square().sum(0)  # fmt: skip
+            energy = (
+                torch.stack(
+                    [
+                        torch.einsum("oi,ij,oj->", reader[:, here], gram[here, here], reader[:, here])
+                        for here in (slice(start, start + width) for start in range(0, gram.shape[0], width))
+                    ]
+                )
+                if width > 1
+                else gram.diagonal() * reader.square().sum(0)
+            )
             scores[kind] = energy / block["output"]
         found.append(scores)
     return found
@@ -315,7 +318,9 @@ class _reading:  # noqa: N801  (a context manager)
     """Collects what the reading linears of every block receive: (block, kind) -> [B, L, inputs]."""
 
     def __init__(self, model: Any, through: Callable[[torch.Tensor], torch.Tensor]):
-        self.model, self.through, self.seen, self.handles = model, through, {}, []
+        self.model, self.through = model, through
+        self.seen: dict[tuple[int, str], torch.Tensor] = {}
+        self.handles: list[Any] = []
 
     def __enter__(self) -> dict[tuple[int, str], torch.Tensor]:
         for block in range(self.model.config.num_hidden_layers):
@@ -371,9 +376,9 @@ def select(scores: Scores, config: Any, target: int, settings: Prune) -> Keep:
     ranked.sort(key=lambda item: (item[0], item[2], item[3], item[4]))
     gone: list[dict[str, set[int]]] = [{kind: set() for kind in COUPLED} for _ in scores]
     left = target
-    for _, cost, index, kind, structure in ranked:
+    for _, cost, index, name, structure in ranked:
         if cost / 2 <= left:  # a large head may not fit where a channel still does
-            gone[index][kind].add(structure)
+            gone[index][name].add(structure)
             left -= cost
     return [
         {

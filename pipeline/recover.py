@@ -66,7 +66,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * outer.to(gradient.dtype), None, None
 
@@ -86,8 +86,14 @@ def response_loss(model: Any, part: Batch) -> tuple[torch.Tensor, int]:
 
 
 def run(
-    model: Any, train: Sequence[Example], validation: Sequence[Example], settings: Recover, steps: int, padding: int,
-    seed: int, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    model: Any,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    settings: Recover,
+    steps: int,
+    padding: int,
+    seed: int,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Recovered:
     """Train the adapters of a model and measure its validation loss; changes the model.
 
@@ -124,7 +130,9 @@ def run(
                 (value / count).backward()
                 total += value.item() / count
             if not math.isfinite(total):
-                raise RecoverError(f"loss is {total} at step {step}; lower recover.learning_rate ({settings.learning_rate})")
+                raise RecoverError(
+                    f"loss is {total} at step {step}; lower recover.learning_rate ({settings.learning_rate})"
+                )
             torch.nn.utils.clip_grad_norm_(weights, _MAX_NORM)
             optimizer.step()
             schedule.step()

@@ -75,10 +75,15 @@ def heat_map(members: Sequence[Point], units: Sequence[str], path: Path) -> None
     rows = [one for one in members if one.bits != "16"]
     figure, axes = pyplot.subplots(figsize=(max(6, len(units) * 0.28), 1.2 + 0.32 * len(rows)), dpi=150)
     axes.imshow(
-        [[int(digit) for digit in one.bits] for one in rows], cmap=ListedColormap(["#dbe4ee", "#c8442c"]),
-        vmin=4, vmax=8, aspect="auto",
-    )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [f"{100 * one.score:.1f} %, {one.memory / GIB:.3f} GiB" for one in rows], fontsize=7)
+        [[int(digit) for digit in one.bits] for one in rows],
+        cmap=ListedColormap(["#dbe4ee", "#c8442c"]),
+        vmin=4,
+        vmax=8,
+        aspect="auto",
+    )
+    axes.set_yticks(
+        range(len(rows)), [f"{100 * one.score:.1f} %, {one.memory / GIB:.3f} GiB" for one in rows], fontsize=7
+    )
     axes.set_xticks(range(len(units)), units, fontsize=6, rotation=0 if len(units) <= 40 else 90)
     axes.set_xlabel("unit (block 0 first); red: 8 bits, grey: 4 bits")
     axes.set_xticks([x - 0.5 for x in range(len(units) + 1)], minor=True)
@@ -98,7 +103,9 @@ def bar_chart(units: Sequence[str], series: Mapping[str, Sequence[float]], path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(series), 1, figsize=(max(7, len(units) * 0.25), 2.4 * len(series)), dpi=150, squeeze=False)
+    figure, axes = pyplot.subplots(
+        len(series), 1, figsize=(max(7, len(units) * 0.25), 2.4 * len(series)), dpi=150, squeeze=False
+    )
     for (label, values), ax in zip(series.items(), axes[:, 0], strict=True):
         ax.bar(range(len(units)), values, color="#2f6fbb")
         ax.set_ylabel(label, fontsize=8)
@@ -111,8 +118,10 @@ def bar_chart(units: Sequence[str], series: Mapping[str, Sequence[float]], path:
 
 
 def write(
-    sections: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]], facts: Sequence[str],
-    pictures: Mapping[str, Path], folder: Path,
+    sections: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]],
+    facts: Sequence[str],
+    pictures: Mapping[str, Path],
+    folder: Path,
 ) -> list[Path]:
     """Write the page as Markdown and as self-contained HTML.
 
@@ -129,8 +138,10 @@ def write(
         "table{border-collapse:collapse;font-size:13px}td,th{padding:.3rem .6rem;border-bottom:1px solid #dbe4ee;"
         "text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}div{overflow-x:auto}"
         "code,td:last-child{font-family:ui-monospace,monospace;font-size:12px}</style>",
-        "<h1>QPruner report</h1><ul>", *[f"<li>{html.escape(fact)}" for fact in facts], "</ul>",
-    ]  # fmt: skip
+        "<h1>QPruner report</h1><ul>",
+        *[f"<li>{html.escape(fact)}" for fact in facts],
+        "</ul>",
+    ]
     for title, columns, rows in sections:
         markdown += [f"## {title}", "", _line(columns), _line(["---"] * len(columns)), *map(_line, rows), ""]
         head = "".join(f"<th>{html.escape(column)}" for column in columns)
@@ -139,7 +150,9 @@ def write(
     for caption, path in pictures.items():
         markdown += [f"## {caption}", "", f"![{caption}]({path.name})", ""]
         data = base64.b64encode(path.read_bytes()).decode()
-        page.append(f"<h2>{html.escape(caption)}</h2><img alt='{html.escape(caption)}' src='data:image/png;base64,{data}'>")
+        page.append(
+            f"<h2>{html.escape(caption)}</h2><img alt='{html.escape(caption)}' src='data:image/png;base64,{data}'>"
+        )
     written = [folder / "report.md", folder / "report.html"]
     written[0].write_text("\n".join(markdown), encoding="utf-8")
     written[1].write_text("\n".join(page), encoding="utf-8")

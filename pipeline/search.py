@@ -127,14 +127,14 @@ def cut_torn_line(journal: Path) -> None:
 
 
 def seeds(settings: Search, space: Space, priors: Priors, generator: random.Random) -> Iterator[Candidate]:
-    """Yield what is tried before the sampler: QPruner1, QPruner2, the sensitivity allocation, one's own, random ones."""
+    """Yield what is tried before the sampler: QPruner1, QPruner2, the sensitivity allocation, your own, random ones."""
     yield Candidate((4,) * space.units, "qpruner1")
     yield Candidate(space.allocate(priors.mutual_information), "qpruner2")
     yield Candidate(space.allocate(_per_byte(priors.sensitivity, space)), "sensitivity")
     for text in settings.seed_bits:
         yield Candidate(tuple(int(digit) for digit in text), "seed")
     for _ in range(settings.n_random):
-        yield Candidate(space.random(generator), "random")
+        yield Candidate(space.draw(generator), "random")
 
 
 def _per_byte(sensitivity: Sequence[float], space: Space) -> list[float]:
@@ -168,7 +168,11 @@ def propose(finished: Sequence[Result], space: Space, priors: Priors, seed: int)
 
 
 def run(
-    study: Study, settings: Search, space: Space, priors: Priors, seed: int,
+    study: Study,
+    settings: Search,
+    space: Space,
+    priors: Priors,
+    seed: int,
     attempt: Callable[[Any, Candidate, int], Result | BaseException],
 ) -> int:
     """Run trials until the study holds ``settings.n_trials`` finished ones.
@@ -212,7 +216,6 @@ def run(
         in_a_row += 1
         if in_a_row == _FAILURES_IN_A_ROW:
             raise SearchError(
-                f"{in_a_row} trials in a row failed, the last with {type(outcome).__name__}: {outcome}. Mend the cause and "
-                "run the same command: finished trials are kept"
+                f"{in_a_row} trials in a row failed, the last with {type(outcome).__name__}: {outcome}. Mend the cause "
+                "and run the same command: finished trials are kept"
             )
-

@@ -40,9 +40,12 @@ class Compressed(mlflow.pyfunc.PythonModel):
             tokens = torch.tensor([self.tokenizer.encode(alpaca.prompt(text))])
             with torch.inference_mode():
                 out = self.model.generate(
-                    input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=limit, do_sample=False,
+                    input_ids=tokens,
+                    attention_mask=torch.ones_like(tokens),
+                    max_new_tokens=limit,
+                    do_sample=False,
                     pad_token_id=self.tokenizer.pad_token_id,
-                )  # fmt: skip
+                )
             answers.append(self.tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True))
         return answers
 

@@ -69,7 +69,11 @@ def prune(params: Params, run: Run) -> None:
     with checkpoint.writing(PRUNED) as folder:
         checkpoint.from_state(pruned.config, pruned.state).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    figures = {"ratio": pruned.ratio, "parameters_before": pruned.parameters[0], "parameters_after": pruned.parameters[1]}
+    figures = {
+        "ratio": pruned.ratio,
+        "parameters_before": pruned.parameters[0],
+        "parameters_after": pruned.parameters[1],
+    }
     _figures(run, "prune", figures)
     _shapes_picture(pruned, run)
 
@@ -138,25 +142,33 @@ def search(params: Params, run: Run) -> None:
     for task in params.evaluate.tasks:
         run.dataset(BENCHMARKS / f"{task}.jsonl", task, "evaluation")
     run.dataset(ALPACA, "alpaca", "training")
-    priors = Priors(**{key: tuple(value) if isinstance(value, list) else value
-                       for key, value in json.loads((REPORTS / "importance.json").read_text()).items()})  # fmt: skip
+    priors = Priors.from_json(json.loads((REPORTS / "importance.json").read_text()))
     budget = params.search.memory_budget_gib
     space = Space.of(
-        lambda bits: context.predict(bits).training, len(context.units), params.search.max_8bit_fraction,
+        lambda bits: context.predict(bits).training,
+        len(context.units),
+        params.search.max_8bit_fraction,
         None if budget is None else int(budget * GIB),
-    )  # fmt: skip
+    )
     study = stage_.Study(STUDY, name, space.units)
     recorder = Recorder(run, name, params, context)
     recorder.agree(study)
     recorder.references(study)
     failed = stage_.run(study, params.search, space, priors, params.seed, recorder.attempt(study))
     finished = study.finished()
-    rows = [{"number": one["number"], "run_id": one["run_id"], "method": one["method"], **_flat(one["result"])} for one in finished]
+    rows = [
+        {"number": one["number"], "run_id": one["run_id"], "method": one["method"], **_flat(one["result"])}
+        for one in finished
+    ]
     pd.DataFrame(rows).to_csv(REPORTS / "trials.csv", index=False)
-    best = max(one["result"]["accuracy"] for one in finished) if finished else None
-    figures = {"study": name, "search_run": run.run_id, "finished": len(finished), "failed": failed, "best_accuracy": best}
-    run.metrics({key: value for key, value in figures.items() if key not in ("study", "search_run")})
-    checkpoint.write_text(REPORTS / "search.json", json.dumps(figures, indent=1))
+    figures = {
+        "finished": len(finished),
+        "failed": failed,
+        "best_accuracy": max((one["result"]["accuracy"] for one in finished), default=None),
+    }
+    run.metrics(figures)
+    summary = {"study": name, "search_run": run.run_id, **figures}
+    checkpoint.write_text(REPORTS / "search.json", json.dumps(summary, indent=1))
     run.artifact(REPORTS / "trials.csv")
 
 
@@ -293,10 +305,8 @@ def pareto(params: Params, run: Run) -> None:
     every, members = _front(params)
     inside = {one.run_id for one in members}
     for one in every:
-        if one.run_id in inside:
-            tracking.reopen(one.run_id).tags({"pareto": "true"})
-        elif not one.reference:
-            tracking.reopen(one.run_id).tags({"pareto": "false"})
+        if not one.reference:
+            tracking.set_tag(one.run_id, "pareto", "true" if one.run_id in inside else "false")
     for path in stage_.write(every, members, params.pareto.objective, REPORTS):
         run.artifact(path)
     run.metrics({"front_size": len(members), "trials": sum(not one.reference for one in every)})
@@ -325,13 +335,18 @@ def build(params: Params, run: Run) -> None:
     run.params({"bits": text, "chosen_run": chosen or ""})
     result, model = trial.run(context, bits, steps=params.build.steps, progress=_steps("build: recovery"))
     lineage = {
-        "chosen_run": chosen or "none: bits given", "git_commit": tracking.git_commit(),
-        "alpaca_md5": tracking.md5(ALPACA), "benchmarks_md5": tracking.md5(BENCHMARKS),
-        "pruned_checkpoint": checkpoint.sha256(PRUNED / checkpoint.CHECKSUMS), "base_model": params.model.source,
+        "chosen_run": chosen or "none: bits given",
+        "git_commit": tracking.git_commit(),
+        "alpaca_md5": tracking.md5(ALPACA),
+        "benchmarks_md5": tracking.md5(BENCHMARKS),
+        "pruned_checkpoint": checkpoint.sha256(PRUNED / checkpoint.CHECKSUMS),
+        "base_model": params.model.source,
         "search_run": json.loads((REPORTS / "search.json").read_text())["search_run"],
-    }  # fmt: skip
+    }
     with checkpoint.writing(FINAL) as folder:
-        (folder / "README.md").write_text(stage_.card(params.register_.name, result, context, lineage), encoding="utf-8")
+        (folder / "README.md").write_text(
+            stage_.card(params.register_.name, result, context, lineage), encoding="utf-8"
+        )
         (folder / "lineage.json").write_text(stage_.lineage_json(lineage))
         figures = stage_.verified(context, bits, model, folder)
     run.metrics(result.metrics())
@@ -348,10 +363,13 @@ def evaluate(params: Params, run: Run) -> None:
     checkpoint.verify(FINAL, "build")
     model = checkpoint.load_final(FINAL, trial.device_of(params).type)
     scores = stage_.run(
-        model, checkpoint.load_tokenizer(FINAL), tasks.load(params.evaluate.tasks, BENCHMARKS),
-        params.evaluate.final_limit, params.evaluate.batch_tokens,
+        model,
+        checkpoint.load_tokenizer(FINAL),
+        tasks.load(params.evaluate.tasks, BENCHMARKS),
+        params.evaluate.final_limit,
+        params.evaluate.batch_tokens,
         lambda found: console.progress(found, "evaluate: batches"),
-    )  # fmt: skip
+    )
     figures = {"accuracy": scores.mean, "accuracy_stderr": scores.mean_stderr, "items": scores.items, **scores.accuracy}
     figures |= {f"{task}_stderr": error for task, error in scores.stderr.items()} | scores.other
     for task in params.evaluate.tasks:
@@ -373,11 +391,20 @@ def register_(params: Params, run: Run) -> None:
     pinned = [line for line in (root / "requirements.txt").read_text().splitlines() if line.split("==")[0] in wanted]
     tags = lineage | {key: f"{value:.4f}" for key, value in figures.items()}
     uri = tracking.register_model(
-        run, params.register_.name, params.register_.alias, root / "pipeline" / "served.py", FINAL.absolute(),
-        [str(root / "pipeline")], pinned, tags, ["What is the capital of France?"],
-    )  # fmt: skip
+        run,
+        params.register_.name,
+        params.register_.alias,
+        root / "pipeline" / "served.py",
+        FINAL.absolute(),
+        [str(root / "pipeline")],
+        pinned,
+        tags,
+        ["What is the capital of France?"],
+    )
     run.tags({"model": uri})
-    checkpoint.write_text(REPORTS / "register.json", json.dumps({"model": uri, "alias": params.register_.alias}, indent=1))
+    checkpoint.write_text(
+        REPORTS / "register.json", json.dumps({"model": uri, "alias": params.register_.alias}, indent=1)
+    )
     console.note(f"registered {uri} as models:/{params.register_.name}@{params.register_.alias}")
 
 
@@ -390,8 +417,9 @@ def report(params: Params, run: Run) -> None:
     priors = json.loads((REPORTS / "importance.json").read_text())
     every, members = _front(params)
     stage_.heat_map(members, priors["units"], REPORTS / "bits.png")
+    ratio = json.loads((REPORTS / "prune.json").read_text())["ratio"]
     facts = [
-        f"model: {params.model.source}; pruned by {100 * json.loads((REPORTS / 'prune.json').read_text())['ratio']:.1f} %",
+        f"model: {params.model.source}; pruned by {100 * ratio:.1f} %",
         f"study {search_['study']}: {search_['finished']} finished trials, {len(members)} on the front",
         f"peak memory is {members[0].source if members else 'predicted'}; ± is one standard error",
     ]

@@ -6,12 +6,14 @@ it at a JSONL file. Nothing is asked of a hub.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval
 import yaml
 
@@ -34,9 +36,14 @@ METRIC: Mapping[str, str] = {task: "acc" for task in FIELDS} | {
 }
 
 CHANCE: Mapping[str, float] = {
-    "boolq": 0.5, "piqa": 0.5, "hellaswag": 0.25, "winogrande": 0.5,
-    "arc_easy": 0.25, "arc_challenge": 0.25, "openbookqa": 0.25,
-}  # fmt: skip
+    "boolq": 0.5,
+    "piqa": 0.5,
+    "hellaswag": 0.25,
+    "winogrande": 0.5,
+    "arc_easy": 0.25,
+    "arc_challenge": 0.25,
+    "openbookqa": 0.25,
+}
 
 _SHIPPED: Mapping[str, str] = {
     "boolq": "super_glue/boolq/default.yaml",
@@ -61,9 +68,8 @@ class HubSource:
 def hub_source(task: str) -> HubSource:
     """Return where lm-eval's shipped definition takes a task's items from."""
     settings = _settings(_shipped(task))
-    return HubSource(
-        settings["dataset_path"], settings.get("dataset_name"), settings.get("test_split") or settings["validation_split"]
-    )
+    split = settings.get("test_split") or settings["validation_split"]
+    return HubSource(settings["dataset_path"], settings.get("dataset_name"), split)
 
 
 def load(names: Iterable[str], folder: str | Path) -> dict[str, Any]:
@@ -79,6 +85,8 @@ def load(names: Iterable[str], folder: str | Path) -> dict[str, Any]:
             if not path.exists():
                 raise FileNotFoundError(f"{path} does not exist; run: dvc repro fetch")
             (Path(scratch) / f"{name}.yaml").write_text(yaml.safe_dump(_on_local_items(name, path)))
+        datasets.disable_progress_bars()  # reading a small file is no progress worth a bar
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         manager = lm_eval.tasks.TaskManager(include_path=scratch, include_defaults=False)
         return manager.load(list(names))["tasks"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -141,7 +143,9 @@ class Run:
     def dataset(self, path: str | Path, name: str, context: str) -> str:
         """Log a file as the run's input, with its MD5 as digest; return the digest."""
         digest = md5(path)
-        source = resolve_dataset_source(str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # mlflow names two equal readings of a local path
+            source = resolve_dataset_source(str(path))
         entity = MetaDataset(source, name=name, digest=digest[:36])._to_mlflow_entity()
         inputs = DatasetInput(entity, [InputTag("mlflow.data.context", context)])
         client().log_inputs(self.run_id, [inputs])
@@ -204,6 +208,7 @@ def _finish_all(run: Run, status: str, error: BaseException | None = None) -> No
 def _system_metrics(run_id: str) -> Any:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
     monitor = SystemMetricsMonitor(run_id, sampling_interval=5)
     monitor.start()
     return monitor
@@ -260,7 +265,11 @@ def trials(study: str) -> list[Any]:
     token = None
     while True:
         page = client().search_runs(
-            experiments(), f"tags.study = '{study}'", order_by=["attributes.start_time ASC"], max_results=_PAGE, page_token=token
+            experiments(),
+            f"tags.study = '{study}'",
+            order_by=["attributes.start_time ASC"],
+            max_results=_PAGE,
+            page_token=token,
         )
         found += page
         token = page.token
@@ -290,9 +299,9 @@ def move(run_id: str, parent: Run) -> None:
     client().set_tag(run_id, _PARENT_TAG, parent.run_id)
 
 
-def delete_tag(run_id: str, key: str) -> None:
-    """Remove a tag."""
-    client().delete_tag(run_id, key)
+def set_tag(run_id: str, key: str, value: str) -> None:
+    """Set a tag of any run."""
+    client().set_tag(run_id, key, value)
 
 
 def status_name(run: Any) -> str:
@@ -322,8 +331,15 @@ def git_commit() -> str:
 
 
 def register_model(
-    run: Run, name: str, alias: str, model_code: Path, checkpoint: Path, code: list[str], requirements: list[str],
-    tags: Mapping[str, str], example: list[str],
+    run: Run,
+    name: str,
+    alias: str,
+    model_code: Path,
+    checkpoint: Path,
+    code: list[str],
+    requirements: list[str],
+    tags: Mapping[str, str],
+    example: list[str],
 ) -> str:
     """Log a checkpoint as a pyfunc model defined by code, register it and move the alias to it.
 

@@ -174,8 +174,13 @@ def device_of(params: Params) -> torch.device:
 
 
 def run(
-    context: Context, bits: Sequence[int], *, steps: int | None = None, limit: int | None = None,
-    progress: Callable[[Any], Any] = iter, trained: bool = True,
+    context: Context,
+    bits: Sequence[int],
+    *,
+    steps: int | None = None,
+    limit: int | None = None,
+    progress: Callable[[Any], Any] = iter,
+    trained: bool = True,
 ) -> tuple[Result, PeftModel]:
     """Assemble, recover and evaluate one bit vector.
 
@@ -207,7 +212,14 @@ def run(
     recovered = timed(
         "recover",
         lambda: recover.run(
-            model, context.train, context.validation, params.recover, steps if trained else 0, padding, params.seed, progress
+            model,
+            context.train,
+            context.validation,
+            params.recover,
+            steps if trained else 0,
+            padding,
+            params.seed,
+            progress,
         ),
     )
     model.eval()

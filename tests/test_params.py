@@ -1,0 +1,330 @@
+import ast
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import FAMILIES, ROOT
+from pydantic import BaseModel, ValidationError
+
+from pipeline import params
+from pipeline.params import ParamsError
+
+
+def change(raw, **changes):
+    for key, value in changes.items():
+        *sections, name = key.split("__")
+        target = raw
+        for section in sections:
+            target = target[section]
+        target[name] = value
+    return raw
+
+
+def refused(raw):
+    with pytest.raises(ParamsError) as caught:
+        params.parse(raw)
+    return str(caught.value)
+
+
+def model_of(folder, family):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    return f"path:{folder}"
+
+
+def sections(kind=params.Params):
+    yield kind
+    for field in kind.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from sections(field.annotation)
+
+
+FIELDS = sorted({(kind.__name__, name) for kind in sections() for name in kind.model_fields})
+
+
+@pytest.fixture(scope="module")
+def attributes_read():
+    files = [path for path in (ROOT / "pipeline").glob("*.py") if path.name != "params.py"]
+    nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text())))
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+
+@pytest.fixture
+def saved(raw_params, tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw_params))
+    return path
+
+
+def test_default_file_parses(default):
+    assert default.seed == 42
+    assert default.evaluate.tasks == params.TASKS
+    assert default.prune.attention_blocks.last == -1
+    assert default.search.memory_budget_gib is None
+    assert default.register_.alias == "champion"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda path: path.stem)
+def test_preset_parses(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert params.load(path).search.n_trials > 0
+
+
+@pytest.mark.parametrize(
+    "key, value, wanted",
+    [
+        ("prune__ratoi", 0.3, ["prune.ratoi", "0.3", "unknown key"]),
+        ("serch", {}, ["serch", "unknown key"]),
+        ("seed", "forty", ["seed", "'forty'", "integer"]),
+        ("seed", True, ["seed", "True", "integer"]),
+        ("seed", 2**32, ["seed", str(2**32), "less than"]),
+        ("device", "tpu", ["device", "'tpu'", "'auto', 'cpu' or 'cuda'"]),
+        ("model", None, ["model", "None", "dictionary"]),
+        ("model__source", "smollm", ["model.source", "'smollm'", "hub:<org>/<name>@<revision>"]),
+        ("model__source", "path:no/such/folder", ["model.source", "no/such/folder does not exist"]),
+        ("model__source", "path:tests", ["model.source", "tests/config.json does not exist"]),
+        ("model__sha256", "abc", ["model.sha256", "'abc'", "[0-9a-f]{64}"]),
+        ("data__alpaca", "path:no/such.jsonl", ["data.alpaca", "no/such.jsonl does not exist"]),
+        ("data__benchmarks", "hub:a/b@main", ["data.benchmarks", "'hub:a/b@main'", "path:"]),
+        ("data__validation_rows", 0, ["data.validation_rows", "0", "greater than 0"]),
+        ("prune__ratio", 0.95, ["prune.ratio", "0.95", "less than 0.9"]),
+        ("prune__ratio", float("nan"), ["prune.ratio", "nan"]),
+        ("prune__structures", ["embeddings"], ["prune.structures.0", "'embeddings'", "'attention' or 'mlp'"]),
+        ("prune__structures", [], ["prune.structures", "at least 1"]),
+        ("prune__samples", 0, ["prune", "samples is 0", "set samples"]),
+        ("prune__attention_blocks", {"first": -1, "last": 2}, ["prune.attention_blocks.first", "-1", "equal to 0"]),
+        ("importance__clusters", 1, ["importance.clusters", "1", "equal to 2"]),
+        ("quantize__double_quant", "yes", ["quantize.double_quant", "'yes'", "boolean"]),
+        ("quantize__iterations", 17, ["quantize.iterations", "17", "equal to 16"]),
+        ("recover__micro_batch_size", 3, ["recover", "batch_size 8", "micro_batch_size 3", "multiple"]),
+        ("recover__learning_rate", float("nan"), ["recover.learning_rate", "nan"]),
+        ("evaluate__tasks", ["boolq", "trivia"], ["evaluate.tasks.1", "'trivia'", "openbookqa"]),
+        ("evaluate__tasks", ["boolq", "boolq"], ["evaluate.tasks", "once"]),
+        ("evaluate__tasks", ["boolq"], None),
+        ("search__seed_bits", ["8888"], ["seed_bits '8888'", "4 of 4", "max_8bit_fraction allows 25%"]),
+        ("search__seed_bits", ["484x"], ["search.seed_bits", "'484x'", "4s and 8s"]),
+        ("search__seed_bits", [""], ["search.seed_bits", "4s and 8s"]),
+        ("search__seed_bits", ["4448"], None),
+        ("search__max_8bit_fraction", 1.5, ["search.max_8bit_fraction", "1.5", "equal to 1"]),
+        ("search__memory_budget_gib", -1.0, ["search.memory_budget_gib", "-1.0", "greater than 0"]),
+        ("search__memory_budget_gib", float("inf"), ["search.memory_budget_gib", "inf"]),
+        ("pareto__objective", "trivia", ["pareto.objective", "'trivia'", "'accuracy'"]),
+        ("build__choose", "worst", ["build.choose", "'worst'", "best"]),
+        ("register__name", "a/b", ["register.name", "'a/b'", "pattern"]),
+    ],
+)
+def test_fault_names_key_value_and_what_is_allowed(raw_params, key, value, wanted):
+    raw = change(raw_params, **{key: value})
+    if wanted is None:
+        params.parse(raw)
+        return
+    lines = refused(raw).splitlines()
+    assert lines[0] == "params.yaml has 1 fault:"
+    assert len(lines) == 2
+    for text in wanted:
+        assert text in lines[1]
+
+
+def test_missing_key_and_section_are_named(raw_params):
+    del raw_params["quantize"], raw_params["prune"]["ratio"]
+    lines = refused(raw_params).splitlines()
+    assert lines[0] == "params.yaml has 2 faults:"
+    for key in ("quantize", "prune.ratio"):
+        assert any(line.startswith(f"  {key}: missing; add it") for line in lines)
+
+
+FAULTS = {
+    "prune__ratoi": 0.3,
+    "seed": "forty",
+    "prune__ratio": 0.95,
+    "data__alpaca": "path:no/such.jsonl",
+    "evaluate__tasks": ["boolq", "trivia"],
+}
+NAMED = ("prune.ratoi", "seed", "prune.ratio", "data.alpaca", "evaluate.tasks.1")
+
+
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        ({}, []),
+        ({"search__seed_bits": ["8888"]}, ["seed_bits '8888'"]),
+        ({"search__seed_bits": ["8888"], "search__n_trials": 0}, ["seed_bits '8888'", "search.n_trials"]),
+        ({"recover__micro_batch_size": 3, "recover__steps": -1}, ["micro_batch_size 3", "recover.steps"]),
+        ({"model__source": "gpt2"}, ["model family 'gpt2'"]),
+    ],
+    ids=["fields", "seed_bits", "seed_bits_beside_another", "micro_batch_beside_another", "family"],
+)
+def test_all_faults_are_listed_at_once(raw_params, tmp_path, more, named):
+    if "model__source" in more:
+        more = {"model__source": model_of(tmp_path, more["model__source"])}
+    message = refused(change(raw_params, **FAULTS, **more))
+    lines = message.splitlines()
+    for key in NAMED:
+        assert sum(line.startswith(f"  {key}:") for line in lines) == 1
+    for text in named:
+        assert text in message
+    assert lines[0] == f"params.yaml has {len(NAMED) + len(named)} faults:"
+    assert len(lines) == 1 + len(NAMED) + len(named)
+
+
+def test_unmeasured_objective_is_refused(raw_params):
+    message = refused(change(raw_params, evaluate__tasks=["boolq", "piqa"], pareto__objective="arc_easy"))
+    for text in ("pareto.objective", "'arc_easy'", "accuracy or one of boolq, piqa"):
+        assert text in message
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", None])
+def test_unsupported_family_of_a_folder_is_refused(raw_params, tmp_path, family):
+    message = refused(change(raw_params, model__source=model_of(tmp_path, family)))
+    for text in ("model.source", repr(family), str(tmp_path), "llama, mistral, qwen2, qwen3"):
+        assert text in message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_supported_family_of_a_folder_is_accepted(raw_params, tmp_path, family):
+    source = model_of(tmp_path, family)
+    assert params.parse(change(raw_params, model__source=source)).model.source == source
+
+
+@pytest.mark.parametrize("raw", [None, [], "text", 3])
+def test_document_that_is_no_mapping_is_refused(raw):
+    assert "must be a mapping of sections" in refused(raw)
+
+
+@pytest.mark.parametrize("section, name", [(None, "seed"), ("search", "n_trials"), ("register_", "alias")])
+def test_params_are_frozen(default, section, name):
+    target = default if section is None else getattr(default, section)
+    before = getattr(target, name)
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(target, name, 1)
+    assert getattr(target, name) == before
+
+
+def test_lists_become_tuples(default):
+    for value in (
+        default.evaluate.tasks,
+        default.search.seed_bits,
+        default.search.references,
+        default.prune.structures,
+    ):
+        assert isinstance(value, tuple)
+
+
+def test_overrides_replace_values(saved, monkeypatch):
+    before = saved.read_text()
+    monkeypatch.setenv("QPRUNER_OVERRIDES", json.dumps({"search.n_trials": 77, "seed": 5, "prune.mlp_blocks.first": 1}))
+    found = params.load(saved)
+    assert (found.search.n_trials, found.seed, found.prune.mlp_blocks.first) == (77, 5, 1)
+    assert saved.read_text() == before
+    monkeypatch.delenv("QPRUNER_OVERRIDES")
+    assert params.load(saved).search.n_trials == 12
+
+
+@pytest.mark.parametrize("key", ["search.n_trails", "nothing.at.all", "seeds"])
+def test_unknown_override_is_refused(saved, monkeypatch, key):
+    monkeypatch.setenv("QPRUNER_OVERRIDES", json.dumps({key: 1}))
+    with pytest.raises(ParamsError, match=rf"{key.split('.')[0]}.*unknown key"):
+        params.load(saved)
+
+
+@pytest.mark.parametrize("value", [None, [1], "text"])
+def test_override_of_a_broken_section_is_refused(raw_params, saved, monkeypatch, value):
+    saved.write_text(yaml.safe_dump(change(raw_params, search=value)))
+    monkeypatch.setenv("QPRUNER_OVERRIDES", json.dumps({"search.n_trials": 3}))
+    with pytest.raises(ParamsError, match="search"):
+        params.load(saved)
+
+
+def test_missing_file_says_what_to_copy(tmp_path):
+    with pytest.raises(ParamsError, match=r"nowhere\.yaml does not exist.*copy presets/default\.yaml"):
+        params.load(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["seed: [1, 2", "a: b: c", "\t- x"])
+def test_invalid_yaml_is_refused(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamsError, match="is no valid YAML"):
+        params.load(path)
+
+
+def test_file_is_named_in_the_message(saved):
+    saved.write_text("seed: 1\n")
+    with pytest.raises(ParamsError, match=re.escape(f"{saved} has ")):
+        params.load(saved)
+
+
+def test_flatten_joins_nested_keys(default):
+    flat = params.flatten(default.prune, "prune.")
+    nested = {"attention_blocks", "mlp_blocks"}
+    plain = {f"prune.{name}" for name in params.Prune.model_fields if name not in nested}
+    assert flat.keys() == plain | {f"prune.{name}.{end}" for name in nested for end in ("first", "last")}
+    assert flat["prune.structures"] == ["attention", "mlp"]
+    assert flat["prune.attention_blocks.last"] == -1
+    assert params.flatten(default.build) == {"choose": "best", "steps": 24}
+
+
+def test_digest_is_a_hash_of_the_sorted_json(default):
+    text = '[{"choose": "best", "steps": 24}, "text", {"a": [1, 2], "b": null}, 3]'
+    expected = hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert params.digest(default.build, "text", {"b": None, "a": [1, 2]}, 3) == expected
+    assert params.digest(default.build, "text", {"a": (1, 2), "b": None}, 3) == expected
+
+
+def test_digest_is_equal_for_equal_params(raw_params, default):
+    assert params.digest(params.parse(raw_params)) == params.digest(default)
+    assert re.fullmatch("[0-9a-f]{12}", params.digest(default))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("seed", 43),
+        ("prune__ratio", 0.21),
+        ("prune__mlp_blocks", {"first": 1, "last": -1}),
+        ("evaluate__tasks", ["piqa", "boolq"]),
+        ("search__seed_bits", ["4448"]),
+        ("search__memory_budget_gib", 1.0),
+        ("quantize__double_quant", True),
+        ("register__alias", "other"),
+    ],
+)
+def test_digest_changes_with_any_value(raw_params, default, key, value):
+    assert params.digest(params.parse(change(raw_params, **{key: value}))) != params.digest(default)
+
+
+def test_digest_tells_order_and_grouping_apart():
+    found = [params.digest("a", "b"), params.digest("b", "a"), params.digest("ab"), params.digest(["a", "b"])]
+    assert len(set(found)) == 4
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("model:\n  source: hub:a/b@main\n", True),
+        ("data:\n  alpaca: 'hub:a/b@main'\n", True),
+        ("data:\n  benchmarks: hub # all of them\n", True),
+        (
+            "model:\n  source: path:hub\ndata:\n  alpaca: path:x # or hub:a/b@main\n  benchmarks: path:y # or hub\n",
+            False,
+        ),
+        (": : no yaml", False),
+    ],
+)
+def test_uses_hub_looks_at_the_sources_only(tmp_path, text, expected):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    assert params.uses_hub(path) is expected
+
+
+def test_missing_file_uses_no_hub():
+    assert params.uses_hub(Path("no/such/params.yaml")) is False
+
+
+@pytest.mark.parametrize("section, name", FIELDS, ids=[f"{section}.{name}" for section, name in FIELDS])
+def test_field_is_read_by_the_pipeline(attributes_read, section, name):
+    by_name = {stage for stage in params.Params.model_fields if stage in ("register_",)}
+    assert name in attributes_read | by_name

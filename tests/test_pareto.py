@@ -1,0 +1,208 @@
+import csv
+import json
+import random
+import re
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline import pareto
+from pipeline.pareto import Point
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def point(score, memory, run_id="a", **changes):
+    values = {
+        "run_id": run_id, "name": f"trial {run_id}", "method": "sampler", "bits": "4484", "score": score, "stderr": 0.05,
+        "memory": memory, "source": "predicted", "reference": False, "metrics": {},
+    }  # fmt: skip
+    return Point(**values | changes)
+
+
+def cloud(seed, count=25, most=12):
+    generator = random.Random(seed)
+    return [point(generator.randrange(most), generator.randrange(most), f"{index:02}") for index in range(count)]
+
+
+def fake_run(status="FINISHED", stage="trial", **metrics):
+    every = {"accuracy": 0.5, "accuracy_stderr": 0.02, "peak_memory_bytes": 1e9, "boolq": 0.6, "boolq_stderr": 0.1}
+    return SimpleNamespace(
+        info=SimpleNamespace(status=status, run_id="f" * 32, run_name="trial 3"),
+        data=SimpleNamespace(
+            metrics=every | metrics,
+            tags={"method": "random", "stage": stage, "memory_source": "predicted"},
+            params={"bits": "4488"},
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    "one, other, expected",
+    [
+        ((0.6, 10), (0.5, 10), True),
+        ((0.5, 9), (0.5, 10), True),
+        ((0.6, 9), (0.5, 10), True),
+        ((0.5, 10), (0.5, 10), False),
+        ((0.6, 11), (0.5, 10), False),
+        ((0.4, 9), (0.5, 10), False),
+        ((0.5, 11), (0.5, 10), False),
+        ((0.4, 10), (0.5, 10), False),
+        ((0.4, 11), (0.5, 10), False),
+    ],
+)
+def test_dominance_truth_table(one, other, expected):
+    assert pareto.dominates(point(*one), point(*other)) is expected
+
+
+def test_front_by_hand():
+    every = [
+        point(5, 5, "a"),
+        point(7, 9, "b"),
+        point(6, 9, "c"),
+        point(4, 4, "d"),
+        point(4, 6, "e"),
+        point(7, 12, "f"),
+    ]
+    assert [one.run_id for one in pareto.front(every)] == ["d", "a", "b"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_front_is_what_nothing_dominates(seed):
+    every = cloud(seed)
+    members = pareto.front(every)
+    expected = {
+        one.run_id
+        for one in every
+        if not any((o.score >= one.score and o.memory < one.memory) or (o.score > one.score and o.memory <= one.memory)
+                   for o in every)
+    }  # fmt: skip
+    assert {one.run_id for one in members} == expected
+    assert [one.memory for one in members] == sorted(one.memory for one in members)
+
+
+def test_front_keeps_duplicates():
+    every = [point(0.5, 10, "b"), point(0.5, 10, "a"), point(0.4, 12, "c")]
+    assert [one.run_id for one in pareto.front(every)] == ["a", "b"]
+
+
+def test_front_of_equal_points_is_all_of_them():
+    assert len(pareto.front([point(0.5, 10, str(index)) for index in range(4)])) == 4
+
+
+@pytest.mark.parametrize("every", [[], [point(0.1, 1)]], ids=["empty", "single"])
+def test_front_of_none_or_one_is_itself(every):
+    assert pareto.front(every) == every
+
+
+@pytest.mark.parametrize(
+    "members, expected",
+    [
+        ([], 0),
+        ([(5, 4)], 5 * 6),
+        ([(5, 4), (7, 8)], 5 * 6 + 2 * 2),
+        ([(7, 8), (5, 4)], 5 * 6 + 2 * 2),
+        ([(5, 4), (5, 4)], 5 * 6),
+        ([(5, 4), (4, 6)], 5 * 6),
+        ([(5, 10)], 0),
+        ([(5, 12)], 0),
+        ([(0, 4), (-1, 2)], 0),
+    ],
+)
+def test_hypervolume_by_hand(members, expected):
+    assert pareto.hypervolume([point(*one) for one in members], 0, 10) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_hypervolume_counts_the_dominated_cells(seed):
+    every, worst_score, worst_memory = cloud(seed, count=8), 2, 10
+    cells = sum(
+        any(one.score >= score + 1 and one.memory <= memory for one in every)
+        for score, memory in product(range(worst_score, 12), range(worst_memory))
+    )
+    assert pareto.hypervolume(every, worst_score, worst_memory) == pytest.approx(cells)
+    assert pareto.hypervolume(pareto.front(every), worst_score, worst_memory) == pytest.approx(cells)
+
+
+def test_best_is_highest_score_then_least_memory():
+    members = [point(0.4, 1, "a"), point(0.6, 9, "b"), point(0.6, 7, "c"), point(0.5, 2, "d")]
+    assert pareto.best(members).run_id == "c"
+
+
+def test_best_of_none_says_what_to_run():
+    with pytest.raises(ValueError, match="front is empty.*mlflow run"):
+        pareto.best([])
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "FAILED", "KILLED", "SCHEDULED"])
+def test_points_leave_out_unfinished_runs(status):
+    found = pareto.points([fake_run(status), fake_run(), fake_run(status)], "accuracy")
+    assert len(found) == 1
+
+
+def test_points_leave_out_runs_without_the_objective():
+    assert pareto.points([fake_run()], "piqa") == []
+
+
+@pytest.mark.parametrize(
+    "objective, score, stderr, stage", [("accuracy", 0.5, 0.02, "trial"), ("boolq", 0.6, 0.1, "reference")]
+)
+def test_points_carry_what_the_run_holds(objective, score, stderr, stage):
+    run = fake_run(stage=stage)
+    (found,) = pareto.points([run], objective)
+    assert found == Point(
+        "f" * 32, "trial 3", "random", "4488", score, stderr, 10**9, "predicted", stage == "reference", run.data.metrics
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    every = [
+        point(0.5, 2**30, "aa", method="qpruner1"),
+        point(0.6, 2**31, "bb", method="qpruner2"),
+        point(0.4, 2**31, "cc"),
+        point(0.9, 2**32, "dd", method="dense", reference=True, bits="16"),
+    ]
+    members = pareto.front([one for one in every if not one.reference])
+    folder = tmp_path_factory.mktemp("reports") / "new"
+    return every, members, pareto.write(every, members, "accuracy", folder)
+
+
+def test_write_makes_four_files(written):
+    paths = written[2]
+    assert [path.name for path in paths] == ["pareto.csv", "pareto.json", "pareto.png", "pareto.html"]
+    assert all(path.stat().st_size > 100 for path in paths)
+    assert paths[2].read_bytes().startswith(PNG)
+
+
+def test_json_rows_are_the_points_front_first(written):
+    rows = json.loads(written[2][1].read_text())
+    assert [(row["run_id"], row["front"]) for row in rows] == [("aa", True), ("bb", True), ("cc", False), ("dd", False)]
+    assert rows[1] == {
+        "front": True, "name": "trial bb", "method": "qpruner2", "bits": "4484", "score": 0.6, "stderr": 0.05,
+        "peak_memory_bytes": 2**31, "memory_source": "predicted", "run_id": "bb",
+    }  # fmt: skip
+
+
+def test_csv_holds_the_same_rows_as_json(written):
+    rows = json.loads(written[2][1].read_text())
+    with written[2][0].open() as file:
+        assert list(csv.DictReader(file)) == [{key: str(value) for key, value in row.items()} for row in rows]
+
+
+def test_page_is_self_contained(written):
+    page = written[2][3].read_text(encoding="utf-8")
+    assert len(page) > 1_000_000
+    assert "Plotly.newPlot" in page
+    assert not re.search(r"<script[^>]*\ssrc\s*=", page)
+    assert not re.search(r"<(link|img|iframe)[^>]*(href|src)\s*=\s*[\"']?https?:", page)
+    for one in written[0]:
+        assert one.run_id in page
+
+
+@pytest.mark.parametrize("every", [[], [point(0.9, 10, reference=True)]], ids=["nothing", "reference_only"])
+def test_write_of_an_empty_front(tmp_path, every):
+    for path in pareto.write(every, [], "boolq", tmp_path):
+        assert path.exists()
+    assert len(json.loads((tmp_path / "pareto.json").read_text())) == len(every)

@@ -1,0 +1,618 @@
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import FAMILIES, batches, tiny_config, tiny_model
+
+from pipeline import alpaca, architecture, checkpoint, prune
+from pipeline.alpaca import IGNORED, Batch
+from pipeline.architecture import COUPLED, BlockShape
+from pipeline.params import BlockRange
+
+READERS = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+
+
+@pytest.fixture
+def settings(default):
+    def changed(**values):
+        return default.prune.model_copy(update=values)
+
+    return changed
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def random_keep(config, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    keep = []
+    for shape in architecture.shapes(config):
+        groups = {kind: architecture.group_count(shape, kind) for kind in COUPLED}
+        stay = {kind: int(torch.randint(1, size + 1, (1,), generator=generator)) for kind, size in groups.items()}
+        keep.append(
+            {kind: torch.randperm(size, generator=generator)[: stay[kind]].sort()[0] for kind, size in groups.items()}
+        )
+    return keep
+
+
+def columns(config, shape, kind, structures):
+    return architecture.member_indices(config, shape, READERS[kind], structures)
+
+
+def reader(model, block, kind):
+    return model.get_submodule(architecture.linear_name(block, READERS[kind]))
+
+
+def mask(model, keep):
+    """Zero, in the dense model, what the removed structures hand on."""
+    with torch.no_grad():
+        for block, (shape, here) in enumerate(zip(architecture.shapes(model.config), keep, strict=True)):
+            for kind, stay in here.items():
+                weight = reader(model, block, kind).weight
+                mask_ = torch.zeros(weight.shape[1])
+                mask_[columns(model.config, shape, kind, stay)] = 1
+                weight *= mask_
+    return model
+
+
+def ragged():
+    """Two batches whose rows have 11, 4, 7 and 9 labelled positions."""
+    found = batches(2)
+    for part, row, length in ((found[0], 1, 5), (found[1], 0, 8), (found[1], 1, 10)):
+        part.labels[row, length:] = IGNORED
+    return found
+
+
+def row_losses(model, part):
+    """Mean next-token cross-entropy of each row, from the definition."""
+    logits = model(input_ids=part.tokens, use_cache=False).logits.double()
+    found = []
+    for row in range(len(part.tokens)):
+        at = [i for i in range(1, part.tokens.shape[1]) if part.labels[row, i] != IGNORED]
+        chosen = logits[row, [i - 1 for i in at]].log_softmax(-1)
+        found.append(-chosen[torch.arange(len(at)), part.labels[row, at]].mean())
+    return found
+
+
+def row_gradients(model, parts, wanted):
+    """Gradients of each row's loss: one list per row, in the order of ``wanted``."""
+    for tensor in wanted:
+        tensor.requires_grad_(True)
+    rows = [Batch(part.tokens[i : i + 1], part.labels[i : i + 1]) for part in parts for i in range(len(part.tokens))]
+    return [torch.autograd.grad(row_losses(model, row)[0], wanted) for row in rows]
+
+
+def mean(values):
+    return torch.stack(list(values)).mean(0)
+
+
+# --- removal
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_model_computes_what_the_masked_dense_model_does(family):
+    model = tiny_model(family)
+    keep = random_keep(model.config)
+    assert any(len(one["attention"]) == 1 for one in keep)
+    smaller = checkpoint.from_state(*prune.remove(model, keep))
+    (part,) = batches(1)
+    with torch.no_grad():
+        dense = model(input_ids=part.tokens).logits
+        found = smaller(input_ids=part.tokens).logits
+        expected = mask(model, keep)(input_ids=part.tokens).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found - dense).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_removal_takes_exactly_the_parameters_of_its_groups(family):
+    model = tiny_model(family)
+    keep = random_keep(model.config, seed=1)
+    smaller = checkpoint.from_state(*prune.remove(model, keep))
+    gone = sum(
+        architecture.group_parameters(model.config, shape, kind) * (architecture.group_count(shape, kind) - len(stay))
+        for shape, here in zip(architecture.shapes(model.config), keep, strict=True)
+        for kind, stay in here.items()
+    )
+    assert gone > 0
+    assert count(smaller) == count(model) - gone
+
+
+def test_removal_leaves_the_dense_model_as_it_was():
+    model = tiny_model("qwen2")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    prune.remove(model, random_keep(model.config))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_run_removes_the_ratio_and_reports_it(family, steps, settings):
+    # 0.25 tells the removed share from the kept one
+    model = tiny_model(family)
+    found = prune.run(model, batches(), settings(ratio=0.25, steps=steps, importance="magnitude"), 0)
+    after = count(checkpoint.from_state(found.config, found.state))
+    assert found.parameters == (count(model), after)
+    assert found.ratio == pytest.approx(1 - after / count(model))
+    half_a_head = architecture.group_parameters(model.config, BlockShape(4, 2, 96), "attention") / 2
+    assert abs(count(model) - after - 0.25 * count(model)) <= half_a_head
+
+
+@pytest.mark.parametrize("importance", ["taylor1", "magnitude"])
+def test_kept_structures_of_several_steps_are_numbered_as_in_the_original(importance, settings):
+    model = tiny_model("qwen2", num_attention_heads=8, num_key_value_heads=4)
+    found = prune.run(model, batches(), settings(ratio=0.3, steps=3, importance=importance), 0)
+    config, state = prune.remove(model, found.kept)
+    assert config.block_shapes == found.config.block_shapes
+    assert any(len(here["mlp"]) < 96 for here in found.kept)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, found.state[name])
+
+
+def test_ratio_zero_removes_nothing(settings):
+    model = tiny_model()
+    found = prune.run(model, batches(), settings(ratio=0.0), 0)
+    assert found.ratio == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, found.state[name])
+
+
+# --- selection
+
+
+def scores_of(config, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {kind: torch.rand(architecture.group_count(shape, kind), generator=generator) for kind in COUPLED}
+        for shape in architecture.shapes(config)
+    ]
+
+
+def removed(config, keep, kind):
+    return [
+        sorted(set(range(architecture.group_count(shape, kind))) - set(here[kind].tolist()))
+        for shape, here in zip(architecture.shapes(config), keep, strict=True)
+    ]
+
+
+def removed_parameters(config, keep):
+    return sum(
+        architecture.group_parameters(config, shape, kind) * len(gone)
+        for kind in COUPLED
+        for shape, gone in zip(architecture.shapes(config), removed(config, keep, kind), strict=True)
+    )
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("number", [1, 4, 7, 9])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_global_selection_is_the_cheapest_subset_of_all(kind, number, seed, settings):
+    config = tiny_config(
+        num_hidden_layers=3, intermediate_size=4, num_attention_heads=4, num_key_value_heads=4, head_dim=4
+    )
+    scores = scores_of(config, seed)
+    cost = architecture.group_parameters(config, BlockShape(4, 4, 4), kind)
+    places = list(itertools.product(range(3), range(4)))
+    subsets = (
+        subset
+        for subset in itertools.combinations(places, number)
+        if all(sum(block == b for b, _ in subset) < 4 for block in range(3))
+    )
+    best = min(subsets, key=lambda subset: sum(float(scores[block][kind][i]) for block, i in subset))
+    keep = prune.select(scores, config, number * cost, settings(scope="global", structures=(kind,)))
+    assert [(block, i) for block, gone in enumerate(removed(config, keep, kind)) for i in gone] == sorted(best)
+
+
+def test_global_selection_ranks_by_score_per_parameter(settings):
+    config = tiny_config(num_hidden_layers=2)
+    head, channel = (architecture.group_parameters(config, BlockShape(4, 2, 96), kind) for kind in COUPLED)
+    scores = [{"attention": torch.ones(2) * head, "mlp": torch.ones(96) * channel} for _ in range(2)]
+    scores[1]["attention"][1] *= 0.5  # dearer than any channel as a sum, cheapest by parameter
+    scores[0]["mlp"][7] *= 0.9
+    keep = prune.select(scores, config, head + channel, settings(scope="global"))
+    assert removed(config, keep, "attention") == [[], [1]]
+    assert removed(config, keep, "mlp") == [[7], []]
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("structures", [("attention", "mlp"), ("attention",), ("mlp",)])
+@pytest.mark.parametrize("share", [0.1, 0.37, 0.6, 0.99])
+def test_selection_meets_its_target_to_half_a_structure(scope, structures, share, settings):
+    config = tiny_config(num_attention_heads=16, num_key_value_heads=8, head_dim=4)
+    shape = BlockShape(16, 8, 96)
+    costs = {kind: architecture.group_parameters(config, shape, kind) for kind in structures}
+    removable = 4 * sum(cost * (architecture.group_count(shape, kind) - 1) for kind, cost in costs.items())
+    target = round(share * removable)
+    keep = prune.select(scores_of(config), config, target, settings(scope=scope, structures=structures))
+    assert abs(removed_parameters(config, keep) - target) <= max(costs.values()) / 2
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_selection_keeps_the_best_of_each_kind_in_each_block(scope, settings):
+    config = tiny_config()
+    scores = scores_of(config)
+    keep = prune.select(scores, config, 10**9, settings(scope=scope))
+    for here, block in zip(keep, scores, strict=True):
+        for kind in COUPLED:
+            assert here[kind].tolist() == [int(block[kind].argmax())]
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize(
+    ("structures", "attention", "mlp", "touched"),
+    [
+        (("attention", "mlp"), (1, 2), (2, -1), {"attention": [1, 2], "mlp": [2, 3]}),
+        (("mlp",), (0, -1), (0, 0), {"attention": [], "mlp": [0]}),
+        (("attention",), (3, 3), (0, -1), {"attention": [3], "mlp": []}),
+    ],
+)
+def test_selection_stays_in_its_blocks_and_kinds(scope, structures, attention, mlp, touched, settings):
+    config = tiny_config()
+    spans = [BlockRange(first=first, last=last) for first, last in (attention, mlp)]
+    chosen = settings(scope=scope, structures=structures, attention_blocks=spans[0], mlp_blocks=spans[1])
+    keep = prune.select(scores_of(config), config, 10**9, chosen)
+    for kind, blocks in touched.items():
+        assert [block for block, gone in enumerate(removed(config, keep, kind)) if gone] == blocks
+
+
+def test_kept_indices_ascend_and_do_not_depend_on_ties(settings):
+    config = tiny_config()
+    scores = [{"attention": torch.ones(2), "mlp": torch.ones(96)} for _ in range(4)]
+    found = [prune.select(scores, config, 40000, settings()) for _ in range(2)]
+    for here, again in zip(*found, strict=True):
+        for kind in COUPLED:
+            assert torch.equal(here[kind], again[kind])
+            assert here[kind].tolist() == sorted(here[kind].tolist())
+
+
+def test_local_scope_takes_the_same_share_of_each_block_where_global_does_not(settings):
+    config = tiny_config(num_attention_heads=16, num_key_value_heads=8, head_dim=4)
+    scores = scores_of(config)
+    for kind in COUPLED:
+        scores[2][kind] *= 100  # a block that a global ranking would spare
+    target = removed_parameters(config, [{"attention": torch.arange(6), "mlp": torch.arange(72)}] * 4)
+    keep = prune.select(scores, config, target, settings(scope="local"))
+    for kind, gone in (("attention", 2), ("mlp", 24)):
+        assert [len(one) for one in removed(config, keep, kind)] == [gone] * 4
+        for here, block in zip(removed(config, keep, kind), scores, strict=True):
+            assert here == sorted(block[kind].argsort()[:gone].tolist())
+    spared = prune.select(scores, config, target, settings(scope="global"))
+    assert [removed(config, spared, kind)[2] for kind in COUPLED] == [[], []]
+
+
+# --- settings that do not fit
+
+
+def span(first, last):
+    return BlockRange(first=first, last=last)
+
+
+@pytest.mark.parametrize(("first", "last"), [(4, 4), (0, 4), (2, 1), (5, -1)])
+def test_block_range_outside_the_model_is_refused(first, last, settings):
+    config = tiny_config()
+    with pytest.raises(ValueError) as error:
+        prune.check(config, 10**6, settings(mlp_blocks=span(first, last)))
+    assert str(error.value) == f"prune.mlp_blocks: {first} to {last} is no range within blocks 0 to 3"
+
+
+def test_both_block_ranges_are_reported_at_once(settings):
+    with pytest.raises(ValueError) as error:
+        prune.check(tiny_config(), 10**6, settings(attention_blocks=span(9, -1), mlp_blocks=span(0, 7)))
+    assert str(error.value).splitlines() == [
+        "prune.attention_blocks: 9 to -1 is no range within blocks 0 to 3",
+        "prune.mlp_blocks: 0 to 7 is no range within blocks 0 to 3",
+    ]
+
+
+def test_ratio_too_large_names_what_is_possible(settings):
+    config = tiny_config()
+    # two MLPs, 95 of 96 channels each, 3 x 64 parameters a channel
+    possible = 2 * 95 * 3 * 64
+    chosen = {"structures": ("mlp",), "mlp_blocks": span(1, 2)}
+    prune.check(config, 100_000, settings(ratio=possible / 100_000, **chosen))
+    with pytest.raises(ValueError, match=r"^prune.ratio: 0.4 of 100,000 parameters is more than the 0.365 ") as error:
+        prune.check(config, 100_000, settings(ratio=0.4, **chosen))
+    assert "lower it or widen the ranges" in str(error.value)
+
+
+def test_run_refuses_before_it_scores(settings, monkeypatch):
+    monkeypatch.setattr(prune, "importance", lambda *_: pytest.fail("scored"))
+    with pytest.raises(ValueError, match="attention_blocks"):
+        prune.run(tiny_model(), batches(), settings(attention_blocks=span(4, 4)), 0)
+
+
+# --- importance
+
+
+def test_taylor1_is_the_slope_of_the_loss_when_a_weight_is_scaled(settings):
+    model, parts = tiny_model(), ragged()
+    first, second = prune.gradients(model, parts, "taylor1")
+    scores = prune.weight_scores(model, first, second, "taylor1")
+    step = 0.05
+    for name in (
+        architecture.linear_name(0, "self_attn.k_proj"),
+        architecture.linear_name(1, "mlp.gate_proj"),
+        architecture.linear_name(3, "self_attn.o_proj"),
+    ):
+        weight = model.get_submodule(name).weight
+        for place in scores[name].abs().flatten().argsort(descending=True)[:3].tolist():
+            before = float(weight.detach().view(-1)[place])
+            losses = []
+            for factor in (1 + step, 1 - step):
+                with torch.no_grad():
+                    weight.view(-1)[place] = before * factor
+                    losses.append(torch.stack([row for part in parts for row in row_losses(model, part)]).mean())
+                    weight.view(-1)[place] = before
+            slope = float(losses[0] - losses[1]) / (2 * step)
+            assert float(scores[name].view(-1)[place]) == pytest.approx(slope, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["taylor1", "taylor2", "taylor_mix"])
+def test_taylor_scores_equal_their_formulas_from_gradients_of_rows(kind):
+    model, parts = tiny_model(), ragged()
+    first, second = prune.gradients(model, parts, kind)
+    found = prune.weight_scores(model, first, second, kind)
+    names = list(architecture.linears(model.config))
+    weights = [model.get_submodule(name).weight for name in names]
+    gradients = list(zip(*row_gradients(model, parts, weights), strict=True))
+    for name, weight, of_rows in zip(names, weights, gradients, strict=True):
+        slope, fisher = mean(of_rows), mean(one.square() for one in of_rows)
+        expected = {
+            "taylor1": weight * slope,
+            "taylor2": weight**2 * fisher,
+            "taylor_mix": weight * slope - weight**2 * fisher / 2,
+        }[kind]
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["taylor1", "taylor2", "fisher_mask", "activation"])
+def test_importance_leaves_no_gradients_behind(kind, settings):
+    model = tiny_model()
+    prune.importance(model, batches(), settings(importance=kind))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def masked_gradients(model, parts):
+    """Gradients of each row's loss by an explicit mask on what the structures hand to their readers."""
+    places, masks, handles = [], [], []
+
+    def hook(mask_):
+        def scale(_, inputs):
+            return (inputs[0] * mask_.repeat_interleave(inputs[0].shape[-1] // len(mask_)),)
+
+        return scale
+
+    for block, shape in enumerate(architecture.shapes(model.config)):
+        for kind in COUPLED:
+            ones = torch.ones(architecture.group_count(shape, kind), requires_grad=True)
+            places.append((block, kind))
+            masks.append(ones)
+            handles.append(reader(model, block, kind).register_forward_pre_hook(hook(ones)))
+    gradients = row_gradients(model, parts, masks)
+    for handle in handles:
+        handle.remove()
+    return dict(zip(places, zip(*gradients, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("parts", [batches(), ragged()], ids=["even", "ragged"])
+def test_fisher_mask_is_the_mean_square_of_each_rows_mask_gradient(family, parts):
+    model = tiny_model(family)
+    found = prune.fisher_mask(model, parts)
+    for (block, kind), of_rows in masked_gradients(model, parts).items():
+        expected = mean(one.square() for one in of_rows)
+        torch.testing.assert_close(found[block][kind], expected, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["taylor1", "taylor2", "fisher_mask", "activation"])
+def test_scores_do_not_depend_on_how_rows_are_batched(kind, settings):
+    model, parts = tiny_model(), ragged()
+    alone = [Batch(part.tokens[i : i + 1], part.labels[i : i + 1]) for part in parts for i in range(len(part.tokens))]
+    found, expected = (prune.importance(model, one, settings(importance=kind)) for one in (parts, alone))
+    for here, there in zip(found, expected, strict=True):
+        for structures in COUPLED:
+            torch.testing.assert_close(here[structures], there[structures], rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["taylor1", "taylor2", "fisher_mask", "activation"])
+def test_padding_does_not_change_scores(kind, settings):
+    model = tiny_model()
+    rows = [alpaca.Example(tuple(part.tokens[0].tolist()), 3) for part in batches(4)]
+    short = [alpaca.Example(row.tokens[: 6 + i], 3) for i, row in enumerate(rows)]
+    padded = [alpaca.batch(short, padding, True) for padding in (1, 7)]
+    found, expected = (prune.importance(model, [one], settings(importance=kind)) for one in padded)
+    for here, there in zip(found, expected, strict=True):
+        for structures in COUPLED:
+            torch.testing.assert_close(here[structures], there[structures], rtol=1e-4, atol=1e-9)
+
+
+def test_activation_is_the_share_of_energy_written_into_the_residual_stream(settings):
+    model, parts = tiny_model(), batches()
+    found = prune.importance(model, parts, settings(importance="activation"))
+    tokens = torch.cat([part.tokens for part in parts])
+    inputs = {}
+    handles = [
+        reader(model, block, kind).register_forward_pre_hook(
+            lambda _, seen, place=(block, kind): inputs.__setitem__(place, seen[0])
+        )
+        for block in range(4)
+        for kind in COUPLED
+    ]
+    outputs = []
+    handles += [block.register_forward_hook(lambda *seen: outputs.append(seen[2])) for block in model.model.layers]
+    with torch.no_grad():
+        model(input_ids=tokens)
+    for handle in handles:
+        handle.remove()
+    for (block, kind), value in inputs.items():
+        output = outputs[block][0] if isinstance(outputs[block], tuple) else outputs[block]
+        weight = reader(model, block, kind).weight.detach()
+        shape = BlockShape(4, 2, 96)
+        for structure in range(0, architecture.group_count(shape, kind), 1 if kind == "attention" else 19):
+            here = columns(model.config, shape, kind, torch.tensor([structure]))
+            written = value[..., here] @ weight[:, here].T
+            expected = float(written.square().mean() / output.square().mean())
+            assert float(found[block][kind][structure]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_random_importance_is_seeded_and_leaves_the_global_generator_alone(settings):
+    model = tiny_model()
+    state = torch.get_rng_state()
+    found = [prune.importance(model, [], settings(importance="random"), seed) for seed in (3, 3, 4)]
+    assert torch.equal(torch.get_rng_state(), state)
+    for kind, size in (("attention", 2), ("mlp", 96)):
+        once, again, other = (one[1][kind] for one in found)
+        assert once.shape == (size,)
+        assert torch.equal(once, again)
+        assert not torch.equal(once, other)
+        assert not torch.equal(once, found[0][2][kind])
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("sum", [6.0, 15.0]),
+        ("mean", [2.0, 5.0]),
+        ("max", [3.0, 8.0]),
+        ("last", [3.0, 1.0]),
+        # members relative to their means: (1 * 2 * 3, 6 * 8 * 1) / (3.5 * 5 * 2)
+        ("prod", [6 / 35, 48 / 35]),
+    ],
+)
+def test_members_become_one_score_by_hand(how, expected):
+    members = torch.tensor([[1.0, 6.0], [2.0, 8.0], [3.0, 1.0]])
+    torch.testing.assert_close(prune.aggregated(members, how), torch.tensor(expected))
+
+
+def test_product_of_tiny_scores_does_not_underflow():
+    members = torch.tensor([[1.0, 2.0], [4.0, 3.0], [1.0, 5.0], [1.0, 1.0]]) * 1e-15
+    found = prune.aggregated(members, "prod")
+    assert float(found[1] / found[0]) == pytest.approx(30 / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("level", "member"),
+    [
+        # what a linear gives to the score of structure 1: sums of |w|, or |sums| of w
+        ("parameter", lambda weights, dim: float(weights.abs().sum())),
+        ("vector", lambda weights, dim: float(weights.sum(dim).abs().sum())),
+    ],
+)
+def test_level_takes_absolute_values_before_or_after_the_sum(level, member):
+    model = tiny_model()
+    scores = {name: model.get_submodule(name).weight.detach() for name in architecture.linears(model.config)}
+    found = prune.structure_scores(model, scores, level, "sum")
+    rows = {
+        "attention": (
+            ("q_proj", (slice(32, 64),), 1),
+            ("k_proj", (slice(16, 32),), 1),
+            ("v_proj", (slice(16, 32),), 1),
+            ("o_proj", (slice(None), slice(32, 64)), 0),
+        ),
+        "mlp": (
+            ("gate_proj", (slice(1, 2),), 1),
+            ("up_proj", (slice(1, 2),), 1),
+            ("down_proj", (slice(None), slice(1, 2)), 0),
+        ),
+    }
+    for kind, members in rows.items():
+        part = "self_attn" if kind == "attention" else "mlp"
+        expected = sum(
+            member(scores[f"model.layers.2.{part}.{name}"][where], dim) for name, where, dim in members
+        )
+        assert float(found[2][kind][1]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("level", "expected"), [("parameter", 5.0), ("vector", 1.0)])
+def test_level_by_hand(level, expected):
+    config = tiny_config(num_hidden_layers=1, intermediate_size=1, hidden_size=2, num_attention_heads=1,
+                         num_key_value_heads=1, head_dim=2)  # fmt: skip
+    scores = {name: torch.zeros(2, 2) for name in architecture.linears(config)}
+    scores |= {architecture.linear_name(0, f"mlp.{name}_proj"): torch.zeros(1, 2) for name in ("gate", "up")}
+    scores[architecture.linear_name(0, "mlp.down_proj")] = torch.tensor([[3.0], [-2.0]])
+    found = prune.structure_scores(SimpleNamespace(config=config), scores, level, "sum")
+    assert found[0]["mlp"].tolist() == [expected]
+
+
+# --- compensation
+
+
+def correlated(rows=200, inputs=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(6, inputs, generator=generator, dtype=torch.float64)
+    noise = torch.randn(rows, inputs, generator=generator, dtype=torch.float64)
+    values = torch.randn(rows, 6, generator=generator, dtype=torch.float64) @ mixing + 0.3 * noise
+    return values, torch.randn(10, inputs, generator=generator, dtype=torch.float64)
+
+
+KEPT = torch.tensor([0, 2, 3, 5, 8, 9, 13, 17, 20, 23])
+
+
+def test_refit_is_the_ridge_solution_around_the_unchanged_columns():
+    values, weight = correlated()
+    gram = values.T @ values
+    found = prune.refit(weight, gram, KEPT)
+    # least squares with rows added that pull W' to W_S
+    pull = (prune._DAMPING * gram.diagonal()[KEPT].mean()).sqrt()
+    left = torch.cat([values[:, KEPT], pull * torch.eye(len(KEPT), dtype=torch.float64)])
+    right = torch.cat([values @ weight.T, pull * weight[:, KEPT].T])
+    torch.testing.assert_close(found, torch.linalg.lstsq(left, right).solution.T, rtol=1e-6, atol=1e-8)
+
+
+def test_refit_nears_plain_least_squares_and_lowers_the_reconstruction_error():
+    values, weight = correlated()
+    target = values @ weight.T
+
+    def error(smaller):
+        return float((target - values[:, KEPT] @ smaller.T).norm())
+
+    best = error(torch.linalg.lstsq(values[:, KEPT], target).solution.T)
+    found, plain = error(prune.refit(weight, values.T @ values, KEPT)), error(weight[:, KEPT])
+    assert best <= found < 1.1 * best
+    assert found < 0.6 * plain
+
+
+def test_refit_of_all_columns_changes_nothing():
+    values, weight = correlated()
+    torch.testing.assert_close(prune.refit(weight, values.T @ values, torch.arange(24)), weight)
+
+
+def test_refit_keeps_the_type_of_the_weight():
+    values, weight = correlated()
+    assert prune.refit(weight.bfloat16(), (values.T @ values).float(), KEPT).dtype == torch.bfloat16
+
+
+def test_input_grams_are_those_of_the_reading_linears():
+    model, parts = tiny_model(), batches()
+    grams = prune.input_grams(model, parts)
+    seen = []
+    handle = reader(model, 2, "mlp").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    with torch.no_grad():
+        for part in parts:
+            model(input_ids=part.tokens)
+    handle.remove()
+    values = torch.cat(seen)
+    torch.testing.assert_close(grams[2]["mlp"], values.T @ values / len(values), rtol=1e-4, atol=1e-6)
+
+
+def test_compensation_brings_the_first_pruned_block_nearer_to_the_dense_one(settings):
+    # only block 0 is pruned, so that the inputs of its readers are those that the fit saw
+    model, parts = tiny_model(), batches(8)
+    only = {"ratio": 0.1, "structures": ("mlp",), "mlp_blocks": span(0, 0), "importance": "magnitude"}
+    model_out = model.model.layers[0].mlp
+    inputs = []
+    handle = model_out.register_forward_pre_hook(lambda _, seen: inputs.append(seen[0]))
+    with torch.no_grad():
+        for part in parts:
+            model(input_ids=part.tokens)
+        handle.remove()
+        values = torch.cat([one.flatten(0, 1) for one in inputs])
+        errors = []
+        for compensate in (False, True):
+            found = prune.run(model, parts, settings(**only, compensate=compensate), 0)
+            smaller = checkpoint.from_state(found.config, found.state)
+            errors.append(float((smaller.model.layers[0].mlp(values) - model_out(values)).norm()))
+    assert errors[1] < 0.97 * errors[0]

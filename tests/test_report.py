@@ -1,0 +1,133 @@
+import base64
+import re
+
+import pytest
+
+from pipeline import report
+from pipeline.memory import GIB
+from pipeline.pareto import Point
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def point(method, score=0.5, memory=GIB, bits="4484", stderr=0.025):
+    metrics = {"boolq": 0.6, "boolq_stderr": 0.04, "accuracy": score, "accuracy_stderr": stderr}
+    return Point("a" * 32, f"trial {method}", method, bits, score, stderr, memory, "predicted", False, metrics)
+
+
+def width_of(png):
+    content = png.read_bytes()
+    assert content.startswith(PNG)
+    return int.from_bytes(content[16:20], "big")
+
+
+@pytest.mark.parametrize(
+    "bits, expected",
+    [
+        ("16", "16"),
+        ("4444", "all 4"),
+        ("8888", "all 8"),
+        ("4484", "1 of 4 at 8"),
+        ("84848", "3 of 5 at 8"),
+        ("4", "all 4"),
+    ],
+)
+def test_summary(bits, expected):
+    assert report.summary(bits) == expected
+
+
+def test_methods_are_references_then_qpruner_1_2_then_the_best_of_the_front():
+    every = [point(name) for name in ("sampler", "qpruner2", "dense", "qpruner1", "uniform8", "llm_pruner", "random")]
+    members = [point("random", 0.6, 9), point("sampler", 0.7, 8), point("random", 0.7, 7)]
+    rows = report.methods(every, members)
+    assert [label for label, _ in rows] == [
+        "untouched", "LLM-Pruner (16-bit)", "uniform 8-bit", "QPruner1", "QPruner2", "QPruner3",
+    ]  # fmt: skip
+    assert [one.method for _, one in rows[:-1]] == ["dense", "llm_pruner", "uniform8", "qpruner1", "qpruner2"]
+    assert rows[-1][1] is members[2]
+
+
+def test_methods_of_an_empty_front_have_no_qpruner3():
+    assert [label for label, _ in report.methods([point("dense")], [])] == ["untouched"]
+
+
+def test_method_table_by_hand():
+    columns, rows = report.method_table([("QPruner1", point("qpruner1", 0.5125, 3 * GIB // 2))], ["boolq"])
+    assert columns == ["method", "boolq", "mean", "memory, GiB", "bits"]
+    assert rows == [["QPruner1", "60.0 ± 4.0", "51.2 ± 2.5", "1.500", "1 of 4 at 8"]]
+
+
+def test_method_table_without_tasks_has_no_task_columns():
+    columns, rows = report.method_table([("x", point("dense", bits="16"))], ())
+    assert columns == ["method", "mean", "memory, GiB", "bits"]
+    assert rows == [["x", "50.0 ± 2.5", "1.000", "16"]]
+
+
+def test_front_table_by_hand():
+    columns, rows = report.front_table([point("random", 0.25, GIB // 4, "4488")])
+    assert columns == ["trial", "method", "score, %", "memory, GiB", "bits"]
+    assert rows == [["trial random", "random", "25.0 ± 2.5", "0.2500", "4488"]]
+
+
+@pytest.mark.parametrize(
+    "members",
+    [[point("a")], [point("a"), point("b", bits="8444"), point("c", bits="16")], []],
+    ids=["one", "three", "empty"],
+)
+def test_heat_map_writes_a_picture(tmp_path, members):
+    report.heat_map(members, ["0", "1", "2", "3"], tmp_path / "bits.png")
+    assert width_of(tmp_path / "bits.png") > 300
+
+
+def test_heat_map_grows_with_the_units(tmp_path):
+    for units in (4, 48):
+        report.heat_map([point("a", bits="48" * (units // 2))], list(map(str, range(units))), tmp_path / f"{units}.png")
+    assert width_of(tmp_path / "48.png") > 1.5 * width_of(tmp_path / "4.png")
+
+
+@pytest.mark.parametrize("series", [{"one": [1, 2]}, {"one": [1, 2], "two": [-3.5, 0]}])
+def test_bar_chart_writes_a_picture(tmp_path, series):
+    report.bar_chart(["0", "1"], series, tmp_path / "bars.png")
+    assert width_of(tmp_path / "bars.png") > 300
+
+
+@pytest.fixture
+def written(tmp_path):
+    picture = tmp_path / "front.png"
+    picture.write_bytes(PNG + b"picture")
+    sections = [("A <b>title</b>", ["name", "a & b"], [["x<y", "<script>alert(1)</script>"], ["second", "2"]])]
+    paths = report.write(sections, ["memory < 5 & more"], {"it's <here>": picture}, tmp_path)
+    return [path.read_text(encoding="utf-8") for path in paths], paths
+
+
+def test_write_makes_markdown_and_html(written, tmp_path):
+    assert written[1] == [tmp_path / "report.md", tmp_path / "report.html"]
+
+
+def test_markdown_holds_facts_tables_and_links(written):
+    lines = written[0][0].splitlines()
+    for line in ("# QPruner report", "- memory < 5 & more", "| name | a & b |", "| --- | --- |", "| second | 2 |"):
+        assert line in lines
+    assert "![it's <here>](front.png)" in lines
+
+
+def test_html_escapes_all_that_is_not_its_own(written):
+    page = written[0][1]
+    for raw in ("<script", "<b>", "x<y", "<here>", "< 5", "it's"):
+        assert raw not in page
+    for escaped in (
+        "&lt;script&gt;alert(1)&lt;/script&gt;",
+        "A &lt;b&gt;title&lt;/b&gt;",
+        "memory &lt; 5 &amp; more",
+        "alt='it&#x27;s &lt;here&gt;'",
+        "<th>a &amp; b",
+    ):
+        assert escaped in page
+
+
+def test_html_is_self_contained(written):
+    page = written[0][1]
+    (data,) = re.findall(r"src='data:image/png;base64,([^']*)'", page)
+    assert base64.b64decode(data) == PNG + b"picture"
+    assert not re.search(r"(src|href)\s*=\s*['\"]?https?:", page)
+    assert page.count("<tr>") == 3
