@@ -5,9 +5,9 @@ Peak memory is linear in the bits: the peak of all units at 4 bits plus a cost f
 
 from __future__ import annotations
 
-from random import Random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from random import Random
 
 Bits = tuple[int, ...]
 

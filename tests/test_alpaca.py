@@ -20,8 +20,7 @@ class Letters:
 
 def test_prompt_without_input():
     assert alpaca.prompt("Name a tree.").split("\n") == [
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.",
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
         "",
         "### Instruction:",
         "Name a tree.",
@@ -55,7 +54,9 @@ def test_read_gives_every_line_with_its_letters(tmp_path):
 
 
 def test_read_takes_unescaped_line_separators_within_a_row(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"instruction": "a\u2028b", "input": "", "output": "\x85"}\n', encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(
+        '{"instruction": "a\u2028b", "input": "", "output": "\x85"}\n', encoding="utf-8"
+    )
     assert alpaca.read(tmp_path / "rows.jsonl") == [{"instruction": "a\u2028b", "input": "", "output": "\x85"}]
 
 

@@ -21,9 +21,7 @@ def pruned_model(family, **changes):
 @pytest.mark.parametrize(("granularity", "a_block"), [("block", 1), ("group", 4), ("linear", 7)])
 def test_units_hold_every_linear_of_the_model_once(family, granularity, a_block):
     model = tiny_model(family)
-    real = [
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    ]
+    real = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
     units = architecture.units(model.config, granularity)
     assert len(units) == 4 * a_block
     assert len({unit.name for unit in units}) == len(units)

@@ -92,7 +92,7 @@ def test_preset_parses(path, monkeypatch):
         ("data__validation_rows", 0, ["data.validation_rows", "0", "greater than 0"]),
         ("prune__ratio", 0.95, ["prune.ratio", "0.95", "less than 0.9"]),
         ("prune__ratio", float("nan"), ["prune.ratio", "nan"]),
-        ("prune__structures", ["embeddings"], ["prune.structures.0", "'embeddings'", "'attention' or 'mlp'"]),
+        ("prune__structures", ["mlp", "embeddings"], ["prune.structures.1", "'embeddings'", "'attention' or 'mlp'"]),
         ("prune__structures", [], ["prune.structures", "at least 1"]),
         ("prune__samples", 0, ["prune", "samples is 0", "set samples"]),
         ("prune__attention_blocks", {"first": -1, "last": 2}, ["prune.attention_blocks.first", "-1", "equal to 0"]),
@@ -326,5 +326,4 @@ def test_missing_file_uses_no_hub():
 
 @pytest.mark.parametrize("section, name", FIELDS, ids=[f"{section}.{name}" for section, name in FIELDS])
 def test_field_is_read_by_the_pipeline(attributes_read, section, name):
-    by_name = {stage for stage in params.Params.model_fields if stage in ("register_",)}
-    assert name in attributes_read | by_name
+    assert name in attributes_read

@@ -15,8 +15,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def point(score, memory, run_id="a", **changes):
     values = {
-        "run_id": run_id, "name": f"trial {run_id}", "method": "sampler", "bits": "4484", "score": score, "stderr": 0.05,
-        "memory": memory, "source": "predicted", "reference": False, "metrics": {},
+        "run_id": run_id, "name": f"trial {run_id}", "method": "sampler", "bits": "4484", "score": score,
+        "stderr": 0.05, "memory": memory, "source": "predicted", "reference": False, "metrics": {},
     }  # fmt: skip
     return Point(**values | changes)
 

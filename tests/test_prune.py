@@ -520,9 +520,7 @@ def test_level_takes_absolute_values_before_or_after_the_sum(level, member):
     }
     for kind, members in rows.items():
         part = "self_attn" if kind == "attention" else "mlp"
-        expected = sum(
-            member(scores[f"model.layers.2.{part}.{name}"][where], dim) for name, where, dim in members
-        )
+        expected = sum(member(scores[f"model.layers.2.{part}.{name}"][where], dim) for name, where, dim in members)
         assert float(found[2][kind][1]) == pytest.approx(expected, rel=1e-5)
 
 

@@ -1,12 +1,10 @@
-import math
-
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import FAMILIES, batches, tiny_config, tiny_model
+from banks import logits, make_bank, mixed_bits, pruned, real_model, settings
+from conftest import FAMILIES, tiny_config
 
-from pipeline import architecture, checkpoint, prune, quantize
-from pipeline.params import Quantize
+from pipeline import architecture, checkpoint, quantize
 
 # Appendix E of QLoRA; bitsandbytes' 4-bit float has three exponent bits, no fraction of its own and a subnormal.
 NF4 = [
@@ -15,11 +13,6 @@ NF4 = [
 ]  # fmt: skip
 FP4 = [sign * value / 12 for value in (0, 0.0625, 2, 3, 4, 6, 8, 12) for sign in (1, -1)]
 SHAPES = [(96, 64), (40, 128), (7, 64), (64, 33), (5, 13)]
-
-
-def settings(**changes):
-    plain = {"four_bit": "nf4", "double_quant": False, "init": "loftq", "iterations": 1, "r": 4, "lora_alpha": 8}
-    return Quantize(**(plain | changes))
 
 
 def matrix(rows=128, columns=96, seed=0, dtype=torch.float32, decay=0.0):
@@ -105,7 +98,7 @@ def test_eight_bit_round_trip_is_that_of_bitsandbytes_own_module():
     weight = matrix(dtype=torch.bfloat16)
     module = bnb.nn.Linear8bitLt(96, 128, bias=False, has_fp16_weights=False, threshold=0.0)
     stored = quantize.quantize(weight, 8, settings())
-    module.weight = bnb.nn.Int8Params(stored["weight"], requires_grad=False, has_fp16_weights=False, SCB=stored["SCB"])
+    module.weight = bnb.nn.Int8Params(stored["weight"], requires_grad=False, CB=stored["weight"], SCB=stored["SCB"])
     # rows of the unit matrix are exact in int8, so that the output is the dequantized weight
     with torch.no_grad():
         expected = module(torch.eye(96, dtype=torch.float16)).T
@@ -225,17 +218,6 @@ def test_gaussian_adapter_adds_nothing_at_first(bits):
 # --- the bank
 
 
-def pruned(family="llama", **changes):
-    model = tiny_model(family, dtype=torch.bfloat16, **changes)
-    keep = [{"attention": torch.tensor([i % 2]), "mlp": torch.arange(90 - 7 * i)} for i in range(4)]
-    return prune.remove(model, keep)
-
-
-def make_bank(folder, config, state, seed=0, **changes):
-    quantize.run(state, quantize.names_of(config), settings(**changes), seed, folder)
-    return quantize.Bank(folder)
-
-
 @pytest.fixture(scope="module")
 def model_and_bank(tmp_path_factory):
     config, state = pruned()
@@ -322,20 +304,6 @@ def test_linear_bits_refuses_a_vector_of_another_length():
 # --- models
 
 
-def real_model(config, state, bank, bits_of):
-    mixed = checkpoint.MixedBitsConfig(
-        {name: bits for name, bits in bits_of.items() if bits != 16}, bank.settings.four_bit, bank.settings.double_quant
-    )
-    own = type(config)(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
-    own.quantization_config = mixed
-    return checkpoint.from_state(own, quantize.quantized(state, bank, bits_of))
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=batches(1)[0].tokens).logits.float()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("four_bit", "double_quant"), [("nf4", False), ("fp4", True)])
 def test_simulated_four_bits_are_bitsandbytes_modules_exactly(tmp_path, family, four_bit, double_quant):
@@ -363,8 +331,7 @@ def test_simulated_eight_bits_are_near_bitsandbytes_modules(model_and_bank):
 
 def test_simulation_changes_only_the_linears_below_sixteen_bits(model_and_bank):
     config, state, bank = model_and_bank
-    names = quantize.names_of(config)
-    bits_of = {name: (4, 8, 16)[i % 3] for i, name in enumerate(names)}
+    bits_of = mixed_bits(config)
     found = quantize.simulated(state, bank, bits_of)
     assert set(found) == set(state)
     changed = {name for name in state if not torch.equal(found[name], state[name])}
@@ -380,8 +347,7 @@ def test_simulation_changes_only_the_linears_below_sixteen_bits(model_and_bank):
 
 def test_quantized_state_holds_the_banks_codes_and_nothing_of_the_replaced_weights(model_and_bank):
     config, state, bank = model_and_bank
-    names = quantize.names_of(config)
-    bits_of = {name: (4, 8, 16)[i % 3] for i, name in enumerate(names)}
+    bits_of = mixed_bits(config)
     found = quantize.quantized(state, bank, bits_of)
     expected = dict(state)
     for name, bits in bits_of.items():
@@ -400,4 +366,3 @@ def test_bank_takes_the_bytes_that_memory_is_predicted_from(model_and_bank):
         held = tensor_bytes(value for key, value in codes.items() if key in ("weight", "weight.absmax", "SCB"))
         tables = 64 if bits == 4 else 0
         assert quantize.stored_bytes(*state[f"{name}.weight"].shape, bits) == held + tables
-    assert math.prod(state[f"{name}.weight"].shape) > 0

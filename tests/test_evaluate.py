@@ -1,0 +1,319 @@
+import math
+import random
+from statistics import fmean
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, tiny_model
+from lm_eval import evaluator
+from lm_eval.models.huggingface import HFLM
+from peft import LoraConfig, get_peft_model
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from pipeline import evaluate, tasks
+from pipeline.evaluate import Request, SharedPrefixLM, Tree
+from pipeline.params import TASKS
+
+LIMIT = 6
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return tasks.load(TASKS, ROOT / "data/sample/benchmarks")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def with_bos(tokenizer):
+    """The tokenizer as Llama's are: it puts a token in front of every text."""
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        model_max_length=1024,
+    )
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    return other
+
+
+def reference(model, tokenizer):
+    return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=4, device="cpu")
+
+
+def instances(task, limit=LIMIT):
+    task._instances = None
+    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    return task.instances
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected) > 0
+    for (value, greedy), (wanted, wanted_greedy) in zip(found, expected, strict=True):
+        assert value == pytest.approx(wanted, abs=1e-4)
+        assert greedy == wanted_greedy
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_loglikelihoods_equal_lm_evals_own_model(model, tokenizer, loaded, name):
+    requests = instances(loaded[name])
+    expected = reference(model, tokenizer).loglikelihood(requests, disable_tqdm=True)
+    assert_same(SharedPrefixLM(model, tokenizer, 512).loglikelihood(requests), expected)
+
+
+@pytest.mark.parametrize("name", ["piqa", "winogrande"])
+def test_loglikelihoods_agree_where_the_tokenizer_adds_a_token(model, with_bos, loaded, name):
+    assert with_bos.encode("a")[0] == 0
+    requests = instances(loaded[name])
+    expected = reference(model, with_bos).loglikelihood(requests, disable_tqdm=True)
+    assert_same(SharedPrefixLM(model, with_bos, 512).loglikelihood(requests), expected)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_loglikelihoods_agree_for_every_family(tokenizer, loaded, family):
+    other = tiny_model(family)
+    requests = instances(loaded["hellaswag"], 2) + instances(loaded["winogrande"], 2)
+    expected = reference(other, tokenizer).loglikelihood(requests, disable_tqdm=True)
+    assert_same(SharedPrefixLM(other, tokenizer, 512).loglikelihood(requests), expected)
+
+
+def test_texts_longer_than_the_model_lose_their_beginning(tokenizer, loaded):
+    short = tiny_model(max_position_embeddings=40)
+    requests = instances(loaded["boolq"], 3) + instances(loaded["piqa"], 3)
+    assert max(len(tokenizer.encode(request.args[0])) for request in requests) > 40
+    expected = reference(short, tokenizer).loglikelihood(requests, disable_tqdm=True)
+    assert_same(SharedPrefixLM(short, tokenizer, 512).loglikelihood(requests), expected)
+
+
+def test_empty_context_stands_for_the_first_token(model, tokenizer):
+    requests = [SimpleNamespace(args=("", text)) for text in ("Water boils.", "Water", " and")]
+    expected = reference(model, tokenizer).loglikelihood(requests, disable_tqdm=True)
+    assert_same(SharedPrefixLM(model, tokenizer, 512).loglikelihood(requests), expected)
+
+
+def test_greedy_choice_is_recognized(model, tokenizer):
+    context = tokenizer.encode("Water boils when it is")
+    best = model(torch.tensor([context])).logits[0, -1].argmax().item()
+    lm = SharedPrefixLM(model, tokenizer, 512)
+    found = lm._loglikelihood_tokens([(None, context, [best]), (None, context, [(best + 1) % 512])])
+    assert [greedy for _, greedy in found] == [True, False]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("batch_tokens", [1, 50, 10_000])
+def test_random_requests_equal_one_forward_pass_each(model, tokenizer, seed, batch_tokens):
+    generator = random.Random(seed)
+    asked = []
+    for _ in range(12):
+        context = [generator.randrange(2, 512) for _ in range(generator.randint(1, 15))]
+        for _ in range(generator.randint(1, 4)):
+            own = context if generator.random() < 0.7 else context[: generator.randint(1, len(context))] + [7]
+            asked.append((None, own, [generator.randrange(2, 5) for _ in range(generator.randint(1, 6))]))
+    found = SharedPrefixLM(model, tokenizer, batch_tokens)._loglikelihood_tokens(asked)
+    for (_, context, continuation), (value, _) in zip(asked, found, strict=True):
+        with torch.no_grad():
+            logprob = model(torch.tensor([context + continuation])).logits[0].log_softmax(-1)
+        wanted = [logprob[len(context) - 1 + i, token].item() for i, token in enumerate(continuation)]
+        assert value == pytest.approx(sum(wanted), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def scores(model, tokenizer, loaded):
+    return evaluate.run(model, tokenizer, loaded, LIMIT, 512)
+
+
+def test_accuracies_equal_lm_evals_own_model(model, tokenizer, loaded, scores):
+    for task in loaded.values():
+        task._instances = None
+    every = {"tasks": dict(loaded), "groups": {}, "group_map": {}}
+    expected = evaluator.evaluate(reference(model, tokenizer), every, limit=LIMIT, bootstrap_iters=1)["results"]
+    for name in TASKS:
+        assert scores.accuracy[name] == expected[name][f"{tasks.METRIC[name]},none"]
+        assert scores.stderr[name] == pytest.approx(expected[name][f"{tasks.METRIC[name]}_stderr,none"])
+    assert scores.other.keys() == {
+        "piqa_acc_norm", "hellaswag_acc", "arc_easy_acc_norm", "arc_challenge_acc", "openbookqa_acc",
+    }  # fmt: skip
+    for key, value in scores.other.items():
+        name, metric = key.split("_acc")
+        assert value == expected[name][f"acc{metric},none"]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 200, 100_000])
+def test_result_does_not_depend_on_the_batches(model, tokenizer, loaded, scores, batch_tokens):
+    other = evaluate.run(model, tokenizer, loaded, LIMIT, batch_tokens)
+    assert (other.accuracy, other.other, other.items) == (scores.accuracy, scores.other, scores.items)
+    assert other.gold_logprob == pytest.approx(scores.gold_logprob, abs=1e-5)
+
+
+def test_standard_errors_follow_the_formula(scores):
+    assert any(scores.stderr.values())
+    for name, accuracy in scores.accuracy.items():
+        assert scores.stderr[name] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / (LIMIT - 1)))
+
+
+def test_means_weigh_the_tasks_equally(scores):
+    assert scores.mean == pytest.approx(fmean(scores.accuracy.values()))
+    total = sum(error * error for error in scores.stderr.values())
+    assert scores.mean_stderr == pytest.approx(math.sqrt(total) / 7)
+    assert scores.items == 7 * LIMIT
+
+
+def test_one_item_has_no_standard_error(model, tokenizer, loaded):
+    found = evaluate.run(model, tokenizer, {"piqa": loaded["piqa"]}, 1, 512)
+    assert found.accuracy["piqa"] in (0, 1)
+    assert (found.stderr["piqa"], found.mean_stderr, found.items) == (0, 0, 1)
+
+
+def test_limit_zero_scores_every_item(model, tokenizer, loaded):
+    assert evaluate.run(model, tokenizer, {"openbookqa": loaded["openbookqa"]}, 0, 512).items == 64
+
+
+def test_adapters_count(model, tokenizer, loaded):
+    torch.manual_seed(0)
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    one = {"piqa": loaded["piqa"]}
+    plain = evaluate.run(model, tokenizer, one, LIMIT, 512)
+    assert evaluate.run(adapted, tokenizer, one, LIMIT, 512).gold_logprob == pytest.approx(plain.gold_logprob, abs=1e-6)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    assert abs(evaluate.run(adapted, tokenizer, one, LIMIT, 512).gold_logprob - plain.gold_logprob) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["generate_until", "loglikelihood_rolling"])
+def test_other_kinds_of_tasks_are_refused(model, tokenizer, method):
+    with pytest.raises(NotImplementedError, match="multiple-choice"):
+        getattr(SharedPrefixLM(model, tokenizer, 512), method)([])
+
+
+def test_tree_mask_by_hand():
+    # two tokens of prefix, two of branch 0, one of branch 1, one of padding
+    found = evaluate.tree_mask(torch.tensor([[-1, -1, 0, 0, 1, -2]]))
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1],
+    ]
+    assert found.int().tolist() == [expected]
+
+
+def test_tree_mask_of_one_sequence_is_causal():
+    assert torch.equal(evaluate.tree_mask(torch.full((2, 5), -1)), torch.ones(2, 5, 5).tril().bool())
+
+
+@pytest.mark.parametrize(
+    "requests, expected",
+    [
+        ([], []),
+        ([((1, 2, 3), 2)], [Tree((0,), 2, 2)]),
+        # two continuations of one context
+        ([((1, 2, 3, 4, 10, 11), 4), ((1, 2, 3, 4, 20, 21, 22), 4)], [Tree((0, 1), 4, 4 + 1 + 2)]),
+        # continuations of a single token feed nothing of their own
+        ([((1, 2, 3, 4, 10), 4), ((1, 2, 3, 4, 20), 4)], [Tree((0, 1), 4, 4)]),
+        # a single token beside a longer continuation, either way round
+        ([((1, 2, 3, 4, 10), 4), ((1, 2, 3, 4, 10, 11), 4)], [Tree((0, 1), 4, 5)]),
+        ([((1, 2, 3, 4, 10, 11), 4), ((1, 2, 3, 4, 10), 4)], [Tree((0, 1), 4, 5)]),
+        # the same request twice
+        ([((1, 2, 3), 2), ((1, 2, 3), 2)], [Tree((0, 1), 2, 2)]),
+        # contexts that differ in their last token, as winogrande's
+        ([((1, 2, 3, 5, 7, 8, 9), 4), ((1, 2, 3, 6, 7, 8, 9), 4)], [Tree((0, 1), 3, 3 + 3 + 3)]),
+        # contexts that differ early share too little
+        ([((1, 5, 3, 4, 7, 8), 4), ((1, 6, 3, 4, 7, 8), 4)], [Tree((0,), 5, 5), Tree((1,), 5, 5)]),
+        # two questions
+        (
+            [((1, 2, 3, 10), 3), ((1, 2, 3, 11), 3), ((9, 8, 7, 12), 3), ((9, 8, 7, 13), 3)],
+            [Tree((0, 1), 3, 3), Tree((2, 3), 3, 3)],
+        ),
+        # only neighbours are grouped
+        (
+            [((1, 2, 3, 10), 3), ((9, 8, 7, 12), 3), ((1, 2, 3, 11), 3)],
+            [Tree((0,), 3, 3), Tree((1,), 3, 3), Tree((2,), 3, 3)],
+        ),
+    ],
+)
+def test_trees_by_hand(requests, expected):
+    assert evaluate.trees([Request(*request) for request in requests]) == expected
+
+
+@pytest.mark.parametrize(
+    "tree, expected", [(Tree((0,), 5, 5), True), (Tree((0, 1), 4, 4), True), (Tree((0, 1), 4, 6), False)]
+)
+def test_plain_trees_are_single_sequences(tree, expected):
+    assert tree.plain is expected
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 30, 64, 10_000])
+def test_batches_hold_each_tree_once_within_the_limit(batch_tokens):
+    generator = random.Random(0)
+    every = [Tree((index, -1), 4, generator.randint(4, 30)) for index in range(40)]
+    found = list(evaluate.batches(every, batch_tokens))
+    assert sorted(tree.requests[0] for batch in found for tree in batch) == list(range(40))
+    for batch in found:
+        assert len({tree.plain for tree in batch}) == 1
+        assert batch[0].size == max(tree.size for tree in batch)
+        assert len(batch) == 1 or len(batch) * batch[0].size <= batch_tokens
+
+
+def softmax(values, index):
+    return values[index] - math.log(sum(math.exp(value) for value in values))
+
+
+@pytest.mark.parametrize(
+    "metric, multiple_input, gold, values",
+    [
+        ("acc", 0, 1, [-1.0, -2.0, -0.5]),
+        ("acc", 0, "bb", [-1.0, -2.0, -0.5]),
+        ("acc_norm", 0, 1, [-1.0, -2.0 / 2, -0.5 / 3]),
+        ("acc_norm", 0, "1", None),
+        ("acc", 2, 1, [-1.0, -2.0, -0.5]),
+    ],
+)
+def test_gold_logprob_by_hand(metric, multiple_input, gold, values):
+    choices = ["a", "bb", "é" + "c"]  # 1, 2 and 3 bytes
+    task = SimpleNamespace(
+        multiple_input=multiple_input,
+        doc_to_choice=lambda document: choices,
+        doc_to_text=lambda document: document["gold"] if multiple_input else "the question",
+        doc_to_target=lambda document: "the ending" if multiple_input else document["gold"],
+    )
+    sample = {"doc": {"gold": gold}, "filtered_resps": [(-1.0, False), (-2.0, False), (-0.5, True)]}
+    if values is None:
+        with pytest.raises(ValueError):
+            evaluate.gold_logprob(task, sample, metric)
+        return
+    assert evaluate.gold_logprob(task, sample, metric) == pytest.approx(softmax(values, 1))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_gold_logprob_of_a_run_equals_one_from_plain_forward_passes(model, tokenizer, loaded, name):
+    task = loaded[name]
+    found = evaluate.run(model, tokenizer, {name: task}, 2, 512).gold_logprob
+    requests = instances(task, 2)
+    width = len(requests) // 2
+    logprobs = []
+    for start in (0, width):
+        values = []
+        for request in requests[start : start + width]:
+            context, continuation = request.args
+            tokens = tokenizer.encode(context + continuation)
+            first = len(tokenizer.encode(context))
+            with torch.no_grad():
+                logprob = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+            value = sum(logprob[i - 1, tokens[i]].item() for i in range(first, len(tokens)))
+            length = len(continuation[1:].encode()) if tasks.METRIC[name] == "acc_norm" else 1
+            values.append(value / length)
+        document = requests[start].doc
+        gold = task.doc_to_text(document) if name == "winogrande" else int(task.doc_to_target(document))
+        logprobs.append(softmax(values, gold))
+    assert found == pytest.approx(fmean(logprobs), abs=1e-4)

@@ -1,0 +1,113 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pipeline import tracking
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.delenv(tracking.PARENT, raising=False)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def status(run):
+    return tracking.status_name(tracking.run(run.run_id))
+
+
+def test_stage_ends_finished_with_its_params_and_dataset_digest(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{}\n")
+    with tracking.stage("prune", {"prune.ratio": 0.25}) as run:
+        digest = run.dataset(data, "alpaca", "training")
+    found = tracking.run(run.run_id)
+    assert status(run) == "FINISHED" and found.data.params["prune.ratio"] == "0.25"
+    assert found.inputs.dataset_inputs[0].dataset.digest == digest == tracking.md5(data)
+
+
+def test_failed_stage_keeps_its_cause_and_ends_its_trials():
+    with pytest.raises(ValueError), tracking.stage("search", {}) as run:
+        child = run.child("trial 0", {"stage": "trial"})
+        raise ValueError("ratio too large")
+    assert status(run) == "FAILED" and status(child) == "KILLED"
+    assert tracking.run(run.run_id).data.tags["error"] == "ValueError: ratio too large"
+
+
+def test_interrupted_stage_and_trial_are_killed():
+    with pytest.raises(KeyboardInterrupt), tracking.stage("search", {}) as run:
+        child = run.child("trial 0", {"stage": "trial"})
+        done = run.child("trial 1", {"stage": "trial"})
+        done.finish()
+        raise KeyboardInterrupt
+    assert (status(run), status(child), status(done)) == ("KILLED", "KILLED", "FINISHED")
+
+
+def test_runs_of_dead_processes_are_reaped_and_others_left():
+    code = "import os; from pipeline import tracking; s = tracking.stage('search', {}); r = s.__enter__(); print(r.run_id, flush=True); os._exit(9)"
+    root = str(tracking.Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root}, check=False
+    )
+    dead = done.stdout.split()[-1]
+    with tracking.stage("report", {}) as alive:  # a stage that starts reaps
+        assert tracking.status_name(tracking.run(dead)) == "KILLED"
+        assert tracking.reap() == [] and status(alive) == "RUNNING"
+
+
+def test_stages_stand_below_the_project_run(monkeypatch):
+    project = tracking.client().create_run("0")
+    monkeypatch.setenv("MLFLOW_RUN_ID", project.info.run_id)
+    assert tracking.adopt_project_run() == project.info.run_id
+    assert "MLFLOW_RUN_ID" not in os.environ
+    with tracking.stage("prune", {}) as run:
+        child = run.child("trial 0", {"stage": "trial"})
+        child.finish()
+    assert tracking.run(run.run_id).data.tags["mlflow.parentRunId"] == project.info.run_id
+    assert tracking.run(child.run_id).data.tags["mlflow.parentRunId"] == run.run_id
+    assert run.experiment_id == "0"
+
+
+def test_trials_are_found_by_study_across_experiments():
+    with tracking.stage("search", {}) as run:
+        for study in ("a", "a", "b"):
+            run.child("trial", {"stage": "trial", "study": study}).finish()
+    elsewhere = tracking.client().create_run("0", tags={"study": "a"})
+    found = {one.info.run_id for one in tracking.trials("a")}
+    assert len(found) == 3 and elsewhere.info.run_id in found
+
+
+def test_trial_moves_below_another_search():
+    with tracking.stage("search", {}) as first:
+        child = first.child("trial", {"study": "a"})
+        child.finish()
+    with tracking.stage("search", {}) as second:
+        tracking.move(child.run_id, second)
+    assert tracking.run(child.run_id).data.tags["mlflow.parentRunId"] == second.run_id
+
+
+def test_missing_run_cannot_be_reopened():
+    assert tracking.reopen("0" * 32) is None
+
+
+def test_folder_digest_follows_content_not_time(tmp_path):
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "a"
+    file.write_text("x")
+    before = tracking.md5(tmp_path / "data")
+    os.utime(file, (0, 0))
+    assert tracking.md5(tmp_path / "data") == before
+    file.write_text("y")
+    assert tracking.md5(tmp_path / "data") != before
+
+
+def test_store_is_anchored_at_the_project_root(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    (tmp_path / "MLproject").write_text("name: x\n")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert tracking.store() == f"sqlite:///{tmp_path / 'mlflow.db'}"
