@@ -197,24 +197,21 @@ class Recorder:
 
     def agree(self, study: Any) -> None:
         """Give every finished trial its finished run below this search, whatever a killed process left of it."""
-        for record in [*study.finished(), *study.references().values()]:
-            self._agree(record)
-
-    def _agree(self, record: Mapping[str, Any]) -> None:
         from pipeline.trial import Result
 
-        result = Result.from_json(record["result"])
-        own = tracking.reopen(record["run_id"])
-        if own is None:  # the store was lost or is another one
-            reference = "number" not in record
-            own = self._open(record["method"], record["method"], result.bits, reference)
-            own.tags({"journal_run_id": record["run_id"]})
-        else:
-            tracking.move(own.run_id, self.run)
-            if tracking.status_name(tracking.run(own.run_id)) == "FINISHED":
-                return
-        self._log(own, result)
-        own.finish()
+        known = {run.data.tags.get("journal_run_id", run.info.run_id): run for run in tracking.trials(self.study)}
+        for record in [*study.finished(), *study.references().values()]:
+            result = Result.from_json(record["result"])
+            found = known.get(record["run_id"])
+            if found is None:  # the store was lost or is another one
+                own = self._open(record["method"], record["method"], result.bits, "number" not in record)
+                own.tags({"journal_run_id": record["run_id"]})
+            else:
+                own = Run(found.info.run_id, found.info.experiment_id)
+                tracking.move(own.run_id, self.run)
+            if found is None or found.info.status != "FINISHED":
+                self._log(own, result)
+                own.finish()
 
     def references(self, study: Any) -> None:
         """Measure the reference rows that the study lacks."""

@@ -128,23 +128,23 @@ def test_repair_gives_up_no_more_than_the_least_important(limit, budget):
 
 
 @spaces
-def test_random_reaches_every_feasible_vector_and_no_other(limit, budget):
+def test_draw_reaches_every_feasible_vector_and_no_other(limit, budget):
     generator = random.Random(3)
-    found = {space(limit, budget).random(generator) for _ in range(3000)}
+    found = {space(limit, budget).draw(generator) for _ in range(3000)}
     assert found - {(4,) * 5} == feasible(limit, budget) - {(4,) * 5}
 
 
-def test_random_draws_the_number_of_raised_units_evenly():
+def test_draw_raises_each_number_of_units_evenly():
     generator = random.Random(0)
-    counts = [len(eights(space(4).random(generator))) for _ in range(4000)]
+    counts = [len(eights(space(4).draw(generator))) for _ in range(4000)]
     assert set(counts) == {1, 2, 3, 4}
     for number in (1, 2, 3, 4):
         assert counts.count(number) == pytest.approx(1000, abs=120)
 
 
-def test_random_is_repeatable():
+def test_draw_is_repeatable():
     first, second = (
-        [space(3).random(generator) for _ in range(20)] for generator in (random.Random(9), random.Random(9))
+        [space(3).draw(generator) for _ in range(20)] for generator in (random.Random(9), random.Random(9))
     )
     assert first == second
 

@@ -1,0 +1,264 @@
+"""The real commands on a tiny random model, in a fresh clone: `mlflow run`, kill, interrupt, failure, registry."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+TASKS = ["piqa", "arc_easy"]
+
+
+def clone(target: Path) -> Path:
+    """A clone of the last commit, with the working tree's own changes on top."""
+    git = ["git", "-C", str(ROOT)]
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(target)], check=True)
+    listed = subprocess.run([*git, "ls-files", "-mo", "--exclude-standard"], capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target / name)
+    return target
+
+
+def tiny_params(model: Path) -> dict:
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["device"] = "cpu"
+    raw["model"] = {"source": f"path:{model}", "sha256": ""}
+    raw["data"]["validation_rows"] = 4
+    raw["prune"] |= {"samples": 4, "max_length": 64, "ratio": 0.2}
+    raw["importance"] |= {"samples": 4, "max_length": 64, "clusters": 4, "outcomes": 4}
+    raw["recover"] |= {"steps": 1, "batch_size": 2, "micro_batch_size": 2, "max_length": 192}
+    raw["evaluate"] |= {"tasks": TASKS, "limit": 4, "final_limit": 4}
+    raw["search"] |= {"n_trials": 4, "n_random": 1}
+    raw["build"] |= {"steps": 1}
+    return raw
+
+
+def environment() -> dict:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "QPRUNER_", "DVC_"))}
+    return kept | {"PATH": f"{BIN}:{kept['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def command(project: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        arguments, cwd=project, env=environment(), capture_output=True, text=True, check=False, timeout=500, **options
+    )
+
+
+def mlflow_run(project: Path, entry: str, *more: str) -> subprocess.CompletedProcess:
+    return command(project, "mlflow", "run", ".", "-e", entry, "--env-manager=local", *more)
+
+
+def runs(project: Path) -> list:
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    found = client.search_runs([one.experiment_id for one in client.search_experiments()], max_results=1000)
+    return sorted(found, key=lambda run: run.info.start_time)
+
+
+def by_stage(project: Path, stage: str, status: str = "FINISHED") -> list:
+    return [run for run in runs(project) if run.data.tags.get("stage") == stage and run.info.status == status]
+
+
+def edit(project: Path, section: str, **values) -> None:
+    raw = yaml.safe_load((project / "params.yaml").read_text())
+    raw[section] |= values
+    (project / "params.yaml").write_text(yaml.safe_dump(raw))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, model_folder):
+    """A clone in which the main command has run once."""
+    folder = clone(tmp_path_factory.mktemp("clone") / "qpruner")
+    (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params(model_folder)))
+    done = mlflow_run(folder, "search", "--experiment-name", "qpruner")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    (folder / "terminal.txt").write_text(done.stdout + done.stderr)
+    return folder
+
+
+def test_main_command_leaves_one_tree_of_finished_runs(project):
+    found = {run.info.run_id: run for run in runs(project)}
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    (top,) = [run for run in found.values() if "mlflow.parentRunId" not in run.data.tags]
+    assert top.data.tags["stage"] == "project"
+    stages = [run for run in found.values() if run.data.tags.get("mlflow.parentRunId") == top.info.run_id]
+    assert sorted(run.data.tags["stage"] for run in stages) == sorted(
+        ["fetch", "prune", "importance", "quantize", "search", "pareto", "build", "evaluate", "register", "report"]
+    )
+    (search,) = by_stage(project, "search")
+    trials = by_stage(project, "trial")
+    assert len(trials) == 4
+    assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {search.info.run_id}
+    for run in trials:
+        metrics = run.data.metrics
+        assert len(run.data.params["bits"]) == 4 and run.data.tags["memory_source"] == "predicted"
+        assert metrics["accuracy"] == pytest.approx(sum(metrics[task] for task in TASKS) / 2)
+        assert all(f"{task}_stderr" in metrics for task in TASKS)
+        assert {"peak_memory_bytes", "seconds_assemble", "seconds_recover", "seconds_evaluate"} <= set(metrics)
+    assert search.inputs.dataset_inputs
+
+
+def test_terminal_ends_with_the_front_and_the_command_that_opens_it(project):
+    text = (project / "terminal.txt").read_text()
+    assert "Pareto front" in text and "mlflow ui" in text and "searchFilter" in text
+
+
+def test_front_from_mlflow_equals_the_front_of_the_study(project):
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    storage = JournalStorage(JournalFileBackend(str(project / "artifacts/study/journal.log")))
+    (summary,) = optuna.get_all_study_summaries(storage)
+    study = optuna.load_study(study_name=summary.study_name, storage=storage)
+    front = {(trial.user_attrs["run_id"], *trial.values) for trial in study.best_trials}
+    rows = [row for row in json.loads((project / "reports/pareto.json").read_text()) if row["front"]]
+    assert {(row["run_id"], row["score"], row["peak_memory_bytes"]) for row in rows} == front
+    tagged = {run.info.run_id for run in by_stage(project, "trial") if run.data.tags["pareto"] == "true"}
+    assert tagged == {row["run_id"] for row in rows}
+
+
+def test_repro_right_after_does_nothing(project):
+    before = len(runs(project))
+    done = command(project, "dvc", "repro")
+    assert done.returncode == 0 and "Running stage" not in done.stdout
+    assert len(runs(project)) == before
+
+
+def test_dvc_shows_metrics_and_plots(project):
+    assert "ratio" in command(project, "dvc", "metrics", "show").stdout
+    assert command(project, "dvc", "plots", "show", "reports/pareto.json").returncode == 0
+
+
+def test_registered_model_answers_where_the_project_is_not_installed(project, tmp_path):
+    code = """
+import json, mlflow, torch
+model = mlflow.pyfunc.load_model("models:/qpruner@champion")
+inner = model.unwrap_python_model()
+from pipeline import build
+logits = build.probe(inner.model, inner.tokenizer)
+print(json.dumps({"answer": model.predict(["Name a color."]), "logits": logits.flatten().tolist()}))
+"""
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment() | store, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(found["answer"][0], str)
+    from safetensors.torch import load_file
+
+    built = tmp_path / "built.safetensors"
+    own = command(project, sys.executable, "-m", "pipeline.build", "artifacts/final", str(built))
+    assert own.returncode == 0, own.stderr
+    assert load_file(built)["logits"].flatten().tolist() == found["logits"]
+    client = MlflowClient(store["MLFLOW_TRACKING_URI"])
+    tags = client.get_model_version_by_alias("qpruner", "champion").tags
+    assert {"alpaca_md5", "pruned_checkpoint", "git_commit", "search_run", "accuracy"} <= set(tags)
+
+
+def test_asking_for_more_trials_adds_them(project):
+    done = mlflow_run(project, "search", "-P", "n_trials=5", "--experiment-name", "qpruner")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(by_stage(project, "trial")) == 5
+
+
+def start(project: Path, entry: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        ["mlflow", "run", ".", "-e", entry, "--env-manager=local", "--experiment-name", "qpruner"],
+        cwd=project, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for_trials(project: Path, count: int) -> None:
+    limit = time.time() + 120
+    while len(by_stage(project, "trial")) < count or not by_stage(project, "trial", "RUNNING"):
+        assert time.time() < limit, "no trial was seen running"
+        time.sleep(0.05)
+
+
+def test_killed_search_resumes_with_every_finished_trial_once(project):
+    edit(project, "search", n_trials=9)
+    process = start(project, "search")
+    wait_for_trials(project, 7)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {run.info.run_id for run in by_stage(project, "trial")}
+    assert len(kept) >= 7
+    done = mlflow_run(project, "search", "--experiment-name", "qpruner")
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = by_stage(project, "trial")
+    assert kept <= {run.info.run_id for run in after}
+    assert len(after) == 9 and len({run.data.params["bits"] for run in after}) == 9
+    assert not [run for run in runs(project) if run.info.status == "RUNNING"]
+
+
+def test_interrupted_search_leaves_killed_runs(project):
+    edit(project, "search", n_trials=11)
+    before = len(by_stage(project, "trial"))
+    process = start(project, "search")
+    wait_for_trials(project, before)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(timeout=60)
+    limit = time.time() + 30
+    while [run for run in runs(project) if run.info.status == "RUNNING"]:
+        assert time.time() < limit, [(run.info.run_name, run.data.tags.get("stage")) for run in runs(project) if run.info.status == "RUNNING"]
+        time.sleep(0.2)
+    newest = [run for run in runs(project) if run.data.tags.get("stage") in ("project", "search", "trial")]
+    assert {run.info.status for run in newest[-3:]} == {"KILLED"}
+
+
+@pytest.mark.parametrize("entry", ["search", "prune"])
+def test_bad_params_list_every_fault_and_start_nothing(project, entry):
+    good = (project / "params.yaml").read_text()
+    raw = yaml.safe_load(good)
+    raw["prune"] |= {"ratio": 1.5, "rato": 0.2}
+    raw["evaluate"]["tasks"] = ["piqa", "pika"]
+    raw["recover"]["steps"] = "many"
+    raw["data"]["alpaca"] = "path:nowhere.jsonl"
+    raw["search"]["seed_bits"] = ["8888"]
+    (project / "params.yaml").write_text(yaml.safe_dump(raw))
+    before = len(runs(project))
+    try:
+        done = command(project, sys.executable, "-m", "pipeline", "run", entry)
+    finally:
+        (project / "params.yaml").write_text(good)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for text in ("6 faults", "prune.ratio", "1.5", "prune.rato", "unknown key", "pika", "recover.steps", "nowhere.jsonl",
+                 "max_8bit_fraction"):  # fmt: skip
+        assert text in done.stderr
+    assert len(runs(project)) == before
+
+
+def test_edited_checkpoint_is_refused_with_the_stage_to_run(project):
+    weights = project / "artifacts/pruned/model.safetensors"
+    good = weights.read_bytes()
+    weights.chmod(0o644)
+    weights.write_bytes(good[:-8])
+    try:
+        done = command(project, sys.executable, "-m", "pipeline", "importance")
+    finally:
+        weights.write_bytes(good)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "does not match its checksum" in done.stderr and "dvc repro --force --single-item prune" in done.stderr
+
+
+def test_changed_ratio_runs_again_from_prune_on(project):
+    edit(project, "search", n_trials=2)
+    edit(project, "prune", ratio=0.15)
+    done = command(project, "dvc", "repro", "search")
+    assert done.returncode == 0, done.stderr[-3000:]
+    ran = [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
+    assert "fetch" not in ran and {"prune", "importance", "quantize", "search"} <= set(ran)
+    (newest,) = by_stage(project, "search")[-1:]
+    assert len([run for run in by_stage(project, "trial") if run.data.tags["mlflow.parentRunId"] == newest.info.run_id]) == 2

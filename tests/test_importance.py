@@ -1,0 +1,214 @@
+import math
+from statistics import fmean
+
+import numpy as np
+import pytest
+import torch
+from conftest import batches, tiny_model
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.metrics import mutual_info_score
+from torch.nn import functional as F
+
+from pipeline import architecture, importance, params
+from pipeline.alpaca import IGNORED
+from pipeline.quantize import dequantize, quantize
+
+
+def quantization(**changes):
+    values = {"four_bit": "nf4", "double_quant": False, "init": "loftq", "iterations": 1, "r": 4, "lora_alpha": 8}
+    return params.Quantize(**values | changes)
+
+
+def settings(**changes):
+    return params.Importance(**{"samples": 4, "max_length": 32, "clusters": 8, "outcomes": 8} | changes)
+
+
+def pairs(table):
+    """The samples that a table of counts stands for."""
+    found = [(x, y) for x, row in enumerate(table) for y, count in enumerate(row) for _ in range(count)]
+    return np.array(found).T
+
+
+def entropy(counts):
+    total = sum(counts)
+    return -sum(count / total * math.log(count / total) for count in counts if count)
+
+
+@pytest.mark.parametrize(
+    "table, expected",
+    [
+        # sum of p log(p / (p_x p_y)), less (cells - rows - columns + 1) / 2N
+        (
+            [[30, 10], [10, 50]],
+            0.3 * math.log(0.3 / 0.16) + 0.2 * math.log(0.1 / 0.24) + 0.5 * math.log(0.5 / 0.36) - 1 / 200,
+        ),
+        ([[50, 0], [0, 50]], math.log(2) + 1 / 200),
+        ([[40, 0], [10, 50]], 0.4 * math.log(2) + 0.1 * math.log(1 / 3) + 0.5 * math.log(5 / 3)),
+        ([[25, 25], [25, 25]], 0),
+        ([[10, 20], [20, 40]], 0),
+        ([[7, 3]], 0),
+        ([[7]], 0),
+    ],
+)
+def test_mutual_information_by_hand(table, expected):
+    assert importance.discrete_mutual_information(*pairs(table)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("counts", [(5, 5), (10, 20, 30, 40), (1, 1, 98)])
+def test_information_about_itself_is_the_corrected_entropy(counts):
+    x = np.repeat(np.arange(len(counts)), counts)
+    expected = entropy(counts) + (len(counts) - 1) / (2 * sum(counts))
+    assert importance.discrete_mutual_information(x, x) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mutual_information_is_sklearns_less_the_correction(seed):
+    generator = np.random.default_rng(seed)
+    x = generator.integers(0, 6, 500)
+    y = (x + generator.integers(0, 3, 500)) % 5
+    cells, rows, columns = (len({*found}) for found in (zip(x, y, strict=True), x, y))
+    expected = mutual_info_score(x, y) - (cells - rows - columns + 1) / 1000
+    assert importance.discrete_mutual_information(x, y) == pytest.approx(expected)
+    assert importance.discrete_mutual_information(y, x) == pytest.approx(expected)
+
+
+def test_names_of_codes_do_not_matter():
+    x, y = pairs([[30, 10], [10, 50]])
+    found = importance.discrete_mutual_information(np.array([900, -5])[x], np.array([7, 3])[y])
+    assert found == pytest.approx(importance.discrete_mutual_information(x, y))
+
+
+def test_correction_reduces_the_bias_on_independent_samples():
+    corrected, plug_in = [], []
+    for seed in range(30):
+        generator = np.random.default_rng(seed)
+        x, y = generator.integers(0, 10, 600), generator.integers(0, 10, 600)
+        corrected.append(importance.discrete_mutual_information(x, y))
+        plug_in.append(mutual_info_score(x, y))
+    assert fmean(plug_in) > 0.05
+    assert 0 <= fmean(corrected) < 0.2 * fmean(plug_in)
+
+
+def test_estimate_finds_the_truth_of_a_known_distribution():
+    joint = np.array([[0.3, 0.05, 0.05], [0.1, 0.2, 0.1], [0.05, 0.05, 0.1]])
+    truth = float((joint * np.log(joint / np.outer(joint.sum(1), joint.sum(0)))).sum())
+    estimates = []
+    for seed in range(20):
+        cells = np.random.default_rng(seed).choice(9, 2000, p=joint.ravel())
+        estimates.append(importance.discrete_mutual_information(cells // 3, cells % 3))
+    assert fmean(estimates) == pytest.approx(truth, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "values, count, expected",
+    [
+        ([5, 5, 5, 9, 9, 7], 3, [1, 1, 1, 2, 2, 0]),
+        ([5, 5, 5, 9, 9, 7], 2, [1, 1, 1, 0, 0, 0]),
+        ([5, 5, 5, 9, 9, 7], 10, [1, 1, 1, 2, 2, 3]),
+        ([9, 5, 9, 5], 2, [0, 1, 0, 1]),  # of equally frequent values the smaller one
+        ([3], 2, [1]),
+    ],
+)
+def test_common_outcomes_by_hand(values, count, expected):
+    assert importance.common_outcomes(np.array(values), count).tolist() == expected
+
+
+def simulate(model, names, bits, chosen):
+    with torch.no_grad():
+        for name in names:
+            weight = model.get_submodule(name).weight
+            weight.copy_(dequantize(quantize(weight, bits, chosen), weight.dtype))
+
+
+def loss(model, calibration):
+    """Mean loss of a labelled token, by the model's own loss over all logits."""
+    total = count = 0
+    with torch.no_grad():
+        for part in calibration:
+            own = int((part.labels[:, 1:] != IGNORED).sum())
+            total += own * model(input_ids=part.tokens, labels=part.labels).loss.item()
+            count += own
+    return total / count
+
+
+@pytest.mark.parametrize("granularity", architecture.GRANULARITIES)
+@pytest.mark.parametrize("family, four_bit", [("llama", "nf4"), ("qwen2", "fp4"), ("qwen3", "nf4")])
+def test_sensitivity_equals_brute_force(granularity, family, four_bit):
+    chosen, calibration = quantization(four_bit=four_bit), batches(2)
+    model = tiny_model(family)
+    units = architecture.units(model.config, granularity)
+    rises, base = importance.sensitivity(model, calibration, units, chosen)
+
+    every = list(architecture.linears(model.config))
+    eight = tiny_model(family)
+    simulate(eight, every, 8, chosen)
+    assert base == pytest.approx(loss(eight, calibration), abs=1e-5)
+    assert len(rises) == len(units)
+    for unit, rise in zip(units, rises, strict=True):
+        fresh = tiny_model(family)
+        simulate(fresh, [name for name in every if name not in unit.linears], 8, chosen)
+        simulate(fresh, unit.linears, 4, chosen)
+        assert rise == pytest.approx(loss(fresh, calibration) - base, abs=1e-5)
+    assert max(map(abs, rises)) > 1e-4
+
+
+def test_sensitivity_leaves_every_linear_at_8_bits():
+    model, chosen = tiny_model(), quantization()
+    importance.sensitivity(model, batches(1), architecture.units(model.config, "group"), chosen)
+    eight = tiny_model()
+    simulate(eight, architecture.linears(eight.config), 8, chosen)
+    expected = eight.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_sensitivity_counts_labelled_tokens_only():
+    (part,) = batches(1, rows=3)
+    part.labels[0, :7] = IGNORED
+    model, chosen = tiny_model(), quantization()
+    _, base = importance.sensitivity(model, [part], architecture.units(model.config, "block"), chosen)
+    assert base == pytest.approx(loss(model, [part]), abs=1e-5)
+
+
+def test_mutual_information_is_that_of_each_blocks_output():
+    model, calibration, chosen = tiny_model(), batches(6, rows=4, length=16), settings()
+    with torch.no_grad():
+        model.model.norm.weight.uniform_(0.1, 3)  # trained models' are far from one
+    found = importance.mutual_information(model, calibration, chosen, seed=3)
+
+    outputs = [[] for _ in architecture.blocks(model)]
+    for block, layer in enumerate(architecture.blocks(model)):
+        layer.register_forward_hook(lambda module, inputs, output, block=block: outputs[block].append(output))
+    predictions = []
+    for part in calibration:
+        with torch.no_grad():
+            predictions.append(model(part.tokens).logits[part.labels != IGNORED].argmax(-1))
+    outcome = importance.common_outcomes(torch.cat(predictions).numpy(), 8)
+    for block, value in enumerate(found):
+        points = torch.cat([each[part.labels != IGNORED]
+                            for each, part in zip(outputs[block], calibration, strict=True)])  # fmt: skip
+        kmeans = MiniBatchKMeans(8, random_state=3, n_init=1, batch_size=2048)
+        codes = kmeans.fit_predict(F.normalize(points, dim=1).numpy())
+        expected = importance.discrete_mutual_information(codes, outcome)
+        assert value == pytest.approx(expected, abs=1e-6), f"block {block}"
+
+
+@pytest.mark.parametrize("granularity", architecture.GRANULARITIES)
+def test_run_gives_each_unit_its_blocks_information(granularity):
+    calibration = batches(3)
+    model = tiny_model()
+    units = architecture.units(model.config, granularity)
+    found = importance.run(model, calibration, units, settings(), quantization(), 1)
+    by_block = importance.mutual_information(tiny_model(), calibration, settings(), 1)
+    assert found.units == tuple(unit.name for unit in units)
+    assert found.mutual_information == tuple(by_block[unit.block] for unit in units)
+    assert len(found.sensitivity) == len(units)
+    assert found.tokens == 3 * 2 * 11
+    assert found.loss == pytest.approx(loss(model, calibration), abs=1e-5)  # the model is left at 8 bits
+
+
+def test_run_is_repeatable():
+    first, second = [
+        importance.run(model, batches(3), architecture.units(model.config, "block"), settings(), quantization(), 1)
+        for model in (tiny_model(), tiny_model())
+    ]
+    assert first == second

@@ -1,0 +1,329 @@
+import math
+import random
+import signal
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_model
+from peft import LoraConfig, get_peft_model
+
+from pipeline import alpaca, params, recover
+from pipeline.alpaca import IGNORED, Batch, Example
+from pipeline.architecture import TARGET_MODULES
+from pipeline.memory import LOSS_CHUNK
+from pipeline.recover import RecoverError
+
+PADDING = 1
+
+
+def adapted(family="llama", dropout=0.0, seed=0, **changes):
+    """A tiny model whose adapters do something: B is not zero."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=TARGET_MODULES, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(family, seed=seed, **changes), config)
+    torch.manual_seed(seed + 1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, 0, 0.05)
+    return model.eval()
+
+
+def examples(count=8, shortest=6, longest=24, seed=0):
+    generator = random.Random(seed)
+    found = []
+    for _ in range(count):
+        length = generator.randint(shortest, longest)
+        tokens = tuple(generator.randrange(2, VOCABULARY) for _ in range(length))
+        found.append(Example(tokens, generator.randint(1, length - 2)))
+    return found
+
+
+def settings(**changes):
+    values = {
+        "steps": 3, "batch_size": 8, "micro_batch_size": 4, "max_length": 64, "learning_rate": 0.001, "warmup_steps": 0,
+        "dropout": 0.0,
+    }  # fmt: skip
+    return params.Recover(**values | changes)
+
+
+def train(model, rows, chosen, steps, seed=0, **changes):
+    return recover.run(model, rows, changes.pop("validation", rows[:2]), chosen, steps, PADDING, seed, **changes)
+
+
+def weights(model):
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def gradients(model, value):
+    model.zero_grad()
+    value.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def assert_close(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=0, atol=tolerance), name
+
+
+@pytest.fixture
+def plain_descent(monkeypatch):
+    """A step that shows the gradient itself: SGD at rate 1 without clipping."""
+    monkeypatch.setattr(recover, "adamw", lambda weights, rate, device: torch.optim.SGD(weights, lr=1.0))
+    monkeypatch.setattr(recover, "_MAX_NORM", 1e9)
+
+
+BATCHES = {
+    "short": alpaca.batch(examples(4), PADDING, False),
+    "one_row": alpaca.batch(examples(1), PADDING, False),
+    "whole_rows": alpaca.batch(examples(3), PADDING, True),
+    "several_chunks": alpaca.batch(examples(8, 80, 120), PADDING, False),
+}
+
+
+def test_a_batch_of_these_tests_needs_several_chunks():
+    assert int((BATCHES["several_chunks"].labels[:, 1:] != IGNORED).sum()) > LOSS_CHUNK
+    assert int((BATCHES["short"].labels[:, 1:] != IGNORED).sum()) < LOSS_CHUNK
+
+
+@pytest.mark.parametrize("part", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_response_loss_is_the_models_own(part, family):
+    model = adapted(family)
+    value, count = recover.response_loss(model, part)
+    expected = model(input_ids=part.tokens, labels=part.labels).loss
+    assert count == int((part.labels[:, 1:] != IGNORED).sum())
+    assert value.item() / count == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_response_loss_of_a_model_without_adapters():
+    model, part = tiny_model(tie_word_embeddings=False), BATCHES["short"]
+    value, count = recover.response_loss(model, part)
+    assert value.item() / count == pytest.approx(model(input_ids=part.tokens, labels=part.labels).loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("part", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_gradient_equals_autograd_through_all_logits(part, family):
+    model = adapted(family)
+    value, count = recover.response_loss(model, part)
+    found = gradients(model, value / count)
+    expected = gradients(model, model(input_ids=part.tokens, labels=part.labels).loss)
+    assert max(value.abs().max() for value in expected.values()) > 1e-3
+    assert_close(found, expected, 1e-5)
+
+
+def test_padding_changes_nothing():
+    model, (one,) = adapted(), examples(1)
+    alone = alpaca.batch([one], PADDING, False)
+    wide = Batch(
+        torch.nn.functional.pad(alone.tokens, (0, 9), value=PADDING),
+        torch.nn.functional.pad(alone.labels, (0, 9), value=IGNORED),
+    )
+    values = [recover.response_loss(model, part) for part in (alone, wide)]
+    assert values[0][0].item() == pytest.approx(values[1][0].item(), abs=1e-5)
+    assert values[0][1] == values[1][1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(plain_descent, size):
+    rows = examples(8)
+    steps = []
+    for micro in (8, size):
+        model = adapted()
+        before = weights(model)
+        result = train(model, rows, settings(micro_batch_size=micro), 1)
+        steps.append(({name: value - before[name] for name, value in weights(model).items()}, result.losses[0]))
+    assert max(value.abs().max() for value in steps[0][0].values()) > 1e-3
+    assert_close(steps[1][0], steps[0][0], 1e-5)
+    assert steps[1][1] == pytest.approx(steps[0][1], abs=1e-5)
+
+
+def test_step_is_the_gradient_of_the_mean_token_loss(plain_descent):
+    rows, model = examples(8), adapted()
+    part = alpaca.batch(rows, PADDING, False)
+    loss = model(input_ids=part.tokens, labels=part.labels).loss
+    expected = {name: weights(model)[name] - value for name, value in gradients(model, loss).items()}
+    model.zero_grad()
+    assert train(model, rows, settings(), 1).losses == (pytest.approx(loss.item(), abs=1e-5),)
+    assert_close(weights(model), expected, 1e-5)
+
+
+def test_gradient_is_clipped_to_norm_one(monkeypatch):
+    monkeypatch.setattr(recover, "adamw", lambda weights, rate, device: torch.optim.SGD(weights, lr=1.0))
+    model, rows = adapted(), examples(1)
+    part = alpaca.batch(rows, PADDING, False)
+    found = gradients(model, model(input_ids=part.tokens, labels=part.labels).loss)
+    norm = math.sqrt(sum(value.square().sum().item() for value in found.values()))
+    assert norm > 1.2
+    model.zero_grad()
+    before = weights(model)
+    train(model, rows, settings(), 1)
+    moved = {name: before[name] - value for name, value in weights(model).items()}
+    assert_close(moved, {name: value / norm for name, value in found.items()}, 1e-5)
+
+
+def test_nan_loss_names_the_step(monkeypatch):
+    calls = []
+    own = recover.response_loss
+
+    def breaks(model, part):
+        calls.append(part)
+        value, count = own(model, part)
+        return (value * math.nan if len(calls) == 5 else value), count
+
+    monkeypatch.setattr(recover, "response_loss", breaks)
+    with pytest.raises(RecoverError, match=r"loss is nan at step 2; lower recover\.learning_rate \(0\.001\)"):
+        train(adapted(), examples(), settings(), 6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_broken_weights_are_reported_at_the_first_step(value):
+    model = adapted()
+    with torch.no_grad():
+        next(weight for name, weight in model.named_parameters() if "lora_B" in name).fill_(value)
+    with pytest.raises(RecoverError, match="at step 0"):
+        train(model, examples(), settings(), 3)
+
+
+def test_loss_falls_on_a_few_rows():
+    rows, model = examples(4), adapted()
+    result = train(model, rows, settings(batch_size=4, learning_rate=0.01), 60, validation=rows)
+    assert result.losses[-1] < 0.3 * result.losses[0]
+    assert result.validation_loss < 0.3 * result.losses[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_seeded_runs_are_identical(dropout):
+    results = []
+    for start in (3, 4):
+        model = adapted(dropout=dropout)
+        torch.manual_seed(start)  # what came before must not matter
+        results.append((train(model, examples(20), settings(), 5, seed=7), weights(model)))
+    assert results[0][0] == results[1][0]
+    assert_close(results[1][1], results[0][1], 0)
+
+
+def test_other_seeds_give_other_runs():
+    losses = {train(adapted(dropout=0.3), examples(20), settings(), 2, seed=seed).losses for seed in range(3)}
+    assert len(losses) == 3
+
+
+def test_only_the_adapters_change():
+    model = adapted()
+    frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
+    before = weights(model)
+    train(model, examples(), settings(), 2)
+    assert all(torch.equal(value, frozen[name]) for name, value in model.named_parameters() if name in frozen)
+    assert not any(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_no_steps_only_measure():
+    model, rows = adapted(), examples(6)
+    before = weights(model)
+    result = train(model, rows, settings(), 0, validation=rows)
+    assert_close(weights(model), before, 0)
+    assert (result.losses, result.tokens) == ((), 0)
+    assert result.validation_loss == recover.validation_loss(model, rows, 4, PADDING)
+
+
+def test_model_is_left_in_evaluation_mode():
+    model = adapted(dropout=0.5)
+    train(model, examples(), settings(), 1)
+    assert not any(module.training for module in model.modules())
+
+
+def test_tokens_leave_padding_out():
+    rows = examples(8)
+    assert train(adapted(), rows, settings(), 3).tokens == 3 * sum(len(row.tokens) for row in rows)
+
+
+@pytest.mark.parametrize("size", [1, 3, 10])
+def test_validation_loss_is_the_mean_over_all_response_tokens(size):
+    model, rows = adapted(), examples(7)
+    part = alpaca.batch(rows, PADDING, False)
+    with torch.no_grad():
+        expected = model(input_ids=part.tokens, labels=part.labels).loss.item()
+    assert recover.validation_loss(model, rows, size, PADDING) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("rows, size", [(5, 2), (8, 8), (100, 3), (40, 1), (3, 8)])
+def test_endless_gives_each_row_once_an_epoch(rows, size):
+    every = examples(rows)
+    source = recover.endless(every, size, 0)
+    for _ in range(3):
+        epoch = [next(source) for _ in range(math.ceil(rows / size))]
+        assert sorted(row.tokens for part in epoch for row in part) == sorted(row.tokens for row in every)
+        assert all(len(part) <= size for part in epoch)
+
+
+def test_endless_shuffles_each_epoch_anew_and_repeatably():
+    every = examples(64)
+    sources = [recover.endless(every, 4, seed) for seed in (5, 5, 6)]
+    epochs = [[[next(source) for _ in range(16)] for _ in range(2)] for source in sources]
+    assert epochs[0] == epochs[1]
+    assert epochs[0] != epochs[2]
+    assert epochs[0][0] != epochs[0][1]
+
+
+def test_endless_batches_rows_of_similar_length():
+    every = examples(128, 5, 200)
+    source = recover.endless(every, 4, 0)
+    spread = [max(lengths) - min(lengths) for lengths in ([len(row.tokens) for row in next(source)] for _ in range(32))]
+    assert sum(spread) / len(spread) < 30  # four rows at random differ by about 120
+
+
+@pytest.mark.parametrize("what", ["train", "validation"])
+def test_no_rows_is_an_error_instead_of_a_hang(what):
+    def stop(*_):
+        raise AssertionError("still waiting for rows")
+
+    rows = {"train": examples(4), "validation": examples(2)} | {what: []}
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        with pytest.raises((RecoverError, ValueError), match="row"):
+            recover.run(adapted(), rows["train"], rows["validation"], settings(), 1, PADDING, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.parametrize(
+    "warmup, steps, expected",
+    [
+        (0, 1, [1]),
+        (0, 4, [1, 3 / 4, 2 / 4, 1 / 4]),
+        (1, 4, [1 / 2, 1, 2 / 3, 1 / 3]),
+        (3, 5, [1 / 4, 2 / 4, 3 / 4, 1, 1 / 2]),
+        (3, 2, [1 / 4, 2 / 4]),
+        (2, 2, [1 / 3, 2 / 3]),
+    ],
+)
+def test_rate_by_hand(warmup, steps, expected):
+    assert [recover._rate(step, warmup, steps) for step in range(steps)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("warmup, steps", [(0, 3), (2, 3), (7, 3)])
+def test_rate_after_the_last_step_is_not_negative(warmup, steps):
+    assert recover._rate(steps, warmup, steps) >= 0
+
+
+def test_run_follows_the_schedule(monkeypatch):
+    made, rates = [], []
+    own = recover.adamw
+    monkeypatch.setattr(recover, "adamw", lambda *arguments: made.append(own(*arguments)) or made[0])
+
+    def watch(items):
+        for item in items:
+            rates.append(made[0].param_groups[0]["lr"])
+            yield item
+
+    train(adapted(), examples(), settings(learning_rate=0.01, warmup_steps=1), 4, progress=watch)
+    assert rates == pytest.approx([0.005, 0.01, 0.02 / 3, 0.01 / 3])
+
+
+def test_optimizer_has_no_weight_decay():
+    optimizer = recover.adamw([torch.nn.Parameter(torch.ones(2))], 0.1, torch.device("cpu"))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.param_groups[0]["weight_decay"] == 0

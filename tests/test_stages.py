@@ -1,0 +1,74 @@
+import types
+
+import pytest
+import torch
+from test_search import PRIORS, SPACE, UNITS, result
+
+from pipeline import search, stages, tracking, trial
+from pipeline.search import Study
+
+
+@pytest.fixture
+def settings(default, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.delenv(tracking.PARENT, raising=False)
+    monkeypatch.chdir(tmp_path)
+    sizes = {"n_trials": 4, "n_random": 1, "references": ("uniform8",)}
+    return default.model_copy(update={"search": default.search.model_copy(update=sizes)})
+
+
+def searched(folder, settings, monkeypatch, broken=None):
+    """Run a search whose trials are looked up instead of trained."""
+
+    def fake(context, bits, **_):
+        if tuple(bits) == broken:
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        return result(bits), None
+
+    monkeypatch.setattr(trial, "run", fake)
+    context = types.SimpleNamespace(units=[None] * UNITS)
+    study = Study(folder, "study", UNITS)
+    with tracking.stage("search", {}) as run:
+        recorder = stages.Recorder(run, "study", settings, context)
+        recorder.agree(study)
+        recorder.references(study)
+        search.run(study, settings.search, SPACE, PRIORS, 0, recorder.attempt(study))
+    return study, run
+
+
+def found(status="FINISHED", stage="trial"):
+    return [run for run in tracking.trials("study") if run.info.status == status and run.data.tags["stage"] == stage]
+
+
+def test_trial_out_of_memory_is_failed_with_its_cause_and_search_goes_on(tmp_path, settings, monkeypatch):
+    study, _ = searched(tmp_path, settings, monkeypatch, broken=(4, 8, 4, 8, 4, 4, 4, 4))
+    (failed,) = found("FAILED")
+    assert failed.data.tags["error"] == "OutOfMemoryError: tried to allocate 20 GiB"
+    assert "accuracy" not in failed.data.metrics
+    assert len(found()) == 4 == len(study.finished())
+
+
+def test_trial_finished_in_the_study_is_finished_in_mlflow_after_a_kill_in_between(tmp_path, settings, monkeypatch):
+    searched(tmp_path, settings, monkeypatch)
+    victim = found()[-1].info.run_id
+    tracking.client().set_terminated(victim, "KILLED")  # as reaping does with a run whose end was not written
+    _, run = searched(tmp_path, settings, monkeypatch)
+    assert len(found()) == 4
+    assert {one.data.tags["mlflow.parentRunId"] for one in found()} == {run.run_id}
+
+
+def test_lost_store_is_filled_again_from_the_study(tmp_path, settings, monkeypatch):
+    searched(tmp_path, settings, monkeypatch)
+    before = {(run.data.params["bits"], run.data.metrics["accuracy"]) for run in found()}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    searched(tmp_path, settings, monkeypatch)
+    assert {(run.data.params["bits"], run.data.metrics["accuracy"]) for run in found()} == before
+    searched(tmp_path, settings, monkeypatch)
+    assert len(found()) == 4
+
+
+def test_reference_is_measured_once_and_stands_outside_the_trials(tmp_path, settings, monkeypatch):
+    searched(tmp_path, settings, monkeypatch)
+    searched(tmp_path, settings, monkeypatch)
+    (reference,) = found(stage="reference")
+    assert reference.data.params["bits"] == "8" * UNITS
