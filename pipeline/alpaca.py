@@ -56,7 +56,8 @@ def prompt(instruction: str, context: str = "") -> str:
 
 def read(path: str | Path) -> list[dict[str, str]]:
     """Read the rows that ``fetch`` wrote."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    # Not splitlines: JSON strings may hold other line separators, such as U+2028.
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
 
 
 def split(rows: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], list[Any]]:

@@ -7,6 +7,7 @@ decoder block: grouped-query attention with ``q, k, v, o`` projections, then a g
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,6 +183,21 @@ def linear_shape(config: Any, shape: BlockShape, name: str) -> tuple[int, int]:
         MLP[1]: (shape.channels, hidden),
         MLP[2]: (hidden, shape.channels),
     }[name]
+
+
+@contextmanager
+def block_outputs(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Give a list that a forward pass fills with each block's output, [B, L, hidden].
+
+    Transformers' own ``hidden_states`` end with the state after the last norm, not with the last block's output.
+    """
+    found: list[torch.Tensor] = []
+    handles = [block.register_forward_hook(lambda _, inputs, output: found.append(output)) for block in blocks(model)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def forward_from(model: nn.Module, block: int, hidden: torch.Tensor) -> torch.Tensor:

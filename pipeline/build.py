@@ -59,9 +59,9 @@ def choose(wanted: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str | N
 def save(context: Context, bits: Sequence[int], trained: PeftModel, folder: Path) -> Any:
     """Save the trained model with bitsandbytes' modules; return it, as it will be after loading."""
     real = trial.mixed_model(context, context.bits_of(bits))
+    real.save_pretrained(folder)  # before PEFT renames its linears
     adapted = get_peft_model(real, trial.lora_config(context.params, context.bank.settings))
     set_peft_model_state_dict(adapted, get_peft_model_state_dict(trained))
-    real.save_pretrained(folder)
     adapted.save_pretrained(folder / checkpoint.ADAPTER)
     (folder / checkpoint.ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is one level up
     context.tokenizer.save_pretrained(folder)

@@ -298,9 +298,17 @@ def writing(folder: str | Path) -> Iterator[Path]:
         for path in temporary.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
         temporary.chmod(0o755)
+        old = folder.with_name(f".{folder.name}-old")
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+            folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -311,8 +319,11 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def verify(folder: str | Path, stage: str) -> str:
@@ -333,7 +344,11 @@ def verify(folder: str | Path, stage: str) -> str:
     listing = folder / CHECKSUMS
     if not listing.exists():
         raise CheckpointError(f"{folder} is missing or was never finished; {again}")
-    for name, expected in json.loads(listing.read_text()).items():
+    try:
+        sums = json.loads(listing.read_text())
+    except ValueError:
+        raise CheckpointError(f"{listing} was truncated or edited; {again}") from None
+    for name, expected in sums.items():
         path = folder / name
         if not path.exists():
             raise CheckpointError(f"{path} is missing; {again}")

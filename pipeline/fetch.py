@@ -216,6 +216,10 @@ def alpaca(source: str) -> list[dict[str, str]]:
     else:
         rows = read_rows(Path(asked), f"data.alpaca: {source}")
     for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise FetchError(
+                f"data.alpaca: {source}, row {number}: needs an object with {', '.join(ALPACA_FIELDS)}, not {row!r}"
+            )
         if not all(isinstance(row.get(name), str) for name in ALPACA_FIELDS) or not row["output"]:
             raise FetchError(
                 f"data.alpaca: {source}, row {number}: needs texts {', '.join(ALPACA_FIELDS)} (input may be empty); "
@@ -241,6 +245,8 @@ def benchmark(source: str, task: str) -> list[dict[str, Any]]:
         )
     items = read_rows(path, f"data.benchmarks: {path}")
     for number, item in enumerate(items, 1):
+        if not isinstance(item, dict):
+            raise FetchError(f"data.benchmarks: {path}, line {number}: needs an object, not {item!r}")
         missing = [name for name in tasks.FIELDS[task] if name not in item]
         if missing:
             raise FetchError(f"data.benchmarks: {path}, line {number}: lacks {', '.join(missing)}")
@@ -258,7 +264,7 @@ def read_rows(path: Path, what: str) -> list[dict[str, Any]]:
         rows = (
             json.loads(text)
             if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.splitlines() if line]
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise FetchError(f"{what} cannot be read as JSON lines: {error}") from None
@@ -294,5 +300,5 @@ def _parameters(folder: Path) -> int:
 
 
 def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip().strip()]
     return lines[-1].removeprefix("ERROR: ") if lines else "no reason given"

@@ -93,15 +93,17 @@ def mutual_information(model: Any, calibration: Sequence[Batch], settings: Impor
     predictions = []
     for part in progress(calibration, "mutual information: outputs"):
         real = part.labels != IGNORED
-        found = model.model(input_ids=part.tokens, use_cache=False, output_hidden_states=True)
-        predictions.append(model.lm_head(found.last_hidden_state[real]).argmax(-1))
-        for block, value in enumerate(found.hidden_states[1:]):
+        with architecture.block_outputs(model) as found:
+            last = model.model(input_ids=part.tokens, use_cache=False).last_hidden_state
+        predictions.append(model.lm_head(last[real]).argmax(-1))
+        for block, value in enumerate(found):
             outputs[block].append(value[real].float())
     outcome = common_outcomes(torch.cat(predictions).numpy(), settings.outcomes)
     result = []
     for block in progress(range(len(outputs)), "mutual information: codes"):
         points = F.normalize(torch.cat(outputs[block]), dim=1).numpy()
-        codes = MiniBatchKMeans(settings.clusters, random_state=seed, n_init=1, batch_size=2048).fit_predict(points)
+        clusters = min(settings.clusters, len(points))
+        codes = MiniBatchKMeans(clusters, random_state=seed, n_init=1, batch_size=2048).fit_predict(points)
         result.append(discrete_mutual_information(codes, outcome))
     return result
 

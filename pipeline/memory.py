@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline import architecture
-from pipeline.architecture import LINEARS, BlockShape
+from pipeline.architecture import ATTENTION, LINEARS, MLP, BlockShape
 from pipeline.quantize import stored_bytes
 
 GIB = 2**30
@@ -64,8 +64,7 @@ def predict(config: Any, bits_of: Mapping[str, int], setting: Setting) -> Peak:
     hidden, vocabulary = config.hidden_size, config.vocab_size
     tokens, r = setting.tokens, setting.r
     weights = dense_bytes(config)
-    adapters = widest = 0
-    activations = 0.0
+    adapters = activations = widest = 0
     for index, shape in enumerate(architecture.shapes(config)):
         for name in LINEARS:
             outputs, inputs = architecture.linear_shape(config, shape, name)
@@ -82,13 +81,18 @@ def predict(config: Any, bits_of: Mapping[str, int], setting: Setting) -> Peak:
     loss = 12 * chunk * vocabulary + 4 * tokens * hidden
     training = weights + 16 * adapters + activations + loss
     inference = weights + 4 * adapters + setting.inference_tokens * (8 * hidden + widest) + 8 * chunk * vocabulary
-    return Peak(int(training), int(inference), "predicted")
+    return Peak(training, inference, "predicted")
 
 
-def _int8_inputs(name: str, hidden: int, shape: BlockShape) -> float:
-    """Bytes a token that bitsandbytes keeps more for an 8-bit linear than for a 4-bit one."""
-    # Known for whole blocks: 4 H + 2 F. The 4 H are shared out evenly among the linears other than down_proj.
-    return {"mlp.down_proj": 2 * shape.channels}.get(name, 4 * hidden / 6)
+def _int8_inputs(name: str, hidden: int, shape: BlockShape) -> int:
+    """Bytes a token that bitsandbytes keeps more for an 8-bit linear than for a 4-bit one.
+
+    Known for whole blocks: 4 H + 2 F. The 4 H are shared out evenly among the linears other than down_proj.
+    """
+    if name == MLP[2]:
+        return 2 * shape.channels
+    share = 4 * hidden // 6
+    return 4 * hidden - 5 * share if name == ATTENTION[0] else share
 
 
 def dense_bytes(config: Any) -> int:

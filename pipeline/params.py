@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 Task = Literal["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
 TASKS: tuple[str, ...] = get_args(Task)
 Granularity = Literal["block", "group", "linear"]
-SOURCE = re.compile(r"^(hub:[\w.-]+/[\w.-]+@[\w./-]+|package:[\w.-]+==[\w.]+|path:.+)$")
-SOURCE_FORMS = "hub:<org>/<name>@<revision>, package:<name>==<version> or path:<file or folder>"
+SOURCES = {
+    "hub:": (re.compile(r"^hub:[\w.-]+/[\w.-]+@[\w./-]+$"), "hub:<org>/<name>@<revision>"),
+    "package:": (re.compile(r"^package:[\w.-]+==[\w.]+$"), "package:<name>==<version>"),
+    "path:": (re.compile(r"^path:.+$"), "path:<file or folder>"),
+}
+SOURCE_FORMS = ", ".join(form for _, form in SOURCES.values())
 BITS = re.compile(r"^[48]+$")
 
 Positive = Annotated[int, Field(gt=0)]
@@ -34,7 +38,7 @@ class ParamsError(ValueError):
 class Section(BaseModel):
     """A frozen section of ``params.yaml`` that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -61,12 +65,12 @@ class Data(Section):
     @field_validator("alpaca")
     @classmethod
     def _known_form(cls, source: str) -> str:
-        return _source(source)
+        return _source(source, ("hub:", "path:"))
 
     @field_validator("benchmarks")
     @classmethod
     def _known_place(cls, source: str) -> str:
-        return source if source == "hub" else _source(source, ("path:",))
+        return source if source == "hub" else _source(source, ("path:",), " or the word hub")
 
 
 class BlockRange(Section):
@@ -98,15 +102,6 @@ class Prune(Section):
     @classmethod
     def _tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
-
-    @model_validator(mode="after")
-    def _samples_where_needed(self) -> Prune:
-        if self.samples == 0 and (self.importance not in ("magnitude", "random") or self.compensate):
-            raise ValueError(
-                f"samples is 0, but importance {self.importance!r} or compensation needs calibration rows; "
-                "set samples to 10 or more"
-            )
-        return self
 
 
 class Importance(Section):
@@ -141,15 +136,6 @@ class Recover(Section):
     learning_rate: float = Field(gt=0, le=1)
     warmup_steps: int = Field(ge=0)
     dropout: float = Field(ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _micro_batches_fill_the_batch(self) -> Recover:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; "
-                "set one so that it is"
-            )
-        return self
 
 
 class Evaluate(Section):
@@ -199,22 +185,11 @@ class Search(Section):
                 raise ValueError(f"{bits!r} is no string of 4s and 8s, one for each unit")
         return seeds
 
-    @model_validator(mode="after")
-    def _seeds_are_feasible(self) -> Search:
-        for bits in self.seed_bits:
-            share = bits.count("8") / len(bits)
-            if share > self.max_8bit_fraction:
-                raise ValueError(
-                    f"seed_bits {bits!r} has {bits.count('8')} of {len(bits)} units at 8 bits ({share:.0%}), but "
-                    f"max_8bit_fraction allows {self.max_8bit_fraction:.0%}; lower the one or raise the other"
-                )
-        return self
-
 
 class Pareto(Section):
     """The front, queried from the MLflow runs."""
 
-    objective: Literal["accuracy"] | Task = Field(description="`accuracy` (the mean) or one benchmark.")
+    objective: Literal["accuracy", Task] = Field(description="`accuracy` (the mean) or one benchmark.")
 
 
 class Build(Section):
@@ -251,23 +226,113 @@ class Params(Section):
     build: Build
     register_: Register = Field(alias="register")
 
-    @model_validator(mode="after")
-    def _objective_is_measured(self) -> Params:
-        if self.pareto.objective not in ("accuracy", *self.evaluate.tasks):
-            raise ValueError(
-                f"pareto.objective is {self.pareto.objective!r}, which evaluate.tasks does not measure; "
-                f"use accuracy or one of {', '.join(self.evaluate.tasks)}"
-            )
-        return self
 
-
-def _source(source: str, forms: tuple[str, ...] = ("hub:", "package:", "path:")) -> str:
+def _source(source: str, kinds: tuple[str, ...] = tuple(SOURCES), more: str = "") -> str:
     """Check the form of a source and, for a path, that it exists."""
-    if not SOURCE.match(source) or not source.startswith(forms):
-        raise ValueError(f"must be of the form {SOURCE_FORMS}")
+    if not any(source.startswith(kind) and SOURCES[kind][0].match(source) for kind in kinds):
+        raise ValueError(f"must be of the form {', '.join(SOURCES[kind][1] for kind in kinds)}{more}")
     if source.startswith("path:") and not Path(source.removeprefix("path:")).exists():
         raise ValueError(f"{source.removeprefix('path:')} does not exist; name a file or folder that does")
     return source
+
+
+# --- combinations: each a function of the raw document, so that no other fault hides them ------------------------
+
+
+def _needs_samples(raw: Any) -> str | None:
+    prune = raw["prune"]
+    needing = prune["importance"] not in ("magnitude", "random") or prune["compensate"]
+    if prune["samples"] == 0 and needing:
+        return (
+            f"prune.samples: samples is 0, but importance {prune['importance']!r} or compensation needs calibration rows; "
+            "set samples to 10 or more"
+        )
+    return None
+
+
+def _micro_batches(raw: Any) -> str | None:
+    whole, part = raw["recover"]["batch_size"], raw["recover"]["micro_batch_size"]
+    if whole % part:
+        return (
+            f"recover.batch_size: batch_size {whole} is no multiple of micro_batch_size {part}; set one so that it is"
+        )
+    return None
+
+
+def _seeds_within_limit(raw: Any) -> str | None:
+    limit = raw["search"]["max_8bit_fraction"]
+    for bits in raw["search"]["seed_bits"]:
+        share = bits.count("8") / len(bits)
+        if share > limit:
+            return (
+                f"search.seed_bits: seed_bits {bits!r} has {bits.count('8')} of {len(bits)} units at 8 bits ({share:.0%}), but "
+                f"max_8bit_fraction allows {limit:.0%}; lower the one or raise the other"
+            )
+    return None
+
+
+def _objective_is_measured(raw: Any) -> str | None:
+    objective, tasks = raw["pareto"]["objective"], raw["evaluate"]["tasks"]
+    if objective in TASKS and objective not in tasks:
+        return (
+            f"pareto.objective: {objective!r} is not among evaluate.tasks, so nothing measures it; "
+            f"use accuracy or one of {', '.join(tasks)}"
+        )
+    return None
+
+
+def _attention_range(raw: Any) -> str | None:
+    return _ordered("attention_blocks", raw)
+
+
+def _mlp_range(raw: Any) -> str | None:
+    return _ordered("mlp_blocks", raw)
+
+
+def _ordered(key: str, raw: Any) -> str | None:
+    span = raw["prune"][key]
+    if -1 != span["last"] < span["first"]:
+        return f"prune.{key}: first {span['first']} comes after last {span['last']}; swap them (-1 is the last)"
+    return None
+
+
+def _supported_family(raw: Any) -> str | None:
+    source = raw["model"]["source"]
+    folder = Path(source.removeprefix("path:"))
+    if not source.startswith("path:") or not folder.exists():
+        return None
+    config = folder / "config.json"
+    if not config.exists():
+        return f"model.source: {config} does not exist; name a folder with a model (value {source!r})"
+    family = json.loads(config.read_text()).get("model_type")
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        return f"model.source: model family {family!r} is not supported (value {source!r}); use one of {known}"
+    return None
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_COMBINATIONS = (
+    _needs_samples,
+    _micro_batches,
+    _seeds_within_limit,
+    _objective_is_measured,
+    _attention_range,
+    _mlp_range,
+    _supported_family,
+)
+
+
+def _combination_faults(raw: Any) -> list[str]:
+    found = []
+    for check in _COMBINATIONS:
+        try:
+            fault = check(raw)
+        except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
+            continue  # what it reads is itself at fault, and listed as such
+        if fault:
+            found.append(f"  {fault}")
+    return found
 
 
 def parse(raw: Any, origin: str = "params.yaml") -> Params:
@@ -282,13 +347,14 @@ def parse(raw: Any, origin: str = "params.yaml") -> Params:
     """
     if not isinstance(raw, dict):
         raise ParamsError(f"{origin} must be a mapping of sections; copy one of presets/ over it")
+    faults = _combination_faults(raw)
     try:
         params = Params.model_validate(raw)
     except ValidationError as error:
-        faults = [_line(fault) for fault in error.errors()]
+        faults = [_line(fault) for fault in error.errors()] + faults
+    if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise ParamsError("\n".join([f"{origin} has {count}:", *faults])) from None
-    supported_family(params)
+        raise ParamsError("\n".join([f"{origin} has {count}:", *faults]))
     return params
 
 
@@ -302,29 +368,6 @@ def _line(fault: Any) -> str:
         return f"  {key}: unknown key (value {received!r}); remove it or correct its spelling"
     shown = "" if isinstance(received, (dict, BaseModel)) else f" (value {received!r})"
     return f"  {key}: {message}{shown}"
-
-
-def supported_family(params: Params) -> None:
-    """Refuse a local model of an unsupported family before anything loads it.
-
-    Raises:
-        ParamsError: The model at ``model.source`` has a config of a family that has no adapter.
-    """
-    source = params.model.source
-    if not source.startswith("path:"):
-        return
-    config = Path(source.removeprefix("path:")) / "config.json"
-    if not config.exists():
-        raise ParamsError(
-            f"params.yaml has 1 fault:\n  model.source: {config} does not exist; name a folder with a model"
-        )
-    family = json.loads(config.read_text()).get("model_type")
-    supported = ("llama", "mistral", "qwen2", "qwen3")
-    if family not in supported:
-        raise ParamsError(
-            f"params.yaml has 1 fault:\n  model.source: model family {family!r} is not supported (value {source!r}); "
-            f"use one of {', '.join(supported)}"
-        )
 
 
 def load(path: str | Path = "params.yaml") -> Params:
@@ -348,8 +391,9 @@ def load(path: str | Path = "params.yaml") -> Params:
         *sections, name = key.split(".")
         target = raw
         for section in sections:
-            target = target.setdefault(section, {}) if isinstance(target, dict) else {}
-        target[name] = value
+            target = target.setdefault(section, {}) if isinstance(target, dict) else None
+        if isinstance(target, dict):  # else the section is at fault, and parse says so
+            target[name] = value
     return parse(raw, str(path))
 
 

@@ -77,8 +77,8 @@ def dvc(*arguments: str) -> int:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        tracking.kill_project_run()  # first: `mlflow run` marks it FAILED as soon as this process is gone
         _stop_all(child)
-        tracking.kill_project_run()
         raise
     finally:
         signal.signal(signal.SIGTERM, previous[0])

@@ -229,8 +229,8 @@ def structure_scores(model: Any, scores: dict[str, torch.Tensor], level: str, ag
 def aggregated(members: torch.Tensor, how: str) -> torch.Tensor:
     """Reduce the members of each group, [members, groups], to one score each, [groups]."""
     if how == "prod":
-        # In logarithms, relative to each member's mean: plain products of a 7B model's scores underflow.
-        return (members.clamp(min=1e-30).log() - members.mean(1, keepdim=True).clamp(min=1e-30).log()).sum(0).exp()
+        # The geometric mean orders as the product does and does not underflow.
+        return members.clamp(min=1e-30).log().mean(0).exp()
     return {"sum": members.sum(0), "mean": members.mean(0), "max": members.amax(0), "last": members[-1]}[how]
 
 
@@ -253,9 +253,8 @@ def fisher_mask(model: Any, calibration: Sequence[Batch]) -> Scores:
             every = nn.functional.cross_entropy(
                 logits.transpose(1, 2), part.labels[:, 1:], ignore_index=IGNORED, reduction="none"
             )
-            gradients_ = torch.autograd.grad(
-                every.sum() / max((part.labels != IGNORED).sum().item() / len(part.tokens), 1), list(seen.values())
-            )
+            per_row = every.sum(1) / (part.labels[:, 1:] != IGNORED).sum(1).clamp(min=1)
+            gradients_ = torch.autograd.grad(per_row.sum(), list(seen.values()))
         for ((block, kind), value), gradient in zip(seen.items(), gradients_, strict=True):
             change = (value.detach() * gradient).float().sum(1)  # [B, inputs]
             squares[block][kind] += _by_structure(change, squares[block][kind].numel()).square().sum(0) / rows
@@ -304,12 +303,16 @@ def input_grams(model: Any, calibration: Sequence[Batch]) -> list[dict[str, torc
         real = part.labels != IGNORED
         real[:, 0] = True
         total += int(real.sum())
-        with torch.no_grad(), _reading(model, lambda value: value) as seen:
-            outputs = model.model(input_ids=part.tokens, use_cache=False, output_hidden_states=True).hidden_states
+        with (
+            torch.no_grad(),
+            _reading(model, lambda value: value) as seen,
+            architecture.block_outputs(model) as outputs,
+        ):
+            model.model(input_ids=part.tokens, use_cache=False)
         for (block, kind), value in seen.items():
             rows = value[real].float()
             found[block][kind] = found[block].get(kind, 0) + rows.T @ rows
-        for block, value in enumerate(outputs[1:]):
+        for block, value in enumerate(outputs):
             found[block]["output"] = found[block].get("output", 0) + value[real].float().square().sum()
     return [{kind: value / total for kind, value in block.items()} for block in found]
 

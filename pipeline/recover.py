@@ -108,8 +108,14 @@ def run(
         progress: Wraps the steps.
 
     Raises:
-        RecoverError: The loss is not finite.
+        RecoverError: There are no rows, or the loss is not finite.
     """
+    for name, rows_ in (("training", train), ("validation", validation)):
+        if not rows_:
+            raise RecoverError(
+                f"no {name} row is left: the prompt alone fills recover.max_length ({settings.max_length}) in all; "
+                "raise recover.max_length or name other rows in data.alpaca"
+            )
     losses, tokens = [], 0
     device = model.device
     if steps:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.memory import GIB
 from pipeline.pareto import LABELS, Point
 
@@ -73,9 +75,10 @@ def heat_map(members: Sequence[Point], units: Sequence[str], path: Path) -> None
     from matplotlib.colors import ListedColormap
 
     rows = [one for one in members if one.bits != "16"]
+    bits = np.array([[int(digit) for digit in one.bits] for one in rows]).reshape(len(rows), len(units))
     figure, axes = pyplot.subplots(figsize=(max(6, len(units) * 0.28), 1.2 + 0.32 * len(rows)), dpi=150)
     axes.imshow(
-        [[int(digit) for digit in one.bits] for one in rows],
+        bits,
         cmap=ListedColormap(["#dbe4ee", "#c8442c"]),
         vmin=4,
         vmax=8,

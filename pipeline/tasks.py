@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 import lm_eval
+import lm_eval.tasks
 import yaml
 
 # Raw fields that lm-eval's definition of each task reads.

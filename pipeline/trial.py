@@ -5,6 +5,7 @@ Search, references and build all come through here; there is no second way to tu
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -272,13 +273,12 @@ def assemble(context: Context, bits: Sequence[int], *, real: bool | None = None)
 
 def mixed_model(context: Context, bits_of: Mapping[str, int]) -> Any:
     """Build a model of bitsandbytes' modules from the bank's codes."""
-    import copy
-
     config = copy.deepcopy(context.config)
     settings = context.bank.settings
     named = {name: bits for name, bits in bits_of.items() if bits != 16}
     if named:
-        config.quantization_config = checkpoint.MixedBitsConfig(named, settings.four_bit, settings.double_quant)
+        mixed = checkpoint.MixedBitsConfig(named, settings.four_bit, settings.double_quant)
+        config.quantization_config = mixed.to_dict()
     return checkpoint.from_state(config, quantize.quantized(context.state, context.bank, bits_of))
 
 

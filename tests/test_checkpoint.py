@@ -92,6 +92,15 @@ def test_one_blocks_config_does_not_change_the_models():
     assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (4, 2, 96)
 
 
+def test_every_block_follows_the_models_attention_implementation():
+    model = checkpoint.from_state(*pruned())
+    model.set_attn_implementation("eager")
+    (part,) = batches(1)
+    with torch.no_grad():
+        found = model(input_ids=part.tokens, output_attentions=True).attentions
+    assert [one.shape[1] for one in found] == [shape.heads for shape in architecture.shapes(model.config)]
+
+
 def test_registering_again_changes_nothing():
     checkpoint.register_types()
     config, state = pruned()
@@ -104,7 +113,10 @@ def test_registering_again_changes_nothing():
 def test_each_linear_has_the_module_of_its_bits(mixed):
     config, _, _, model = mixed
     for name, bits in mixed_bits(config).items():
-        assert type(model.get_submodule(name)) is MODULES[bits]
+        module = model.get_submodule(name)
+        assert type(module) is MODULES[bits]
+        if bits == 8:
+            assert module.state.threshold == 0  # no outlier columns kept in 16 bits
     assert type(model.lm_head) is torch.nn.Linear
 
 
@@ -295,7 +307,11 @@ def test_verify_names_the_content(folder, tmp_path):
 @pytest.mark.parametrize("file", ["weights.bin", "adapter/config.json", checkpoint.CHECKSUMS])
 @pytest.mark.parametrize(
     ("harm", "message"),
-    [(halve, "does not match|never finished"), (flip, "does not match|never finished"), (Path.unlink, "is missing")],
+    [
+        (halve, "does not match|never finished|truncated or edited"),
+        (flip, "does not match|never finished|truncated or edited"),
+        (Path.unlink, "is missing"),
+    ],
 )
 def test_changed_checkpoint_is_refused_with_its_stage(folder, file, harm, message):
     harm(folder / file)

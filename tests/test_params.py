@@ -128,6 +128,14 @@ def test_fault_names_key_value_and_what_is_allowed(raw_params, key, value, wante
         assert text in lines[1]
 
 
+@pytest.mark.parametrize("key, value", [("data__alpaca", "package:a==1"), ("data__benchmarks", "hub:a/b@main")])
+def test_refused_form_of_a_source_is_not_called_allowed(raw_params, key, value):
+    message = refused(change(raw_params, **{key: value})).replace(value, "")
+    assert key.replace("__", ".") in message
+    assert "path:" in message
+    assert value.split(":")[0] + ":" not in message
+
+
 def test_missing_key_and_section_are_named(raw_params):
     del raw_params["quantize"], raw_params["prune"]["ratio"]
     lines = refused(raw_params).splitlines()

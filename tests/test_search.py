@@ -23,7 +23,18 @@ def result(bits):
     text = "".join(map(str, bits))
     score = sum((index + 1) * (width == 8) for index, width in enumerate(bits)) / 100
     return Result(
-        text, score, 0.01, {"piqa": (score, 0.02)}, {}, -1.0, 2.0, SPACE.memory(bits), 500, "predicted", {"recover": 1.0}, 4
+        text,
+        score,
+        0.01,
+        {"piqa": (score, 0.02)},
+        {},
+        -1.0,
+        2.0,
+        SPACE.memory(bits),
+        500,
+        "predicted",
+        {"recover": 1.0},
+        4,
     )
 
 

@@ -47,7 +47,13 @@ def test_interrupted_stage_and_trial_are_killed():
 
 
 def test_runs_of_dead_processes_are_reaped_and_others_left():
-    code = "import os; from pipeline import tracking; s = tracking.stage('search', {}); r = s.__enter__(); print(r.run_id, flush=True); os._exit(9)"
+    code = """
+import os
+from pipeline import tracking
+run = tracking.stage("search", {}).__enter__()
+print(run.run_id, flush=True)
+os._exit(9)
+"""
     root = str(tracking.Path(__file__).parent.parent)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root}, check=False
