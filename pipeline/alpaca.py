@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+ROUND = 32  # lengths are padded to a multiple: few distinct shapes let matrix kernels be reused
 IGNORED = -100  # label of a position that the loss leaves out
 
 
@@ -29,7 +30,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right to the longest. Causal attention never looks right, so no attention mask is needed.
+    """Rows padded on the right, to a multiple of ``ROUND``. Causal attention never looks right, so it needs no mask.
 
     Attributes:
         tokens: [B, L].
@@ -86,7 +87,7 @@ def batch(examples: Sequence[Example], padding: int, whole: bool) -> Batch:
         padding: Token id for the padded positions.
         whole: Predict every token but the first; else the response only.
     """
-    length = max(len(example.tokens) for example in examples)
+    length = -(-max(len(example.tokens) for example in examples) // ROUND) * ROUND
     tokens = torch.full((len(examples), length), padding, dtype=torch.long)
     labels = torch.full((len(examples), length), IGNORED, dtype=torch.long)
     for row, example in enumerate(examples):

@@ -244,7 +244,7 @@ def _needs_samples(raw: Any) -> str | None:
     needing = prune["importance"] not in ("magnitude", "random") or prune["compensate"]
     if prune["samples"] == 0 and needing:
         return (
-            f"prune.samples: samples is 0, but importance {prune['importance']!r} or compensation needs calibration rows; "
+            f"prune.samples: samples is 0, but importance {prune['importance']!r} or compensation needs rows; "
             "set samples to 10 or more"
         )
     return None
@@ -265,8 +265,8 @@ def _seeds_within_limit(raw: Any) -> str | None:
         share = bits.count("8") / len(bits)
         if share > limit:
             return (
-                f"search.seed_bits: seed_bits {bits!r} has {bits.count('8')} of {len(bits)} units at 8 bits ({share:.0%}), but "
-                f"max_8bit_fraction allows {limit:.0%}; lower the one or raise the other"
+                f"search.seed_bits: seed_bits {bits!r} has {bits.count('8')} of {len(bits)} units at 8 bits "
+                f"({share:.0%}), but max_8bit_fraction allows {limit:.0%}; lower the one or raise the other"
             )
     return None
 

@@ -99,7 +99,7 @@ def importance(params: Params, run: Run) -> None:
     rows = alpaca.calibration(
         ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed
     )
-    parts = list(alpaca.batches(rows, 8, tokenizer.pad_token_id, whole=True))
+    parts = list(alpaca.batches(rows, 8, tokenizer.pad_token_id, whole=False))
     run.dataset(ALPACA, "alpaca", "calibration")
     units = architecture.units(model.config, params.search.granularity)
     priors = stage_.run(model, parts, units, settings, params.quantize, params.seed)

@@ -88,6 +88,7 @@ def load(names: Iterable[str], folder: str | Path) -> dict[str, Any]:
             (Path(scratch) / f"{name}.yaml").write_text(yaml.safe_dump(_on_local_items(name, path)))
         datasets.disable_progress_bars()  # reading a small file is no progress worth a bar
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        lm_eval.api.task.tqdm = lambda items, **_: items  # building requests takes milliseconds
         manager = lm_eval.tasks.TaskManager(include_path=scratch, include_defaults=False)
         return manager.load(list(names))["tasks"]
 

@@ -266,7 +266,13 @@ def assemble(context: Context, bits: Sequence[int], *, real: bool | None = None)
     else:
         model = checkpoint.from_state(context.config, quantize.simulated(context.state, context.bank, bits_of))
     model.to(context.device)
-    adapted = get_peft_model(model, lora_config(context.params, context.bank.settings))
+    on_cpu = context.device.type == "cpu"
+    # On a CPU, 16-bit adapters, byte dropout and plain attention together double the speed of a training step.
+    config = lora_config(context.params, context.bank.settings)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=not on_cpu)
+    if on_cpu:
+        use_byte_dropout(adapted, config.lora_dropout)
+        model.set_attn_implementation("eager")
     set_adapters(adapted, context.bank, bits_of)
     return adapted
 
@@ -280,6 +286,13 @@ def mixed_model(context: Context, bits_of: Mapping[str, int]) -> Any:
         mixed = checkpoint.MixedBitsConfig(named, settings.four_bit, settings.double_quant)
         config.quantization_config = mixed.to_dict()
     return checkpoint.from_state(config, quantize.quantized(context.state, context.bank, bits_of))
+
+
+def use_byte_dropout(model: PeftModel, p: float) -> None:
+    """Replace the adapters' dropout by ``recover.ByteDropout``; changes the model."""
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = recover.ByteDropout(p)
 
 
 def lora_config(params: Params, settings: Any) -> LoraConfig:
