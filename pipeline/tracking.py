@@ -83,9 +83,29 @@ def adopt_project_run() -> str | None:
 
 
 def kill_project_run() -> None:
-    """Mark the project's run KILLED before ``mlflow run`` marks it FAILED."""
+    """Mark the project's run KILLED, now and once more when ``mlflow run`` has ended.
+
+    An interrupted ``mlflow run`` overwrites any status with FAILED as its last act, so a process that outlives it has
+    the last word.
+    """
     if run_id := parent_run():
         client().set_terminated(run_id, "KILLED")
+        subprocess.Popen(
+            [sys.executable, "-c", _LAST_WORD, run_id, str(os.getppid())],
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+
+_LAST_WORD = """
+import sys
+import psutil
+from pipeline import tracking
+if psutil.pid_exists(int(sys.argv[2])):
+    psutil.wait_procs([psutil.Process(int(sys.argv[2]))], timeout=60)
+tracking.client().set_terminated(sys.argv[1], "KILLED")
+"""
 
 
 def experiment_id() -> str:

@@ -216,13 +216,13 @@ def test_interrupted_search_leaves_killed_runs(project):
     os.killpg(process.pid, signal.SIGINT)
     process.wait(timeout=60)
     limit = time.time() + 30
-    while [run for run in runs(project) if run.info.status == "RUNNING"]:
-        assert time.time() < limit, [
-            (run.info.run_name, run.data.tags.get("stage")) for run in runs(project) if run.info.status == "RUNNING"
-        ]
+    while True:
+        ended = [run for run in runs(project) if run.data.tags.get("stage") in ("project", "search", "trial")][-3:]
+        if {run.info.status for run in ended} == {"KILLED"}:
+            break
+        assert time.time() < limit, [(run.info.run_name, run.info.status) for run in ended]
         time.sleep(0.2)
-    newest = [run for run in runs(project) if run.data.tags.get("stage") in ("project", "search", "trial")]
-    assert {run.info.status for run in newest[-3:]} == {"KILLED"}
+    assert not [run for run in runs(project) if run.info.status == "RUNNING"]
 
 
 @pytest.mark.parametrize("entry", ["search", "prune"])
