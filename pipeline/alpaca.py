@@ -108,6 +108,13 @@ def batches(examples: Sequence[Example], size: int, padding: int, whole: bool) -
 def calibration(
     path: str | Path, tokenizer: Any, held_out: int, samples: int, max_length: int, seed: int
 ) -> list[Example]:
-    """Return the first ``samples`` training rows, tokenized, for calibration."""
+    """Return the first ``samples`` training rows, tokenized, for calibration.
+
+    Raises:
+        ValueError: In every row the prompt alone fills ``max_length``.
+    """
     train, _ = split(read(path), held_out, seed)
-    return encode(train[: samples * 2], tokenizer, max_length)[:samples]
+    found = encode(train[: samples * 2], tokenizer, max_length)[:samples]
+    if samples and not found:
+        raise ValueError(f"no row's prompt leaves room for a response within max_length {max_length}; raise max_length")
+    return found

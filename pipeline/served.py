@@ -30,10 +30,10 @@ class Compressed(mlflow.pyfunc.PythonModel):
 
         Args:
             context: Unused.
-            model_input: A dataframe with a column ``instruction``, or a list of strings.
+            model_input: A list of strings, or a dataframe with one column of them.
             params: ``max_new_tokens`` may be given.
         """
-        texts = model_input["instruction"] if hasattr(model_input, "columns") else model_input
+        texts = model_input.iloc[:, 0] if hasattr(model_input, "columns") else model_input
         limit = (params or {}).get("max_new_tokens", MAX_NEW_TOKENS)
         answers = []
         for text in texts:

@@ -379,7 +379,7 @@ def register_model(
             code_paths=code,
             pip_requirements=requirements,
             registered_model_name=name,
-            signature=ModelSignature(Schema([ColSpec("string", "instruction")]), Schema([ColSpec("string")])),
+            signature=ModelSignature(Schema([ColSpec("string")]), Schema([ColSpec("string")])),
             metadata={"example": example},
         )
     version = info.registered_model_version

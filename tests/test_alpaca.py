@@ -96,8 +96,10 @@ def test_encode_truncates_answers_and_drops_rows_without_one(beyond, found):
 @pytest.mark.parametrize("padding", [0, 3])
 def test_batch_pads_on_the_right_and_labels_what_is_predicted(whole, labels, padding):
     found = alpaca.batch([Example((5, 6, 7, 8, 9), 3), Example((5, 4, 3), 2)], padding, whole)
-    assert found.tokens.tolist() == [[5, 6, 7, 8, 9], [5, 4, 3, padding, padding]]
-    assert found.labels.tolist() == labels
+    assert found.tokens.shape == found.labels.shape == (2, alpaca.ROUND)
+    assert found.tokens[:, :5].tolist() == [[5, 6, 7, 8, 9], [5, 4, 3, padding, padding]]
+    assert found.labels[:, :5].tolist() == labels
+    assert (found.tokens[:, 5:] == padding).all() and (found.labels[:, 5:] == IGNORED).all()
     assert found.tokens.dtype == found.labels.dtype == torch.long
 
 
@@ -105,16 +107,16 @@ def test_batches_hold_every_row_once_sorted_by_length():
     examples = [Example(tuple(range(100 * i, 100 * i + length)), 1) for i, length in enumerate((7, 2, 9, 4, 3, 8, 5))]
     found = list(alpaca.batches(examples, 3, -1, True))
     assert [len(part.tokens) for part in found] == [3, 3, 1]
-    assert [part.tokens.shape[1] for part in found] == [4, 8, 9]
+    assert {part.tokens.shape[1] for part in found} == {alpaca.ROUND}
     rows = [tuple(token for token in row if token != -1) for part in found for row in part.tokens.tolist()]
     assert rows == sorted((example.tokens for example in examples), key=len)
 
 
 def test_batches_pad_less_than_rows_in_their_own_order():
-    lengths = [3, 30, 4, 29, 5, 28]
+    lengths = [33, 300, 34, 290, 35, 320]
     examples = [Example(tuple(range(length)), 1) for length in lengths]
     cells = sum(part.tokens.numel() for part in alpaca.batches(examples, 2, 0, True))
-    assert cells == 2 * (4 + 28 + 30)
+    assert cells == 2 * (64 + 320 + 320)
     assert cells < sum(2 * max(lengths[i : i + 2]) for i in (0, 2, 4))
 
 

@@ -272,11 +272,12 @@ def test_flatten_joins_nested_keys(default):
     assert flat.keys() == plain | {f"prune.{name}.{end}" for name in nested for end in ("first", "last")}
     assert flat["prune.structures"] == ["attention", "mlp"]
     assert flat["prune.attention_blocks.last"] == -1
-    assert params.flatten(default.build) == {"choose": "best", "steps": 24}
+    assert params.flatten(default.build) == {"choose": "best", "steps": default.build.steps}
 
 
 def test_digest_is_a_hash_of_the_sorted_json(default):
-    text = '[{"choose": "best", "steps": 24}, "text", {"a": [1, 2], "b": null}, 3]'
+    build = f'{{"choose": "best", "steps": {default.build.steps}}}'
+    text = f'[{build}, "text", {{"a": [1, 2], "b": null}}, 3]'
     expected = hashlib.sha256(text.encode()).hexdigest()[:12]
     assert params.digest(default.build, "text", {"b": None, "a": [1, 2]}, 3) == expected
     assert params.digest(default.build, "text", {"a": (1, 2), "b": None}, 3) == expected

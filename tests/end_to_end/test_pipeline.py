@@ -35,11 +35,11 @@ def tiny_params(model: Path) -> dict:
     raw["device"] = "cpu"
     raw["model"] = {"source": f"path:{model}", "sha256": ""}
     raw["data"]["validation_rows"] = 4
-    raw["prune"] |= {"samples": 4, "max_length": 64, "ratio": 0.2}
-    raw["importance"] |= {"samples": 4, "max_length": 64, "clusters": 4, "outcomes": 4}
-    raw["recover"] |= {"steps": 1, "batch_size": 2, "micro_batch_size": 2, "max_length": 192}
+    raw["prune"] |= {"samples": 4, "max_length": 256, "ratio": 0.2}
+    raw["importance"] |= {"samples": 4, "max_length": 256, "clusters": 4, "outcomes": 4}
+    raw["recover"] |= {"steps": 1, "batch_size": 2, "micro_batch_size": 2, "max_length": 256}
     raw["evaluate"] |= {"tasks": TASKS, "limit": 4, "final_limit": 4}
-    raw["search"] |= {"n_trials": 4, "n_random": 1}
+    raw["search"] |= {"n_trials": 4, "n_random": 1, "max_8bit_fraction": 0.5}  # 11 feasible vectors
     raw["build"] |= {"steps": 1}
     return raw
 
@@ -55,8 +55,7 @@ def command(project: Path, *arguments: str, **options) -> subprocess.CompletedPr
     )
 
 
-def mlflow_run(project: Path, entry: str, *more: str) -> subprocess.CompletedProcess:
-    return command(project, "mlflow", "run", ".", "-e", entry, "--env-manager=local", *more)
+SEARCH = ("mlflow", "run", ".", "-e", "search", "--env-manager=local", "--experiment-name", "qpruner")
 
 
 def runs(project: Path) -> list:
@@ -80,7 +79,7 @@ def project(tmp_path_factory, model_folder):
     """A clone in which the main command has run once."""
     folder = clone(tmp_path_factory.mktemp("clone") / "qpruner")
     (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params(model_folder)))
-    done = mlflow_run(folder, "search", "--experiment-name", "qpruner")
+    done = command(folder, *SEARCH)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     (folder / "terminal.txt").write_text(done.stdout + done.stderr)
     return folder
@@ -172,15 +171,9 @@ print(json.dumps({"answer": model.predict(["Name a color."]), "logits": logits.f
     assert {"alpaca_md5", "pruned_checkpoint", "git_commit", "search_run", "accuracy"} <= set(tags)
 
 
-def test_asking_for_more_trials_adds_them(project):
-    done = mlflow_run(project, "search", "-P", "n_trials=5", "--experiment-name", "qpruner")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(by_stage(project, "trial")) == 5
-
-
-def start(project: Path, entry: str) -> subprocess.Popen:
+def start(project: Path, *more: str) -> subprocess.Popen:
     return subprocess.Popen(
-        ["mlflow", "run", ".", "-e", entry, "--env-manager=local", "--experiment-name", "qpruner"],
+        [*SEARCH, *more],
         cwd=project, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
 
@@ -192,26 +185,24 @@ def wait_for_trials(project: Path, count: int) -> None:
         time.sleep(0.05)
 
 
-def test_killed_search_resumes_with_every_finished_trial_once(project):
-    edit(project, "search", n_trials=9)
-    process = start(project, "search")
-    wait_for_trials(project, 7)
+def test_asking_for_more_trials_adds_them_and_a_kill_loses_none(project):
+    process = start(project, "-P", "n_trials=8")
+    wait_for_trials(project, 6)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     kept = {run.info.run_id for run in by_stage(project, "trial")}
-    assert len(kept) >= 7
-    done = mlflow_run(project, "search", "--experiment-name", "qpruner")
+    assert len(kept) >= 6
+    done = command(project, *SEARCH, "-P", "n_trials=8")
     assert done.returncode == 0, done.stderr[-3000:]
     after = by_stage(project, "trial")
     assert kept <= {run.info.run_id for run in after}
-    assert len(after) == 9 and len({run.data.params["bits"] for run in after}) == 9
+    assert len(after) == 8 and len({run.data.params["bits"] for run in after}) == 8
     assert not [run for run in runs(project) if run.info.status == "RUNNING"]
 
 
 def test_interrupted_search_leaves_killed_runs(project):
-    edit(project, "search", n_trials=11)
     before = len(by_stage(project, "trial"))
-    process = start(project, "search")
+    process = start(project, "-P", "n_trials=11")
     wait_for_trials(project, before)
     os.killpg(process.pid, signal.SIGINT)
     process.wait(timeout=60)
