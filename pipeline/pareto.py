@@ -158,7 +158,7 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
     others = [one for one in every if one.run_id not in inside and not one.reference]
     styles = [
         (others, "o", "#9aa5b1", "trial"),
-        ([one for one in every if one.reference], "D", "#2f6fbb", "reference"),
+        ([one for one in every if one.reference and one.method != UNTOUCHED], "D", "#2f6fbb", "reference"),
     ]
     for group, marker, color, label in styles:
         if group:
@@ -190,7 +190,9 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
         label="Pareto front",
     )
     for one in every:
-        if one.reference or one.method in ("qpruner1", "qpruner2"):
+        if one.method == UNTOUCHED:  # never trained, so it has no place on the axis of training memory
+            axes.axhline(100 * one.score, color="#2f6fbb", lw=1, ls="--", label=LABELS[UNTOUCHED])
+        elif one.reference or one.method in ("qpruner1", "qpruner2"):
             axes.annotate(
                 LABELS.get(one.method, one.method),
                 (one.memory / GIB, 100 * one.score),
@@ -209,6 +211,7 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
     pyplot.close(figure)
 
 
+UNTOUCHED = "dense"
 LABELS = {
     "dense": "untouched",
     "llm_pruner": "LLM-Pruner (16-bit)",
@@ -226,7 +229,7 @@ def _page(every: Sequence[Point], members: Sequence[Point], objective: str, path
     groups = {
         "Pareto front": members,
         "trial": [one for one in every if one.run_id not in inside and not one.reference],
-        "reference": [one for one in every if one.reference],
+        "reference": [one for one in every if one.reference and one.method != UNTOUCHED],
     }
     figure = graph_objects.Figure()
     for label, group in groups.items():
@@ -239,6 +242,9 @@ def _page(every: Sequence[Point], members: Sequence[Point], objective: str, path
             name=label,
             text=[f"{one.name}<br>{one.method}<br>{one.bits}<br>{one.run_id}" for one in group],
         )
+    for one in every:
+        if one.method == UNTOUCHED:
+            figure.add_hline(y=100 * one.score, line_dash="dash", annotation_text=LABELS[UNTOUCHED])
     figure.update_layout(
         title="Pareto front",
         template="simple_white",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.memory import GIB
-from pipeline.pareto import LABELS, Point
+from pipeline.pareto import LABELS, UNTOUCHED, Point
 
 _ORDER = ("dense", "llm_pruner", "uniform8", "qpruner1", "qpruner2", "sensitivity")
 
@@ -38,7 +38,10 @@ def method_table(rows: Sequence[tuple[str, Point]], tasks: Sequence[str]) -> tup
     for label, one in rows:
         cells = [_percent(one.metrics[task], one.metrics[f"{task}_stderr"]) for task in tasks]
         mean = _percent(one.metrics["accuracy"], one.metrics["accuracy_stderr"])
-        body.append([label, *cells, mean, f"{one.memory / GIB:.3f}", summary(one.bits)])
+        memory = (
+            "-" if one.method == UNTOUCHED else f"{one.memory / GIB:.3f}"
+        )  # it is not trained, as in the paper's tables
+        body.append([label, *cells, mean, memory, summary(one.bits)])
     return columns, body
 
 
@@ -46,7 +49,8 @@ def front_table(members: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     """Return (columns, rows) of the front."""
     columns = ["trial", "method", "score, %", "memory, GiB", "bits"]
     body = [
-        [one.name, one.method, _percent(one.score, one.stderr), f"{one.memory / GIB:.4f}", one.bits] for one in members
+        [one.name.partition(":")[0], one.method, _percent(one.score, one.stderr), f"{one.memory / GIB:.4f}", one.bits]
+        for one in members
     ]
     return columns, body
 
@@ -139,7 +143,7 @@ def write(
         "<!doctype html><html lang=en><meta charset=utf-8><title>QPruner report</title>",
         "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1d2733}"
         "table{border-collapse:collapse;font-size:13px}td,th{padding:.3rem .6rem;border-bottom:1px solid #dbe4ee;"
-        "text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}div{overflow-x:auto}"
+        "text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}img{max-width:100%}div{overflow-x:auto}"
         "code,td:last-child{font-family:ui-monospace,monospace;font-size:12px}</style>",
         "<h1>QPruner report</h1><ul>",
         *[f"<li>{html.escape(fact)}" for fact in facts],

@@ -60,7 +60,7 @@ def test_method_table_by_hand():
 def test_method_table_without_tasks_has_no_task_columns():
     columns, rows = report.method_table([("x", point("dense", bits="16"))], ())
     assert columns == ["method", "mean", "memory, GiB", "bits"]
-    assert rows == [["x", "50.0 ± 2.5", "1.000", "16"]]
+    assert rows == [["x", "50.0 ± 2.5", "-", "16"]]
 
 
 def test_front_table_by_hand():

@@ -1,0 +1,28 @@
+"""Score a checkpoint on benchmark items, with chance beside it.
+
+    python benchmarks/score.py artifacts/base data/benchmarks [items of a task, 0: all]
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeline import checkpoint, console, evaluate, tasks
+
+
+def main(folder: Path, items: Path, limit: int) -> None:
+    """Print accuracy, standard error and chance of each task as a Markdown table."""
+    model = checkpoint.load_model(folder, dtype=torch.bfloat16)
+    tokenizer = checkpoint.load_tokenizer(folder)
+    scores = evaluate.run(model, tokenizer, tasks.load(tasks.FIELDS, items), limit, 1024)
+    print(f"{scores.items} items\n\n| task | metric | accuracy, % | chance, % |\n|---|---|---|---|")
+    for task, value in scores.accuracy.items():
+        error = 100 * scores.stderr[task]
+        print(f"| {task} | {tasks.METRIC[task]} | {100 * value:.1f} ± {error:.1f} | {100 * tasks.CHANCE[task]:.0f} |")
+    print(f"| mean | | {100 * scores.mean:.1f} ± {100 * scores.mean_stderr:.1f} | |")
+    console.note(str(scores.other))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
