@@ -118,3 +118,19 @@ def calibration(
     if samples and not found:
         raise ValueError(f"no row's prompt leaves room for a response within max_length {max_length}; raise max_length")
     return found
+
+
+def windows(path: str | Path, tokenizer: Any, held_out: int, samples: int, length: int, seed: int) -> list[Example]:
+    """Return up to ``samples`` windows of ``length`` tokens from the training rows' texts, end to end, without prompts.
+
+    The prompt's fixed words are nearly half of a short row's tokens; calibration on them fits little else.
+    """
+    train, _ = split(read(path), held_out, seed)
+    tokens: list[int] = []
+    for row in train:
+        if len(tokens) >= samples * length:
+            break
+        parts = [part for part in (row["instruction"], row["input"], row["output"]) if part]
+        tokens += tokenizer.encode("\n".join(parts) + "\n\n", add_special_tokens=False)
+    starts = range(0, min(len(tokens), samples * length) - 1, length)
+    return [Example(tuple(tokens[start : start + length]), 1) for start in starts]

@@ -84,7 +84,9 @@ class Prune(Section):
     """Structured pruning (paper section 3.1)."""
 
     ratio: float = Field(ge=0, lt=0.9, description="Fraction of the whole model's parameters to remove.")
-    importance: Literal["taylor1", "taylor2", "taylor_mix", "magnitude", "random", "activation", "fisher_mask"] = Field(
+    importance: Literal[
+        "taylor1", "taylor2", "taylor_mix", "magnitude", "random", "activation", "fisher_mask", "surgeon"
+    ] = Field(
         description="Score of a coupled structure; taylor1 is the paper's Element1, taylor2 its Element2.",
     )
     level: Literal["parameter", "vector"] = Field(description="Take absolute values before or after summing a row.")
@@ -93,7 +95,8 @@ class Prune(Section):
     structures: tuple[Literal["attention", "mlp"], ...] = Field(min_length=1, description="Which structures may go.")
     attention_blocks: BlockRange
     mlp_blocks: BlockRange
-    samples: int = Field(ge=0, description="Calibration rows.")
+    text: Literal["rows", "packed"] = Field(description="Alpaca rows in their prompts, or their texts end to end.")
+    samples: int = Field(ge=0, description="Calibration rows, or packed windows of max_length tokens.")
     max_length: Positive = Field(description="Tokens of a calibration row.")
     steps: Positive = Field(description="1: one shot; more: score again after each part of the removal.")
     compensate: bool = Field(description="Refit down_proj and o_proj to the dense outputs by least squares.")

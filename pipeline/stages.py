@@ -60,9 +60,8 @@ def prune(params: Params, run: Run) -> None:
     checkpoint.verify(BASE, "fetch")
     model, tokenizer = checkpoint.load_model(BASE), checkpoint.load_tokenizer(BASE)
     settings = params.prune
-    rows = alpaca.calibration(
-        ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed
-    )
+    source = alpaca.windows if settings.text == "packed" else alpaca.calibration
+    rows = source(ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed)
     parts = list(alpaca.batches(rows, 8, tokenizer.pad_token_id, whole=True))
     run.dataset(ALPACA, "alpaca", "calibration")
     pruned = stage_.run(model, parts, settings, params.seed)

@@ -614,3 +614,72 @@ def test_compensation_brings_the_first_pruned_block_nearer_to_the_dense_one(sett
             smaller = checkpoint.from_state(found.config, found.state)
             errors.append(float((smaller.model.layers[0].mlp(values) - model_out(values)).norm()))
     assert errors[1] < 0.97 * errors[0]
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_surgeon_cost_is_the_least_error_of_any_refit(width):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    weight = torch.randn(5, 12, generator=generator)
+    gram = inputs.T @ inputs
+    damped = gram + torch.eye(12) * prune._DAMPING * gram.diagonal().mean()
+    errors = []
+    for structure in range(12 // width):
+        gone = list(range(structure * width, (structure + 1) * width))
+        kept = [column for column in range(12) if column not in gone]
+        refitted = torch.zeros_like(weight)
+        refitted[:, kept] = torch.linalg.solve(damped[kept][:, kept], (weight @ damped[:, kept]).T).T
+        change = weight - refitted
+        errors.append(float((change @ damped * change).sum()))
+    costs = prune.surgeon_order(weight, gram, width, chunk=1)
+    first = int(costs.argmin())
+    assert first == errors.index(min(errors))
+    assert float(costs[first]) == pytest.approx(min(errors), rel=1e-3)
+
+
+def test_surgeon_costs_follow_from_removing_and_refitting_again():
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(300, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
+    weight = torch.randn(4, 6, generator=generator)
+    gram = inputs.T @ inputs
+    damped = gram + torch.eye(6) * prune._DAMPING * gram.diagonal().mean()
+    costs = prune.surgeon_order(weight, gram, 1, chunk=1)
+    order = costs.argsort().tolist()
+    highest, before = 0.0, 0.0
+    for place in range(1, 6):
+        kept = sorted(order[place:])
+        refitted = torch.zeros_like(weight)
+        refitted[:, kept] = torch.linalg.solve(damped[kept][:, kept], (weight @ damped[:, kept]).T).T
+        error = float(((weight - refitted) @ damped * (weight - refitted)).sum())
+        highest = max(highest, error - before)
+        assert float(costs[order[place - 1]]) == pytest.approx(highest, rel=1e-2)
+        before = error
+    assert costs[order[-1]] == float("inf")
+
+
+def test_gradient_energy_is_the_mean_squared_gradient_at_each_blocks_output():
+    model = tiny_model()
+    (part,) = batches(count=1)
+    found = prune.gradient_energy(model, [part])
+    for block in range(4):
+        leaves = []
+
+        def cut(_, inputs, output, leaves=leaves):
+            leaves.append(output.detach().requires_grad_(True))
+            return leaves[-1]
+
+        handle = model.model.layers[block].register_forward_hook(cut)
+        logits = model(input_ids=part.tokens).logits[:, :-1]
+        handle.remove()
+        torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), part.labels[:, 1:].flatten(), reduction="sum"
+        ).backward()
+        count = (part.labels != alpaca.IGNORED).sum()
+        assert float(found[block]) == pytest.approx(float(leaves[0].grad.square().sum() / count), rel=1e-4)
+
+
+def test_surgeon_with_compensation_meets_the_ratio(default):
+    model = tiny_model()
+    change = {"importance": "surgeon", "compensate": True, "ratio": 0.25}
+    pruned = prune.run(model, batches(count=4, rows=4, length=32), default.prune.model_copy(update=change), 0)
+    assert pruned.ratio == pytest.approx(0.25, abs=0.02)

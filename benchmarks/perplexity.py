@@ -1,0 +1,48 @@
+"""Perplexity after pruning, without recovery: how good is a pruning setting?
+
+    python -m benchmarks.perplexity artifacts/base alpaca.jsonl wikitext2_valid.txt 0.214 [key=value ...]
+
+The first 20 windows of 256 tokens of the text's first 200,000 characters. The other settings are those of params.yaml's section ``prune``.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+from pipeline import alpaca, checkpoint, params, prune
+
+WINDOWS, LENGTH = 20, 256
+
+
+@torch.inference_mode()
+def perplexity(model, tokenizer, text: str) -> float:
+    """Return exp of the mean next-token loss within each window, in fp32."""
+    tokens = torch.tensor(tokenizer.encode(text[:200_000])[: WINDOWS * LENGTH]).view(WINDOWS, LENGTH)
+    total = 0.0
+    for part in tokens.split(4):
+        logits = model(input_ids=part).logits[:, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
+    return float(torch.tensor(total / (WINDOWS * (LENGTH - 1))).exp())
+
+
+def main(folder: Path, rows: Path, text: Path, ratio: float, changes: dict, seed: int = 0) -> None:
+    """Prune and print one line."""
+    raw = yaml.safe_load(Path("params.yaml").read_text())["prune"]
+    settings = params.Prune.model_validate(raw | changes | {"ratio": ratio})
+    tokenizer, start = checkpoint.load_tokenizer(folder), time.time()
+    source = alpaca.windows if settings.text == "packed" else alpaca.calibration
+    examples = source(rows, tokenizer, 16, settings.samples, settings.max_length, seed)
+    parts = list(alpaca.batches(examples, 8, tokenizer.pad_token_id, whole=True))
+    pruned = prune.run(checkpoint.load_model(folder), parts, settings, seed)
+    model = checkpoint.from_state(pruned.config, pruned.state).float().eval()
+    value = perplexity(model, tokenizer, text.read_text(encoding="utf-8"))
+    print(f"{changes} kept {1 - pruned.ratio:.4f} perplexity {value:.1f} in {time.time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    base, data, words, asked, *rest = sys.argv[1:]
+    settings_ = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in rest)}
+    main(Path(base), Path(data), Path(words), float(asked), settings_)
