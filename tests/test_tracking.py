@@ -50,7 +50,8 @@ def test_runs_of_dead_processes_are_reaped_and_others_left():
     code = """
 import os
 from pipeline import tracking
-run = tracking.stage("search", {}).__enter__()
+stage = tracking.stage("search", {})  # kept: a stage that is dropped ends
+run = stage.__enter__()
 print(run.run_id, flush=True)
 os._exit(9)
 """
