@@ -301,4 +301,4 @@ def _parameters(folder: Path) -> int:
 
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.split("\n") if line.strip().strip()]
-    return lines[-1].removeprefix("ERROR: ") if lines else "no reason given"
+    return lines[-1].removeprefix("ERROR: ").rstrip(".") if lines else "no reason given"
