@@ -54,6 +54,11 @@ def run(entry: str, n_trials: str = "params.yaml") -> int:
             from pipeline.stages import show_front
 
             show_front(checked)
+        if status == 0 and entry in ("search", "register"):
+            from pipeline.stages import REPORTS
+
+            found = json.loads((REPORTS / "register.json").read_text())
+            console.note(f"In the registry: {found['model']}, alias {found['alias']}")
     return status
 
 
