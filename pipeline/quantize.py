@@ -7,7 +7,6 @@ of the final checkpoint. (Paper section 2.1, eq. 1-3, and section 3.3, eq. 10.)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,11 +215,6 @@ def read_bits(text: str, units: Sequence[Unit]) -> tuple[int, ...]:
 def write_bits(bits: Sequence[int]) -> str:
     """Return bits as a string, block 0 first; ``16`` for a dense model."""
     return "16" if set(bits) == {16} else "".join(str(width) for width in bits)
-
-
-def settings_of(folder: Path) -> dict[str, Any]:
-    """Return the settings that a bank was made with."""
-    return json.loads((folder / "quantize.json").read_text())
 
 
 def names_of(config: Any) -> list[str]:

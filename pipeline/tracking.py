@@ -31,7 +31,7 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 import mlflow  # noqa: E402
 from mlflow.data.dataset_source_registry import resolve_dataset_source  # noqa: E402
 from mlflow.data.meta_dataset import MetaDataset  # noqa: E402
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunStatus, RunTag  # noqa: E402
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
@@ -322,11 +322,6 @@ def move(run_id: str, parent: Run) -> None:
 def set_tag(run_id: str, key: str, value: str) -> None:
     """Set a tag of any run."""
     client().set_tag(run_id, key, value)
-
-
-def status_name(run: Any) -> str:
-    """Return a run's status as a word."""
-    return run.info.status if isinstance(run.info.status, str) else RunStatus.to_string(run.info.status)
 
 
 # --- lineage -----------------------------------------------------------------------------------------------------

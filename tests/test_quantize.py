@@ -254,11 +254,6 @@ def test_bank_holds_what_initialize_returns_under_its_seed(tmp_path, init):
             assert torch.equal(bank.adapter(name, bits).b, adapter.b)
 
 
-def test_settings_of_a_bank_are_readable(tmp_path):
-    make_bank(tmp_path, *pruned(), r=2)
-    assert quantize.settings_of(tmp_path) == settings(r=2).model_dump()
-
-
 # --- bits
 
 

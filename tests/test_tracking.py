@@ -16,7 +16,7 @@ def own_store(tmp_path, monkeypatch):
 
 
 def status(run):
-    return tracking.status_name(tracking.run(run.run_id))
+    return tracking.run(run.run_id).info.status
 
 
 def test_stage_ends_finished_with_its_params_and_dataset_digest(tmp_path):
@@ -61,7 +61,7 @@ os._exit(9)
     )
     dead = done.stdout.split()[-1]
     with tracking.stage("report", {}) as alive:  # a stage that starts reaps
-        assert tracking.status_name(tracking.run(dead)) == "KILLED"
+        assert tracking.run(dead).info.status == "KILLED"
         assert tracking.reap() == [] and status(alive) == "RUNNING"
 
 
