@@ -2,7 +2,8 @@
 
     python -m benchmarks.perplexity artifacts/base alpaca.jsonl wikitext2_valid.txt 0.214 [key=value ...]
 
-The first 20 windows of 256 tokens of the text's first 200,000 characters. The other settings are those of params.yaml's section ``prune``.
+The first 20 windows of 256 tokens of the text's first 200,000 characters. The other settings are those of section
+``prune`` in params.yaml.
 """
 
 import sys

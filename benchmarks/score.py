@@ -1,6 +1,6 @@
 """Score a checkpoint on benchmark items, with chance beside it.
 
-    python -m benchmarks.score artifacts/base data/benchmarks [items of a task, 0: all]
+python -m benchmarks.score artifacts/base data/benchmarks [items of a task, 0: all]
 """
 
 import sys
