@@ -5,3 +5,7 @@ import os
 # bitsandbytes compiles its CPU kernels anew for every shape, seconds each, and pruned models have many shapes.
 # Nothing here gains from torch.compile, so it is off; set before anything imports torch.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+# oneDNN generates a matrix kernel for each shape and keeps 1,024 of them. A pruned model has more: every block its own
+# shapes, forward and backward. Cycling through more kernels than fit would generate each one every time.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")

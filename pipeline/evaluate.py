@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
-from torch.nn import functional as F
 
 from pipeline import tasks
 
-_PREFIX, _PADDING = -1, -2  # branch numbers of tokens that belong to no branch
+HEAD_CHUNK = 128  # positions whose logits exist at once
+ROW = 256  # tokens of a row that trees are packed into
+_PREFIX, _PADDING = -1, -2  # branch of a prefix; tree of what fills a row up
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Tree:
-    """Requests that share their first ``prefix`` tokens."""
+    """Requests that share their first ``prefix`` tokens; fed as that prefix and one branch a request."""
 
     requests: tuple[int, ...]
     prefix: int
     size: int
 
-    @property
-    def plain(self) -> bool:
-        """Whether it is one sequence, so that causal attention needs no mask."""
-        return self.size == self.prefix or len(self.requests) == 1
+
+Row = list[Tree]  # trees that stand in one sequence
 
 
 def run(
@@ -161,8 +160,8 @@ class SharedPrefixLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         asked = [self._request(context, continuation) for _, context, continuation in requests]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
-        for batch in self.progress(list(batches(trees(asked), self.batch_tokens))):
-            for index, value in score(self.model, asked, batch):
+        for length, rows in self.progress(list(batches(trees(asked), self.batch_tokens))):
+            for index, value in score(self.model, asked, length, rows):
                 results[index] = value
         return results
 
@@ -211,74 +210,104 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def batches(found: Sequence[Tree], batch_tokens: int) -> Iterator[list[Tree]]:
-    """Yield trees of similar size, longest first, up to ``batch_tokens`` tokens with padding; plain ones apart."""
-    for plain in (False, True):
-        batch: list[Tree] = []
-        for tree in sorted((tree for tree in found if tree.plain is plain), key=lambda tree: -tree.size):
-            if batch and (len(batch) + 1) * batch[0].size > batch_tokens:
-                yield batch
-                batch = []
-            batch.append(tree)
-        if batch:
-            yield batch
+def batches(found: Sequence[Tree], batch_tokens: int) -> Iterator[tuple[int, list[Row]]]:
+    """Yield (length, rows) of each forward pass: trees packed end to end into rows of few different lengths.
+
+    Matrix kernels are generated for each shape they meet, so nearly all passes have the same one. Trees longer than
+    ``ROW`` get rows of twice, four times ... that length.
+    """
+    open_rows: dict[int, list[tuple[int, Row]]] = {}
+    for tree in sorted(found, key=lambda tree: -tree.size):
+        length = ROW
+        while length < tree.size:
+            length *= 2
+        rows = open_rows.setdefault(length, [])
+        for place, (room, row) in enumerate(rows):  # first fit, longest first
+            if tree.size <= room:
+                rows[place] = (room - tree.size, [*row, tree])
+                break
+        else:
+            rows.append((length - tree.size, [tree]))
+    for length, rows in open_rows.items():
+        count = max(batch_tokens // length, 1)
+        for start in range(0, len(rows), count):
+            yield length, [row for _, row in rows[start : start + count]]
 
 
-def score(model: Any, requests: Sequence[Request], batch: Sequence[Tree]) -> Iterator[tuple[int, tuple[float, bool]]]:
-    """Yield (request, (log-likelihood of its continuation, whether it is the greedy choice)) for a batch of trees."""
-    length = batch[0].size
-    tokens = torch.zeros(len(batch), length, dtype=torch.long)
-    positions = torch.zeros(len(batch), length, dtype=torch.long)
-    branches = torch.full((len(batch), length), _PADDING, dtype=torch.long)
-    rows, columns, targets, owners = [], [], [], []
-    for row, tree in enumerate(batch):
-        first = requests[tree.requests[0]].tokens
-        tokens[row, : tree.prefix] = torch.tensor(first[: tree.prefix])
-        positions[row, : tree.prefix] = torch.arange(tree.prefix)
-        branches[row, : tree.prefix] = _PREFIX
-        offset = tree.prefix
-        for number, index in enumerate(tree.requests):
-            request = requests[index]
-            own = request.tokens[tree.prefix : -1]
-            here = slice(offset, offset + len(own))
-            tokens[row, here] = torch.tensor(own, dtype=torch.long)
-            positions[row, here] = torch.arange(tree.prefix, tree.prefix + len(own))
-            branches[row, here] = number
-            for position in range(request.start - 1, len(request.tokens) - 1):
-                rows.append(row)
-                columns.append(position if position < tree.prefix else position - tree.prefix + offset)
-                targets.append(request.tokens[position + 1])
-                owners.append(index)
-            offset += len(own)
+def score(
+    model: Any, requests: Sequence[Request], length: int, rows: Sequence[Row]
+) -> Iterator[tuple[int, tuple[float, bool]]]:
+    """Yield (request, (log-likelihood of its continuation, whether it is the greedy choice)) for one forward pass."""
+    tokens = torch.zeros(len(rows), length, dtype=torch.long)
+    positions = torch.zeros(len(rows), length, dtype=torch.long)
+    owners = torch.full((len(rows), length), _PADDING, dtype=torch.long)  # the tree of each token
+    branches = torch.full((len(rows), length), _PREFIX, dtype=torch.long)
+    places: dict[tuple[int, int], int] = {}  # (row, column) -> index among the positions that reach lm_head
+    wanted: list[tuple[int, int, int]] = []  # (request, index of the position, token it should predict)
+    for row, packed in enumerate(rows):
+        begin = 0
+        for owner, tree in enumerate(packed):
+            end = begin + tree.prefix
+            tokens[row, begin:end] = torch.tensor(requests[tree.requests[0]].tokens[: tree.prefix])
+            positions[row, begin:end] = torch.arange(tree.prefix)
+            owners[row, begin : begin + tree.size] = owner
+            for branch, index in enumerate(tree.requests):
+                request = requests[index]
+                own = request.tokens[tree.prefix : -1]
+                here = slice(end, end + len(own))
+                tokens[row, here] = torch.tensor(own, dtype=torch.long)
+                positions[row, here] = torch.arange(tree.prefix, tree.prefix + len(own))
+                branches[row, here] = branch
+                for position in range(request.start - 1, len(request.tokens) - 1):
+                    column = begin + position if position < tree.prefix else position - tree.prefix + end
+                    place = places.setdefault((row, column), len(places))
+                    wanted.append((index, place, request.tokens[position + 1]))
+                end += len(own)
+            begin += tree.size
     device = model.device
-    mask = None if batch[0].plain else tree_mask(branches)[:, None].to(device)
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = causal.model(
-        input_ids=tokens.to(device), attention_mask=mask, position_ids=positions.to(device), use_cache=False
+        input_ids=tokens.to(device),
+        attention_mask=additive(tree_mask(owners, branches), causal.dtype).to(device),
+        position_ids=positions.to(device),
+        use_cache=False,
     ).last_hidden_state
-    logits = causal.lm_head(hidden[torch.tensor(rows), torch.tensor(columns)]).float()
-    wanted = torch.tensor(targets, device=device)
-    values = -F.cross_entropy(logits, wanted, reduction="none")
-    greedy = logits.argmax(-1) == wanted
+    where = torch.tensor(list(places), device=device)
+    of, at, targets = torch.tensor(wanted, device=device).unbind(1)
+    scored = hidden[where[:, 0], where[:, 1]]
+    values = torch.empty(len(at), device=device)
+    greedy = torch.empty(len(at), dtype=torch.bool, device=device)
+    for start in range(0, len(scored), HEAD_CHUNK):  # a chunk's logits stay in the cache, all of them would not
+        logits = causal.lm_head(scored[start : start + HEAD_CHUNK]).float()
+        here = (at >= start) & (at < start + HEAD_CHUNK)
+        own = logits[at[here] - start, targets[here]]
+        values[here] = own - logits.logsumexp(-1)[at[here] - start]
+        greedy[here] = own == logits.amax(-1)[at[here] - start]
     totals: dict[int, list[Any]] = {}
-    for owner, value, best in zip(owners, values.tolist(), greedy.tolist(), strict=True):
-        total = totals.setdefault(owner, [0.0, True])
+    for index, value, best in zip(of.tolist(), values.tolist(), greedy.tolist(), strict=True):
+        total = totals.setdefault(index, [0.0, True])
         total[0] += value
         total[1] = total[1] and best
-    for owner, (value, best) in totals.items():
-        yield owner, (value, best)
+    for index, (value, best) in totals.items():
+        yield index, (value, best)
 
 
-def tree_mask(branches: torch.Tensor) -> torch.Tensor:
-    """Return which earlier tokens each token sees: the prefix and its own branch.
+def tree_mask(owners: torch.Tensor, branches: torch.Tensor) -> torch.Tensor:
+    """Return which earlier tokens each token sees: those of its tree that are in the prefix or in its own branch.
 
     Args:
-        branches: Branch of each token, [B, L].
+        owners: Tree of each token, [B, L].
+        branches: Branch of each token within its tree, ``_PREFIX`` for its prefix, [B, L].
 
     Returns:
-        Booleans, [B, L, L]; every row sees at least itself.
+        Booleans, [B, L, L]; every token sees at least itself.
     """
     length = branches.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool).tril()
-    same = branches[:, :, None] == branches[:, None, :]
-    return earlier & (same | (branches[:, None, :] == _PREFIX))
+    near = (branches[:, :, None] == branches[:, None, :]) | (branches[:, None, :] == _PREFIX)
+    return earlier & near & (owners[:, :, None] == owners[:, None, :])
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a mask to add to attention scores, [B, 1, L, L]: plain attention would add a boolean one as 0 and 1."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)[:, None]

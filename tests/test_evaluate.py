@@ -195,21 +195,38 @@ def test_other_kinds_of_tasks_are_refused(model, tokenizer, method):
 
 
 def test_tree_mask_by_hand():
-    # two tokens of prefix, two of branch 0, one of branch 1, one of padding
-    found = evaluate.tree_mask(torch.tensor([[-1, -1, 0, 0, 1, -2]]))
+    # a tree: two tokens of prefix, two of branch 0, one of branch 1; a second tree of one token; one of padding
+    found = evaluate.tree_mask(torch.tensor([[0, 0, 0, 0, 0, 1, -2]]), torch.tensor([[-1, -1, 0, 0, 1, -1, -1]]))
     expected = [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],
-        [1, 1, 0, 0, 0, 1],
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1],
     ]
     assert found.int().tolist() == [expected]
 
 
 def test_tree_mask_of_one_sequence_is_causal():
-    assert torch.equal(evaluate.tree_mask(torch.full((2, 5), -1)), torch.ones(2, 5, 5).tril().bool())
+    whole = torch.full((2, 5), -1)
+    assert torch.equal(evaluate.tree_mask(torch.zeros(2, 5), whole), torch.ones(2, 5, 5).tril().bool())
+
+
+def test_additive_mask_hides_what_the_boolean_one_hides():
+    mask = torch.tensor([[[True, False], [True, True]]])
+    weights = (torch.zeros(1, 1, 2, 2) + evaluate.additive(mask, torch.float32)).softmax(-1)
+    assert weights.tolist() == [[[[1.0, 0.0], [0.5, 0.5]]]]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_score_does_not_depend_on_the_kind_of_attention(tokenizer, loaded, attention):
+    model = tiny_model()
+    requests = [one for name in ("hellaswag", "boolq") for one in instances(loaded[name])]
+    expected = reference(model, tokenizer).loglikelihood(requests)
+    model.set_attn_implementation(attention)
+    assert_same(SharedPrefixLM(model, tokenizer, 512).loglikelihood(requests), expected)
 
 
 @pytest.mark.parametrize(
@@ -246,23 +263,17 @@ def test_trees_by_hand(requests, expected):
     assert evaluate.trees([Request(*request) for request in requests]) == expected
 
 
-@pytest.mark.parametrize(
-    "tree, expected", [(Tree((0,), 5, 5), True), (Tree((0, 1), 4, 4), True), (Tree((0, 1), 4, 6), False)]
-)
-def test_plain_trees_are_single_sequences(tree, expected):
-    assert tree.plain is expected
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 30, 64, 10_000])
-def test_batches_hold_each_tree_once_within_the_limit(batch_tokens):
+@pytest.mark.parametrize("batch_tokens", [1, 256, 600, 10_000])
+def test_batches_pack_each_tree_once_into_rows_that_hold_it(batch_tokens):
     generator = random.Random(0)
-    every = [Tree((index, -1), 4, generator.randint(4, 30)) for index in range(40)]
+    every = [Tree((index, -1), 4, generator.randint(4, 700)) for index in range(60)]
     found = list(evaluate.batches(every, batch_tokens))
-    assert sorted(tree.requests[0] for batch in found for tree in batch) == list(range(40))
-    for batch in found:
-        assert len({tree.plain for tree in batch}) == 1
-        assert batch[0].size == max(tree.size for tree in batch)
-        assert len(batch) == 1 or len(batch) * batch[0].size <= batch_tokens
+    assert sorted(tree.requests[0] for _, rows in found for row in rows for tree in row) == list(range(60))
+    for length, rows in found:
+        assert length in (256, 512, 1024)
+        assert len(rows) == 1 or len(rows) * length <= batch_tokens
+        assert all(length // 2 < max(tree.size for tree in row) or length == 256 for row in rows)
+        assert all(sum(tree.size for tree in row) <= length for row in rows)
 
 
 def softmax(values, index):
