@@ -35,10 +35,12 @@ class Batch:
     Attributes:
         tokens: [B, L].
         labels: [B, L]; ``IGNORED`` where a position is not predicted. Position t holds the token at t itself.
+        length: Tokens of the rows, padding left out.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
+    length: int = 0
 
 
 def prompt(instruction: str, context: str = "") -> str:
@@ -95,7 +97,7 @@ def batch(examples: Sequence[Example], padding: int, whole: bool) -> Batch:
         tokens[row, : len(ids)] = ids
         first = 1 if whole else example.response
         labels[row, first : len(ids)] = ids[first:]
-    return Batch(tokens, labels)
+    return Batch(tokens, labels, sum(len(example.tokens) for example in examples))
 
 
 def batches(examples: Sequence[Example], size: int, padding: int, whole: bool) -> Iterator[Batch]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ def choose(wanted: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str | N
 
 def save(context: Context, bits: Sequence[int], trained: PeftModel, folder: Path) -> Any:
     """Save the trained model with bitsandbytes' modules; return it, as it will be after loading."""
-    real = trial.mixed_model(context, context.bits_of(bits))
+    bits_of = context.bits_of(bits)
+    if context.params.recover.train == "full":
+        context = replace(context, state=context.state | trial.trained_state(trained, bits_of))
+    real = trial.mixed_model(context, bits_of)
     real.save_pretrained(folder)  # before PEFT renames its linears
     adapted = get_peft_model(real, trial.lora_config(context.params, context.bank.settings))
     set_peft_model_state_dict(adapted, get_peft_model_state_dict(trained))

@@ -130,7 +130,11 @@ class Quantize(Section):
 
 
 class Recover(Section):
-    """LoRA recovery on Alpaca (paper section 3.3, appendix B)."""
+    """Recovery on Alpaca (paper section 3.3, appendix B)."""
+
+    train: Literal["lora", "full"] = Field(
+        description="lora: the adapters. full: also all that is not quantized; at 16 bits full-parameter fine-tuning."
+    )
 
     steps: int = Field(ge=0, description="Optimizer steps of a trial.")
     batch_size: Positive
@@ -139,6 +143,9 @@ class Recover(Section):
     learning_rate: float = Field(gt=0, le=1)
     warmup_steps: int = Field(ge=0)
     dropout: float = Field(ge=0, lt=1)
+    validate_every: int = Field(ge=0, description="Steps between two validation losses; 0: only after the last step.")
+    patience: int = Field(ge=0, description="Validation losses in a row that are no lower before it stops; 0: never.")
+    save_every: int = Field(ge=0, description="Steps after which the state is kept, to be taken up again; 0: never.")
 
 
 class Evaluate(Section):
@@ -262,6 +269,16 @@ def _micro_batches(raw: Any) -> str | None:
     return None
 
 
+def _patience_has_losses(raw: Any) -> str | None:
+    recover = raw["recover"]
+    if recover["patience"] and not recover["validate_every"]:
+        return (
+            f"recover.patience: patience {recover['patience']} counts validation losses, but validate_every is 0; "
+            "set validate_every, or patience to 0"
+        )
+    return None
+
+
 def _seeds_within_limit(raw: Any) -> str | None:
     limit = raw["search"]["max_8bit_fraction"]
     for bits in raw["search"]["seed_bits"]:
@@ -318,6 +335,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _COMBINATIONS = (
     _needs_samples,
     _micro_batches,
+    _patience_has_losses,
     _seeds_within_limit,
     _objective_is_measured,
     _attention_range,

@@ -1,4 +1,7 @@
-"""LoRA recovery on Alpaca (paper section 3.3, appendix B): the loss of the responses, AdamW, linear decay.
+"""Recovery on Alpaca (paper section 3.3, appendix B): the loss of the responses, AdamW, linear decay.
+
+``lora`` trains the adapters, ``full`` also all that is not quantized. Held-out rows may end it early, and the state of
+an interrupted one may be kept and taken up again.
 
 A plain training loop, because a trial's cost is mostly this: rows of similar length share a batch, only response
 positions reach ``lm_head``, their logits exist a chunk at a time, and no attention mask is needed (padding is on the
@@ -7,13 +10,17 @@ right, which causal attention never sees).
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from pipeline.alpaca import IGNORED, Batch, Example, batch, batches
@@ -34,12 +41,14 @@ class Recovered:
 
     Attributes:
         losses: Mean response loss of each step, in nats a token.
-        validation_loss: The same on held-out rows, after training.
+        validation_loss: The same on held-out rows, of the model as it is left.
+        validation_losses: Step -> the same after so many steps, where ``validate_every`` asks for it.
         tokens: Tokens trained on, padding left out.
     """
 
     losses: tuple[float, ...]
     validation_loss: float
+    validation_losses: dict[int, float]
     tokens: int
 
 
@@ -89,14 +98,15 @@ class _Masters:
 class _ChunkedLoss(torch.autograd.Function):
     """Sum of cross-entropies of ``hidden @ head.T``, a chunk of positions at a time.
 
-    The head is frozen, so the gradient of the hidden states is all that backward needs; it is computed along with the
-    loss, and no chunk's logits outlive the chunk.
+    The gradients are computed along with the loss, so that no chunk's logits outlive the chunk. The head's own is
+    computed only if the head is trained.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden)
+        heads = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), LOSS_CHUNK):
             here = slice(start, start + LOSS_CHUNK)
             logits = (hidden[here] @ head.T).float()
@@ -105,20 +115,24 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = logits.softmax(-1)
             logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
             gradient[here] = logits.to(hidden.dtype) @ head
-        ctx.save_for_backward(gradient)
+            if heads is not None:
+                heads += logits.T @ hidden[here].float()
+            del logits  # else they live until the next chunk's exist
+        ctx.save_for_backward(gradient, None if heads is None else heads.to(head.dtype))
         return total
 
     @staticmethod
-    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outer.to(gradient.dtype), None, None
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        gradient, heads = ctx.saved_tensors
+        outer = outer.to(gradient.dtype)
+        return gradient * outer, None if heads is None else heads * outer, None
 
 
 def response_loss(model: Any, part: Batch) -> tuple[torch.Tensor, int]:
     """Return (sum of the next-token losses at labelled positions, their number).
 
     Args:
-        model: A causal language model, plain or wrapped by PEFT, with a frozen head.
+        model: A causal language model, plain or wrapped by PEFT.
         part: Tokens and labels, on the model's device.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -137,8 +151,12 @@ def run(
     padding: int,
     seed: int,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    keep: Path | None = None,
 ) -> Recovered:
-    """Train the adapters of a model and measure its validation loss; changes the model.
+    """Train a model and measure its validation loss; changes the model.
+
+    With ``validate_every``, the held-out rows are scored after each so many steps and at the end; the model is left as
+    it was at the lowest of these losses, and ``patience`` of them in a row that are no lower end the training.
 
     Args:
         model: Wrapped by PEFT; parameters that require gradients are trained.
@@ -149,6 +167,8 @@ def run(
         padding: Token id of padded positions.
         seed: Order of the rows and dropout.
         progress: Wraps the steps.
+        keep: File for the state of training, written each ``save_every`` steps and removed at the end. One that is
+            there already, of an interrupted run of the same settings, is taken up.
 
     Raises:
         RecoverError: There are no rows, or the loss is not finite.
@@ -159,38 +179,152 @@ def run(
                 f"no {name} row is left: the prompt alone fills recover.max_length ({settings.max_length}) in all; "
                 "raise recover.max_length or name other rows in data.alpaca"
             )
-    losses, tokens = [], 0
-    device = model.device
-    if steps:
+
+    def held_out() -> float:
+        return validation_loss(model, validation, settings.micro_batch_size, padding)
+
+    if not steps:
+        return Recovered((), held_out(), {}, 0)
+    torch.manual_seed(seed)
+    training = _Training(model, settings, steps)
+    rows = endless(train, settings.batch_size, seed)
+    if keep is not None and keep.exists():
+        training.restore(keep)
+        for _ in range(training.step):
+            next(rows)
+    for step in progress(range(training.step, steps)):
         model.train()
-        torch.manual_seed(seed)
-        masters = _Masters([parameter for parameter in model.parameters() if parameter.requires_grad])
-        optimizer = adamw(masters.copies, settings.learning_rate, device)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.warmup_steps, steps))
-        rows = endless(train, settings.batch_size, seed)
-        for step in progress(range(steps)):
-            chosen = next(rows)
-            size = settings.micro_batch_size
-            parts = [batch(chosen[i : i + size], padding, False) for i in range(0, len(chosen), size)]
-            count = sum(int((part.labels[:, 1:] != IGNORED).sum()) for part in parts)
-            total = 0.0
-            for part in parts:
-                value, _ = response_loss(model, Batch(part.tokens.to(device), part.labels.to(device)))
-                (value / count).backward()
-                total += value.item() / count
-            if not math.isfinite(total):
-                raise RecoverError(
-                    f"loss is {total} at step {step}; lower recover.learning_rate ({settings.learning_rate})"
-                )
-            masters.take_gradients()
-            torch.nn.utils.clip_grad_norm_(masters.copies, _MAX_NORM)
-            optimizer.step()
-            masters.give_back()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(total)
-            tokens += sum(len(example.tokens) for example in chosen)
-    return Recovered(tuple(losses), validation_loss(model, validation, settings.micro_batch_size, padding), tokens)
+        training.take_step([batch(part, padding, False) for part in _parts(next(rows), settings.micro_batch_size)])
+        if settings.validate_every and (training.step % settings.validate_every == 0 or training.step == steps):
+            training.judge(held_out())
+            if settings.patience and training.worse >= settings.patience:
+                break
+        if keep is not None and settings.save_every and (step + 1) % settings.save_every == 0:
+            training.save(keep)
+    training.take_best()
+    if keep is not None:
+        keep.unlink(missing_ok=True)
+    loss = min(training.validation.values()) if training.validation else held_out()
+    return Recovered(tuple(training.losses), loss, training.validation, training.tokens)
+
+
+def train_in_full(model: Any, quantized: Container[str]) -> None:
+    """Let gradients reach all that is not quantized, not only the adapters.
+
+    A quantized weight is a constant: bitsandbytes' codes or their values, which only its adapter changes. At 16 bits
+    nothing is quantized, and this is full-parameter fine-tuning.
+
+    Args:
+        model: Wrapped by PEFT.
+        quantized: Names of the linears that are quantized.
+    """
+    for name, weight in model.get_base_model().named_parameters():
+        if weight.is_floating_point() and linear_of(name) not in quantized:
+            weight.requires_grad_(True)
+
+
+def linear_of(name: str) -> str:
+    """Return the module that a parameter belongs to, by the name it had before PEFT wrapped its linear."""
+    return name.rpartition(".")[0].removesuffix(".base_layer")
+
+
+def _parts(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+class _Training:
+    """The state of a recovery between two steps; all of it can be saved and taken up again."""
+
+    def __init__(self, model: Any, settings: Recover, steps: int):
+        self.model, self.settings, self.steps = model, settings, steps
+        self.masters = _Masters([weight for weight in model.parameters() if weight.requires_grad])
+        self.optimizer = adamw(self.masters.copies, settings.learning_rate, model.device)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.step, self.tokens, self.worse = 0, 0, 0
+        self.losses: list[float] = []
+        self.validation: dict[int, float] = {}
+        self.best: list[torch.Tensor] | None = None
+
+    def take_step(self, parts: Sequence[Batch]) -> None:
+        """Train on one batch, given as micro-batches.
+
+        Raises:
+            RecoverError: The loss is not finite.
+        """
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * _rate(self.step, self.settings.warmup_steps, self.steps)
+        count = sum(int((part.labels[:, 1:] != IGNORED).sum()) for part in parts)
+        device, total = self.model.device, 0.0
+        for part in parts:
+            value, _ = response_loss(self.model, Batch(part.tokens.to(device), part.labels.to(device)))
+            (value / count).backward()
+            total += value.item() / count
+        if not math.isfinite(total):
+            raise RecoverError(
+                f"loss is {total} at step {self.step}; lower recover.learning_rate ({self.settings.learning_rate})"
+            )
+        self.masters.take_gradients()
+        torch.nn.utils.clip_grad_norm_(self.masters.copies, _MAX_NORM)
+        self.optimizer.step()
+        self.masters.give_back()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(total)
+        self.tokens += sum(part.length for part in parts)
+        self.step += 1
+
+    def judge(self, loss: float) -> None:
+        """Note a validation loss; keep the weights if it is the lowest."""
+        if loss < min(self.validation.values(), default=math.inf):
+            self.best, self.worse = [copy.detach().clone() for copy in self.masters.copies], 0
+        else:
+            self.worse += 1
+        self.validation[self.step] = loss
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        """Go back to the weights of the lowest validation loss, if any was measured."""
+        if self.best is not None:
+            for copy, best in zip(self.masters.copies, self.best, strict=True):
+                copy.copy_(best)
+            self.masters.give_back()
+
+    def save(self, path: Path) -> None:
+        """Write the state as safetensors, atomically."""
+        tensors = {f"weight.{index}": copy.detach() for index, copy in enumerate(self.masters.copies)}
+        tensors |= {f"best.{index}": copy for index, copy in enumerate(self.best or ())}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+        tensors["random"] = torch.get_rng_state()
+        if self.model.device.type == "cuda":
+            tensors["random_cuda"] = torch.cuda.get_rng_state(self.model.device)
+        plain = {key: getattr(self, key) for key in ("step", "tokens", "worse", "losses", "validation")}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".partial")
+        save_file({key: value.contiguous() for key, value in tensors.items()}, scratch, {"state": json.dumps(plain)})
+        scratch.replace(path)
+
+    @torch.no_grad()
+    def restore(self, path: Path) -> None:
+        """Take up a saved state."""
+        with safe_open(path, "pt", device=str(self.model.device)) as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+            plain = json.loads(file.metadata()["state"])
+        for index, copy in enumerate(self.masters.copies):
+            copy.copy_(tensors[f"weight.{index}"])
+        self.masters.give_back()
+        if "best.0" in tensors:
+            self.best = [tensors[f"best.{index}"] for index in range(len(self.masters.copies))]
+        whole = self.optimizer.state_dict()
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                whole["state"].setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(whole)
+        torch.set_rng_state(tensors["random"].cpu())
+        if "random_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random_cuda"].cpu(), self.model.device)
+        self.step, self.tokens, self.worse, self.losses = (plain[key] for key in ("step", "tokens", "worse", "losses"))
+        self.validation = {int(step): loss for step, loss in plain["validation"].items()}
 
 
 def adamw(weights: Sequence[torch.Tensor], learning_rate: float, device: torch.device) -> torch.optim.Optimizer:

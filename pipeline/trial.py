@@ -182,6 +182,7 @@ def run(
     limit: int | None = None,
     progress: Callable[[Any], Any] = iter,
     trained: bool = True,
+    keep: Path | None = None,
 ) -> tuple[Result, PeftModel]:
     """Assemble, recover and evaluate one bit vector.
 
@@ -192,6 +193,7 @@ def run(
         limit: Items of a task; None: the params' own.
         progress: Wraps the recovery's steps.
         trained: False leaves recovery out and reports inference memory as the peak (the untouched model).
+        keep: Where an unfinished recovery is kept (``recover.run``).
 
     Returns:
         The result and the recovered model.
@@ -221,6 +223,7 @@ def run(
             padding,
             params.seed,
             progress,
+            keep,
         ),
     )
     model.eval()
@@ -274,7 +277,19 @@ def assemble(context: Context, bits: Sequence[int], *, real: bool | None = None)
         use_byte_dropout(adapted, config.lora_dropout)
         model.set_attn_implementation("eager")
     set_adapters(adapted, context.bank, bits_of)
+    if context.params.recover.train == "full":
+        recover.train_in_full(adapted, {name for name, width in bits_of.items() if width != 16})
     return adapted
+
+
+def trained_state(model: PeftModel, bits_of: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Return the tensors that full training may have changed, by the names they have in the pruned model."""
+    found = {}
+    for name, weight in model.get_base_model().named_parameters():
+        linear, _, kind = name.rpartition(".")
+        if "lora_" not in name and bits_of.get(recover.linear_of(name), 16) == 16:
+            found[f"{linear.removesuffix('.base_layer')}.{kind}"] = weight.detach().cpu()
+    return found
 
 
 def mixed_model(context: Context, bits_of: Mapping[str, int]) -> Any:

@@ -40,8 +40,8 @@ def examples(count=8, shortest=6, longest=24, seed=0):
 
 def settings(**changes):
     values = {
-        "steps": 3, "batch_size": 8, "micro_batch_size": 4, "max_length": 64, "learning_rate": 0.001, "warmup_steps": 0,
-        "dropout": 0.0,
+        "train": "lora", "steps": 3, "batch_size": 8, "micro_batch_size": 4, "max_length": 64, "learning_rate": 0.001,
+        "warmup_steps": 0, "dropout": 0.0, "validate_every": 0, "patience": 0, "save_every": 0,
     }  # fmt: skip
     return params.Recover(**values | changes)
 
@@ -310,16 +310,16 @@ def test_rate_after_the_last_step_is_not_negative(warmup, steps):
 
 
 def test_run_follows_the_schedule(monkeypatch):
-    made, rates = [], []
+    rates = []
     own = recover.adamw
-    monkeypatch.setattr(recover, "adamw", lambda *arguments: made.append(own(*arguments)) or made[0])
 
-    def watch(items):
-        for item in items:
-            rates.append(made[0].param_groups[0]["lr"])
-            yield item
+    def watched(*arguments):
+        optimizer = own(*arguments)
+        optimizer.register_step_pre_hook(lambda one, *_: rates.append(one.param_groups[0]["lr"]))
+        return optimizer
 
-    train(adapted(), examples(), settings(learning_rate=0.01, warmup_steps=1), 4, progress=watch)
+    monkeypatch.setattr(recover, "adamw", watched)
+    train(adapted(), examples(), settings(learning_rate=0.01, warmup_steps=1), 4)
     assert rates == pytest.approx([0.005, 0.01, 0.02 / 3, 0.01 / 3])
 
 
@@ -327,3 +327,122 @@ def test_optimizer_has_no_weight_decay():
     optimizer = recover.adamw([torch.nn.Parameter(torch.ones(2))], 0.1, torch.device("cpu"))
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.param_groups[0]["weight_decay"] == 0
+
+
+# --- full-parameter fine-tuning ----------------------------------------------------------------------------------
+
+
+def test_full_training_reaches_all_that_is_not_quantized():
+    model = adapted()
+    quantized = {"model.layers.0.mlp.down_proj", "model.layers.3.self_attn.q_proj"}
+    recover.train_in_full(model, quantized)
+    frozen = {
+        recover.linear_of(name) for name, one in model.get_base_model().named_parameters() if not one.requires_grad
+    }
+    assert frozen == quantized
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_gradient_equals_autograd_through_all_logits(tied):
+    model = adapted(tie_word_embeddings=tied)
+    recover.train_in_full(model, set())
+    part = BATCHES["several_chunks"]
+    found = gradients(model, recover.response_loss(model, part)[0])
+    logits = model(input_ids=part.tokens).logits[:, :-1]
+    plain = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), part.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    expected = gradients(model, plain)
+    assert any("lm_head" in name or "embed_tokens" in name for name in expected)
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-4 * value.abs().max().item() + 1e-6), name
+
+
+# --- early stopping ----------------------------------------------------------------------------------------------
+
+
+def losses_in_turn(monkeypatch, values):
+    given = iter(values)
+    monkeypatch.setattr(recover, "validation_loss", lambda *_: next(given))
+
+
+def test_stops_after_so_many_losses_that_are_no_lower_and_goes_back_to_the_lowest(monkeypatch):
+    whole = settings(validate_every=2, patience=2)
+    at_the_lowest = adapted(seed=1)
+    losses_in_turn(monkeypatch, [3.0, 2.0, 2.5, 2.0])
+    model = adapted(seed=1)
+    found = train(model, examples(16), whole, 20)
+    assert found.validation_losses == {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0}
+    assert found.validation_loss == 2.0
+    assert len(found.losses) == 8
+    losses_in_turn(monkeypatch, [3.0, 2.0])
+    training = recover._Training(at_the_lowest, whole, 20)
+    rows = recover.endless(examples(16), 8, 0)
+    torch.manual_seed(0)
+    at_the_lowest.train()
+    for _ in range(4):
+        training.take_step([alpaca.batch(part, PADDING, False) for part in recover._parts(next(rows), 4)])
+    assert_close(weights(model), weights(at_the_lowest), 0)
+
+
+def test_last_step_is_judged_too(monkeypatch):
+    losses_in_turn(monkeypatch, [3.0, 2.0])
+    assert train(adapted(), examples(), settings(validate_every=3), 5).validation_losses == {3: 3.0, 5: 2.0}
+
+
+def test_without_patience_it_trains_to_the_end(monkeypatch):
+    losses_in_turn(monkeypatch, [1.0, 2.0, 3.0, 4.0])
+    found = train(adapted(), examples(), settings(validate_every=1), 4)
+    assert len(found.losses) == 4
+    assert found.validation_loss == 1.0
+
+
+# --- interrupted and taken up again ------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def until(last):
+    def steps(items):
+        for item in items:
+            if item == last:
+                raise Killed
+            yield item
+
+    return steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["lora", "full"])
+def test_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, dtype, which):
+    chosen = settings(dropout=0.1, save_every=2, validate_every=2)
+
+    def fresh():
+        model = adapted(dropout=0.1, dtype=dtype)
+        if which == "full":
+            recover.train_in_full(model, set())
+        return model
+
+    straight = fresh()
+    expected = train(straight, examples(12), chosen, 7)
+    keep = tmp_path / "state" / "one.safetensors"
+    with pytest.raises(Killed):
+        train(fresh(), examples(12), chosen, 7, keep=keep, progress=until(5))
+    assert keep.exists()
+    again = fresh()
+    asked = []
+    found = train(
+        again, examples(12), chosen, 7, keep=keep, progress=lambda steps: asked.append(list(steps)) or asked[0]
+    )
+    assert asked == [[4, 5, 6]]
+    assert found == expected
+    assert_close(weights(again), weights(straight), 0)
+    assert list(keep.parent.iterdir()) == []
+
+
+def test_nothing_is_kept_unless_asked_for(tmp_path):
+    with pytest.raises(Killed):
+        train(adapted(), examples(), settings(), 3, keep=tmp_path / "one.safetensors", progress=until(2))
+    assert list(tmp_path.iterdir()) == []
