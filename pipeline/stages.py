@@ -329,6 +329,14 @@ def _front(params: Params) -> tuple[list[Any], list[Any]]:
     return every, stage_.front([one for one in every if not one.reference])
 
 
+def _by_benchmark(params: Params) -> dict[str, list[Any]]:
+    """Return the latest study's points scored by each benchmark."""
+    from pipeline import pareto as stage_
+
+    runs = tracking.trials(json.loads((REPORTS / "search.json").read_text())["study"])
+    return {task: stage_.points(runs, task) for task in params.evaluate.tasks}
+
+
 @stage
 def build(params: Params, run: Run) -> None:
     """The chosen bit vector as the final checkpoint, verified in a fresh process."""
@@ -425,6 +433,9 @@ def report(params: Params, run: Run) -> None:
     priors = json.loads((REPORTS / "importance.json").read_text())
     every, members = _front(params)
     stage_.heat_map(members, priors["units"], REPORTS / "bits.png")
+    methods, tasks = stage_.methods(every, members), params.evaluate.tasks
+    stage_.accuracy_and_memory({"": stage_.bars_of(methods, tasks)}, tasks, REPORTS / "methods.png")
+    stage_.benchmark_fronts(_by_benchmark(params), REPORTS / "benchmarks.png")
     ratio = json.loads((REPORTS / "prune.json").read_text())["ratio"]
     facts = [
         f"model: {params.model.source}; pruned by {100 * ratio:.1f} %",
@@ -432,11 +443,13 @@ def report(params: Params, run: Run) -> None:
         f"peak memory is {members[0].source if members else 'predicted'}; ± is one standard error",
     ]
     tables = [
-        ("Methods", *stage_.method_table(stage_.methods(every, members), params.evaluate.tasks)),
+        ("Methods", *stage_.method_table(methods, tasks)),
         ("Pareto front", *stage_.front_table(members)),
     ]
     pictures = {
         "Accuracy against peak memory": REPORTS / "pareto.png",
+        "Accuracy (bars) and peak memory (markers) of each method": REPORTS / "methods.png",
+        "Accuracy against peak memory, each benchmark with its own front": REPORTS / "benchmarks.png",
         "Bits of the front's members": REPORTS / "bits.png",
         "Importance of the units": REPORTS / "importance.png",
     }

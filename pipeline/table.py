@@ -1,8 +1,4 @@
-"""The paper's tables 1, 2 and 3: what cells they have, what defines a cell, how a table reads.
-
-A cell is one model to train and judge: a method at a ratio, or a variant of the ablation. Nothing here runs one
-(``paper.py`` does).
-"""
+"""How the paper's tables read: table 1 (and 3) and table 2 as Markdown, LaTeX and plain figures."""
 
 from __future__ import annotations
 
@@ -12,15 +8,11 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.cells import Outcome, Variants
 from pipeline.memory import GIB
-from pipeline.params import Params, digest
 from pipeline.pareto import LABELS, UNTOUCHED
 from pipeline.report import summary
-from pipeline.trial import Result
 
-ROWS = ("llm_pruner", "qpruner1", "qpruner2", "qpruner3")
-VARIANT = "variant"
-OBJECTIVE = "gold_logprob"  # accuracy at a few hundred items cannot tell bit vectors apart; this can
 TITLES: Mapping[str, str] = {
     "boolq": "BoolQ",
     "piqa": "PIQA",
@@ -33,38 +25,6 @@ TITLES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One model to train and judge.
-
-    Attributes:
-        row: ``dense``, one of ``ROWS``, or ``VARIANT``.
-        params: The params that it runs with: its ratio and its variant's settings in place.
-        title: What its run is called.
-        bits: Its bit string, where it is given.
-    """
-
-    row: str
-    params: Params
-    title: str
-    bits: str | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a cell: a result, an error, or neither as long as it was not run."""
-
-    cell: Cell
-    result: Result | None = None
-    error: str = ""
-    run_id: str = ""
-
-    @property
-    def state(self) -> str:
-        """Return ``done``, ``failed`` or ``pending``."""
-        return "done" if self.result else "failed" if self.error else "pending"
-
-
-@dataclass(frozen=True)
 class Entry:
     """One entry of a table: a figure, its standard error, whether it is the best of its group."""
 
@@ -72,125 +32,8 @@ class Entry:
     error: str = ""
     best: bool = False
 
-
-# --- cells -------------------------------------------------------------------------------------------------------
-
-
-def at_ratio(params: Params, ratio: float) -> Params:
-    """Return the params with another pruning ratio."""
-    return changed(params, "prune", ratio=ratio)
-
-
-def changed(params: Params, section: str, **values: Any) -> Params:
-    """Return the params with values of one section replaced."""
-    return params.model_copy(update={section: getattr(params, section).model_copy(update=values)})
-
-
-def cells(params: Params) -> list[Cell]:
-    """Return the cells of table 1: the untouched model once, then the four methods at each ratio."""
-    first = at_ratio(params, params.table.ratios[0])
-    found = [Cell(UNTOUCHED, first, LABELS[UNTOUCHED])]
-    for ratio in params.table.ratios:
-        own = at_ratio(params, ratio)
-        found += [Cell(row, own, f"{ratio:.0%} {LABELS[row]}") for row in ROWS]
-    return found
-
-
-def definition(cell: Cell, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all that a cell's result depends on, as plain values.
-
-    Args:
-        cell: The cell.
-        origin: Digests of the base model and the data, and the device.
-    """
-    params = cell.params
-    found = {
-        "row": cell.row,
-        "origin": dict(origin),
-        "seed": params.seed,
-        "validation_rows": params.data.validation_rows,
-        "judged": {"tasks": list(params.evaluate.tasks), "skip": params.evaluate.limit, "limit": params.table.limit},
-        "batch_tokens": params.evaluate.batch_tokens,
-        "recover": params.recover.model_dump(mode="json", exclude={"steps"}),
-    }
-    if cell.row == UNTOUCHED:
-        return found
-    search = params.search.model_dump(mode="json", exclude={"n_trials", "references"})
-    found |= {
-        "prune": params.prune.model_dump(mode="json"),
-        "quantize": params.quantize.model_dump(mode="json"),
-        "steps": params.table.steps,
-        "granularity": search["granularity"],
-    }
-    if cell.bits:
-        found["bits"] = cell.bits
-    if cell.row in ("qpruner2", "qpruner3"):
-        found["importance"] = params.importance.model_dump(mode="json")
-        found["space"] = [search["max_8bit_fraction"], search["memory_budget_gib"]]
-    if cell.row == "qpruner3":
-        found["search"] = search | {"n_trials": params.table.n_trials, "trial_steps": params.recover.steps}
-    return found
-
-
-def key(cell: Cell, origin: Mapping[str, Any]) -> str:
-    """Return twelve hex digits that name a cell by all that defines it."""
-    return digest(definition(cell, origin))
-
-
-def best(results: Sequence[Result], objective: str = OBJECTIVE) -> Result:
-    """Return the result of a search that becomes QPruner3: the front's highest objective; of equals, least memory.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if not results:
-        raise ValueError("no trial of the search has finished, so there is no QPruner3; see the trials' errors")
-    return max(results, key=lambda one: (getattr(one, objective), -one.peak_memory_bytes))
-
-
-# --- the ablation ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A setting that the ablation varies, and the values it takes: value -> title."""
-
-    title: str
-    section: str
-    name: str
-    values: Mapping[Any, str]
-
-
-FACTORS = (
-    Factor("4-bit type", "quantize", "four_bit", {"nf4": "NF4", "fp4": "FP4"}),
-    Factor("initialization", "quantize", "init", {"loftq": "LoftQ", "gaussian": "Gaussian", "pissa": "PiSSA"}),
-    Factor("LoftQ iterations", "quantize", "iterations", {1: "1", 2: "2", 4: "4"}),
-    Factor("importance", "prune", "importance", {"taylor1": "Element1", "taylor2": "Element2"}),
-)
-Columns = list[tuple[Factor, str, Cell]]
-
-
-def variants(default: Cell, bits: str) -> Columns:
-    """Return the columns of table 2: (factor, title of the value, cell).
-
-    One factor at a time is varied from the default; the value that is the default's is the default cell itself. A default
-    that the paper does not vary over comes first in its factor.
-
-    Args:
-        default: QPruner3's cell at the ablation's ratio.
-        bits: The bit vector that its search found; all variants take it.
-    """
-    found: Columns = []
-    for factor in FACTORS:
-        now = getattr(getattr(default.params, factor.section), factor.name)
-        if now not in factor.values:
-            found.append((factor, str(now), default))
-        for value, title in factor.values.items():
-            more = {"init": "loftq"} if factor.name == "iterations" else {}  # no other one iterates
-            own = changed(default.params, factor.section, **{factor.name: value}, **more)
-            cell = Cell(VARIANT, own, f"{own.prune.ratio:.0%} {factor.title} {title}", bits)
-            found.append((factor, title, default if own == default.params else cell))
-    return found
+    def __str__(self) -> str:
+        return f"{self.text} ± {self.error}" if self.error else self.text
 
 
 # --- entries -----------------------------------------------------------------------------------------------------
@@ -247,8 +90,8 @@ def grid(outcomes: Sequence[Outcome], tasks: Sequence[str]) -> list[tuple[str, s
     found: list[tuple[str, str, list[Entry]]] = []
     groups: dict[str, list[Outcome]] = {}
     for one in outcomes:
-        ratio = 0.0 if one.cell.row == UNTOUCHED else one.cell.params.prune.ratio
-        groups.setdefault(f"{100 * ratio:g} %", []).append(one)
+        share = 0.0 if one.cell.row == UNTOUCHED else one.cell.params.prune.ratio
+        groups.setdefault(f"{100 * share:g} %", []).append(one)
     for ratio, members in groups.items():
         rows = [entries(one, tasks) for one in members]
         rows = marked(rows, tasks) if len(rows) > 1 else rows
@@ -256,7 +99,7 @@ def grid(outcomes: Sequence[Outcome], tasks: Sequence[str]) -> list[tuple[str, s
     return found
 
 
-def frame(outcomes: Sequence[Outcome], tasks: Sequence[str], names: Sequence[Mapping[str, str]]) -> pd.DataFrame:
+def frame(outcomes: Sequence[Outcome], tasks: Sequence[str], names: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return one row a cell with plain figures: accuracies in [0, 1], memory in bytes.
 
     Args:
@@ -288,17 +131,16 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str | Entry]]) -
 def _markdown(cell: str | Entry) -> str:
     if isinstance(cell, str):
         return cell
-    text = f"**{cell.text}**" if cell.best else cell.text
-    return f"{text} ± {cell.error}" if cell.error else text
+    return str(Entry(f"**{cell.text}**", cell.error) if cell.best else cell)
 
 
 def table_markdown(outcomes: Sequence[Outcome], tasks: Sequence[str], facts: Sequence[str]) -> str:
     """Return table 1 as Markdown, under the facts that it needs to be understood."""
-    rows = [[ratio, method, *row] for ratio, method, row in grid(outcomes, tasks)]
+    rows: list[list[str | Entry]] = [[ratio, method, *row] for ratio, method, row in grid(outcomes, tasks)]
     return _page("Table 1", facts, markdown_table(["ratio", "method", *columns(tasks)], rows), outcomes)
 
 
-def ablation_markdown(made: Columns, outcomes: Sequence[Outcome], tasks: Sequence[str], facts: Sequence[str]) -> str:
+def ablation_markdown(made: Variants, outcomes: Sequence[Outcome], tasks: Sequence[str], facts: Sequence[str]) -> str:
     """Return table 2 as Markdown: benchmarks as rows, variants as columns."""
     head = ["benchmark", *(f"{factor.title}: {title}" for factor, title, _ in made)]
     return _page("Table 2", facts, markdown_table(head, transposed(outcomes, tasks)), outcomes)
@@ -328,13 +170,17 @@ def table_latex(outcomes: Sequence[Outcome], tasks: Sequence[str], caption: str)
     return _latex_page("ll" + "c" * len(columns(tasks)), [head, *lines], caption)
 
 
-def ablation_latex(made: Columns, outcomes: Sequence[Outcome], tasks: Sequence[str], caption: str) -> str:
+def ablation_latex(made: Variants, outcomes: Sequence[Outcome], tasks: Sequence[str], caption: str) -> str:
     r"""Return table 2 as a LaTeX ``table*``: benchmarks as rows, variants as columns below their factor."""
     spans: dict[str, int] = {}
     for factor, _, _ in made:
         spans[factor.title] = spans.get(factor.title, 0) + 1
     groups = [rf"\multicolumn{{{count}}}{{c}}{{{escaped(title)}}}" for title, count in spans.items()]
-    head = [_latex_line(["", *groups]), _latex_line(["Benchmark", *(escaped(title) for _, title, _ in made)]), r"\hline"]
+    head = [
+        _latex_line(["", *groups]),
+        _latex_line(["Benchmark", *(escaped(title) for _, title, _ in made)]),
+        r"\hline",
+    ]
     body = [
         _latex_line([escaped(str(name)), *(escaped(entry.text) for entry in row if isinstance(entry, Entry))])
         for name, *row in transposed(outcomes, tasks)
