@@ -67,13 +67,17 @@ def cells(params: Params) -> list[Cell]:
     found = [Cell(UNTOUCHED, first, LABELS[UNTOUCHED])]
     for ratio in params.table.ratios:
         own = at_ratio(params, ratio)
-        found += [Cell(row, own, f"{ratio:.0%} {LABELS[row]}") for row in ROWS]
+        found += [_method(row, own) for row in ROWS]
     return found
 
 
 def qpruner3(params: Params) -> Cell:
     """Return QPruner3's cell at the ratio of the params."""
-    return Cell("qpruner3", params, f"{params.prune.ratio:.0%} {LABELS['qpruner3']}")
+    return _method("qpruner3", params)
+
+
+def _method(row: str, params: Params) -> Cell:
+    return Cell(row, params, f"{100 * params.prune.ratio:g}% {LABELS[row]}")
 
 
 def definition(cell: Cell, origin: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,6 +172,6 @@ def variants(default: Cell, bits: str) -> Variants:
         for value, title in factor.values.items():
             more = {"init": "loftq"} if factor.name == "iterations" else {}  # no other one iterates
             own = changed(default.params, factor.section, **{factor.name: value}, **more)
-            cell = Cell(VARIANT, own, f"{own.prune.ratio:.0%} {factor.title} {title}", bits)
+            cell = Cell(VARIANT, own, f"{100 * own.prune.ratio:g}% {factor.title} {title}", bits)
             found.append((factor, title, default if own == default.params else cell))
     return found

@@ -53,7 +53,7 @@ def table(params: Params, run: Run) -> None:
     cells_ = Cells(run, params)
 
     def write(outcomes: Sequence[Outcome]) -> list[Path]:
-        tasks, facts = params.evaluate.tasks, _facts(params)
+        tasks, facts = params.evaluate.tasks, _facts(params, outcomes)
         names = [{"ratio": _ratio(one), "method": one.cell.row} for one in outcomes]
         pages = {
             "md": table_.table_markdown(outcomes, tasks, facts),
@@ -86,7 +86,7 @@ def ablation(params: Params, run: Run) -> None:
     made = cells.variants(default, first.result.bits)
 
     def write(outcomes: Sequence[Outcome]) -> list[Path]:
-        tasks, facts = params.evaluate.tasks, _facts(params)
+        tasks, facts = params.evaluate.tasks, _facts(params, outcomes)
         names = [{"factor": factor.title, "value": title} for factor, title, _ in made]
         pages = {
             "md": table_.ablation_markdown(made, outcomes, tasks, facts),
@@ -96,8 +96,11 @@ def ablation(params: Params, run: Run) -> None:
         return _write("ablation", pages)
 
     outcomes = cells_.all([cell for *_, cell in made], write)
-    head = ["", *(title for _, title, _ in made)]
-    rows = [[str(cell) for cell in row] for row in table_.transposed(outcomes, params.evaluate.tasks)]
+    head = ["factor", "value", *table_.columns(())]
+    rows = [
+        [factor.title, title, *map(str, table_.entries(one, ()))]
+        for (factor, title, _), one in zip(made, outcomes, strict=True)
+    ]
     console.table("Table 2", head, rows)
     _end(run, outcomes, write(outcomes))
 
@@ -129,19 +132,21 @@ def _ratio(outcome: Outcome) -> float:
     return 0.0 if outcome.cell.row == UNTOUCHED else outcome.cell.params.prune.ratio
 
 
-def _facts(params: Params) -> list[str]:
+def _facts(params: Params, outcomes: Sequence[Outcome]) -> list[str]:
     """Return what a reader must know of the figures."""
     from pipeline.tasks import METRIC
 
     normalized = [task for task in params.evaluate.tasks if METRIC[task] == "acc_norm"]
-    judged = f"{params.table.limit} items" if params.table.limit else "all items"
+    judged = f"up to {params.table.limit} items" if params.table.limit else "all items"
+    sources = {one.result.memory_source for one in outcomes if one.result}
     return [
         f"model: {params.model.source}; seed {params.seed}",
-        f"recovery: {params.table.steps} steps; judged on {judged} of a task after the first {params.evaluate.limit}, "
-        f"by which the search's {params.table.n_trials} trials of {params.recover.steps} steps choose",
+        f"recovery in {params.table.steps} steps; judged on {judged} of each task but its first {params.evaluate.limit}; "
+        f"by those QPruner3's {params.table.n_trials} trials of {params.recover.steps} steps were compared",
         f"zero-shot accuracy in %, ± one standard error; acc_norm for {', '.join(normalized) or 'none'}, acc for the "
         f"others; lm-eval {version('lm-eval')}",
-        "gold log-prob.: mean log-probability of the right choice in nats; memory: peak of recovery",
+        "gold log-prob.: mean log-probability of the right choice, in nats",
+        f"memory: peak of recovery, {' and '.join(sorted(sources)) or 'not known yet'}",
     ]
 
 
@@ -218,6 +223,7 @@ class Cells:
             console.note(f"{label}: kept from before")
             return Outcome(cell, result, run_id=self._agree(cell, key, kept, result))
         own = self._open(cell, key)
+        console.note(label)
         try:
             result, study = self._compute(cell, own, label)
         except Exception as error:

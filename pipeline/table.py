@@ -190,7 +190,8 @@ def ablation_latex(made: Variants, outcomes: Sequence[Outcome], tasks: Sequence[
 
 def _latex(entry: Entry) -> str:
     text = escaped(entry.text)
-    text = rf"\textbf{{{text}}}" if entry.best else text
+    if entry.best:
+        text = rf"$\mathbf{{{text.strip('$')}}}$"
     return rf"{text}{{\tiny$\pm${entry.error}}}" if entry.error else text
 
 
