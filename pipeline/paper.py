@@ -141,8 +141,8 @@ def _facts(params: Params, outcomes: Sequence[Outcome]) -> list[str]:
     sources = {one.result.memory_source for one in outcomes if one.result}
     return [
         f"model: {params.model.source}; seed {params.seed}",
-        f"recovery in {params.table.steps} steps; judged on {judged} of each task but its first {params.evaluate.limit}; "
-        f"by those QPruner3's {params.table.n_trials} trials of {params.recover.steps} steps were compared",
+        f"recovery in {params.table.steps} steps; judged on {judged} of a task after its first {params.evaluate.limit}, "
+        f"by which QPruner3's {params.table.n_trials} trials of {params.recover.steps} steps were compared",
         f"zero-shot accuracy in %, ± one standard error; acc_norm for {', '.join(normalized) or 'none'}, acc for the "
         f"others; lm-eval {version('lm-eval')}",
         "gold log-prob.: mean log-probability of the right choice, in nats",
