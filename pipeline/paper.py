@@ -134,6 +134,7 @@ def _ratio(outcome: Outcome) -> float:
 
 def _facts(params: Params, outcomes: Sequence[Outcome]) -> list[str]:
     """Return what a reader must know of the figures."""
+    from pipeline import cells
     from pipeline.tasks import METRIC
 
     normalized = [task for task in params.evaluate.tasks if METRIC[task] == "acc_norm"]
@@ -141,8 +142,9 @@ def _facts(params: Params, outcomes: Sequence[Outcome]) -> list[str]:
     sources = {one.result.memory_source for one in outcomes if one.result}
     return [
         f"model: {params.model.source}; seed {params.seed}",
-        f"recovery in {params.table.steps} steps; judged on {judged} of a task after its first {params.evaluate.limit}, "
-        f"by which QPruner3's {params.table.n_trials} trials of {params.recover.steps} steps were compared",
+        f"recovery in {params.table.steps} steps; judged on {judged} of a task after its first {params.evaluate.limit}",
+        f"QPruner3: the best of {params.table.n_trials} trials of {params.recover.steps} steps by {cells.OBJECTIVE} on "
+        "those first items",
         f"zero-shot accuracy in %, ± one standard error; acc_norm for {', '.join(normalized) or 'none'}, acc for the "
         f"others; lm-eval {version('lm-eval')}",
         "gold log-prob.: mean log-probability of the right choice, in nats",
