@@ -75,6 +75,7 @@ def run(
     limit: int,
     batch_tokens: int,
     progress: Callable[[Sequence[Any]], Any] = iter,
+    skip: int = 0,
 ) -> Scores:
     """Score a model on lm-eval tasks.
 
@@ -82,15 +83,22 @@ def run(
         model: A causal language model in evaluation mode, or one wrapped by PEFT.
         tokenizer: Its tokenizer.
         loaded: lm-eval's task objects by name, from ``tasks.load``; reused between calls.
-        limit: First items of each task; 0: all.
+        limit: Items of each task, or as many as there are; 0: all.
         batch_tokens: Tokens of one forward pass.
         progress: Wraps the list of batches.
+        skip: First items of each task that are left out.
+
+    Raises:
+        ValueError: A task has no item after those left out.
     """
+    chosen = {name: items(len(task.eval_docs), limit, skip) for name, task in loaded.items()}
+    if empty := [name for name, indices in chosen.items() if not indices]:
+        raise ValueError(f"{', '.join(empty)}: no item left after the first {skip}; lower evaluate.limit or add items")
     for task in loaded.values():
         task._instances = None
     lm = SharedPrefixLM(model, tokenizer, batch_tokens, progress)
     found = evaluator.evaluate(
-        lm, {"tasks": dict(loaded), "groups": {}, "group_map": {}}, limit=limit or None, bootstrap_iters=1
+        lm, {"tasks": dict(loaded), "groups": {}, "group_map": {}}, samples=chosen, bootstrap_iters=1
     )
     accuracy, stderr, other, logprob = {}, {}, {}, []
     for name in loaded:
@@ -113,6 +121,11 @@ def run(
         gold_logprob=fmean(logprob),
         items=sum(len(samples) for samples in found["samples"].values()),
     )
+
+
+def items(count: int, limit: int, skip: int = 0) -> range:
+    """Return which of ``count`` items are scored: ``limit`` (0: all) of those after the first ``skip``."""
+    return range(skip, min(count, skip + limit) if limit else count)
 
 
 def gold_logprob(task: Any, sample: Mapping[str, Any], metric: str) -> float:

@@ -212,6 +212,35 @@ class Register(Section):
     alias: str = Field(pattern=r"^[a-z][\w-]*$")
 
 
+class Table(Section):
+    """The paper's tables 1 and 3: each method at each ratio."""
+
+    ratios: tuple[Annotated[float, Field(gt=0, lt=0.9)], ...] = Field(
+        min_length=1, description="Fractions of the parameters to remove; each gives a block of rows."
+    )
+    steps: int = Field(ge=0, description="Optimizer steps of a cell's recovery.")
+    limit: int = Field(ge=0, description="Items of a task that a cell is judged on, from evaluate.limit on; 0: all.")
+    n_trials: Positive = Field(description="Trials of QPruner3's search at each ratio.")
+
+    @field_validator("ratios", mode="before")
+    @classmethod
+    def _tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("ratios")
+    @classmethod
+    def _each_once(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(ratios)) < len(ratios):
+            raise ValueError("each ratio may be named once; remove the repeated ones")
+        return ratios
+
+
+class Ablation(Section):
+    """The paper's table 2: one factor varied at a time; its steps and items are those of section ``table``."""
+
+    ratio: float = Field(gt=0, lt=0.9, description="Fraction of the parameters to remove.")
+
+
 class Params(Section):
     """The whole of ``params.yaml``."""
 
@@ -228,6 +257,8 @@ class Params(Section):
     pareto: Pareto
     build: Build
     register_: Register = Field(alias="register")
+    table: Table
+    ablation: Ablation
 
 
 def _source(source: str, kinds: tuple[str, ...] = tuple(SOURCES), more: str = "") -> str:

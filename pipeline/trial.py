@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from pipeline import alpaca, architecture, checkpoint, evaluate, memory, quantize, recover, tasks
+from pipeline.allocate import Space
 from pipeline.alpaca import Example
 from pipeline.architecture import Unit
 from pipeline.params import Params
@@ -163,6 +164,34 @@ def load(params: Params, pruned: Path, bank: Path, rows: Path, items: Path) -> C
     )
 
 
+def untouched(context: Context, base: Path) -> Context:
+    """Return a context of the base model, before pruning; for 16 bits only, as the bank is of the pruned one.
+
+    Raises:
+        CheckpointError: The base model is missing or was changed.
+    """
+    checkpoint.verify(base, "fetch")
+    model = checkpoint.load_model(base)
+    config = checkpoint.pruned_config(model.config, architecture.shapes(model.config))
+    return replace(context, config=config, state=model.state_dict())
+
+
+def space(context: Context) -> Space:
+    """Return the feasible bit vectors: the limit on 8-bit units and the memory budget of the params.
+
+    Raises:
+        ValueError: Not even 4 bits everywhere meets the budget.
+    """
+    settings = context.params.search
+    budget = settings.memory_budget_gib
+    return Space.of(
+        lambda bits: context.predict(bits).training,
+        len(context.units),
+        settings.max_8bit_fraction,
+        None if budget is None else int(budget * memory.GIB),
+    )
+
+
 def device_of(params: Params) -> torch.device:
     """Return the device that the params ask for.
 
@@ -180,6 +209,7 @@ def run(
     *,
     steps: int | None = None,
     limit: int | None = None,
+    skip: int = 0,
     progress: Callable[[Any], Any] = iter,
     trained: bool = True,
 ) -> tuple[Result, PeftModel]:
@@ -190,6 +220,7 @@ def run(
         bits: Bits of each unit: 4, 8 or 16.
         steps: Optimizer steps; None: the params' own.
         limit: Items of a task; None: the params' own.
+        skip: First items of each task that are left out.
         progress: Wraps the recovery's steps.
         trained: False leaves recovery out and reports inference memory as the peak (the untouched model).
 
@@ -226,7 +257,7 @@ def run(
     model.eval()
     scores = timed(
         "evaluate",
-        lambda: evaluate.run(model, context.tokenizer, context.tasks, limit, params.evaluate.batch_tokens),
+        lambda: evaluate.run(model, context.tokenizer, context.tasks, limit, params.evaluate.batch_tokens, skip=skip),
     )
     predicted = context.predict(bits)
     on_gpu = peaks["recover"] is not None and peaks["evaluate"] is not None
