@@ -16,7 +16,6 @@ from pipeline.trial import Result
 
 ROWS = ("llm_pruner", "qpruner1", "qpruner2", "qpruner3")
 VARIANT = "variant"
-OBJECTIVE = "gold_logprob"  # accuracy at a few hundred items cannot tell bit vectors apart; this can
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def key(cell: Cell, origin: Mapping[str, Any]) -> str:
     return digest(definition(cell, origin))
 
 
-def best(results: Sequence[Result], objective: str = OBJECTIVE) -> Result:
+def best(results: Sequence[Result], objective: str) -> Result:
     """Return the result of a search that becomes QPruner3: the front's highest objective; of equals, least memory.
 
     Raises:

@@ -143,7 +143,7 @@ def _facts(params: Params, outcomes: Sequence[Outcome]) -> list[str]:
     return [
         f"model: {params.model.source}; seed {params.seed}",
         f"recovery in {params.table.steps} steps; judged on {judged} of a task after its first {params.evaluate.limit}",
-        f"QPruner3: the best of {params.table.n_trials} trials of {params.recover.steps} steps by {cells.OBJECTIVE} on "
+        f"QPruner3: the best of {params.table.n_trials} trials of {params.recover.steps} steps by {params.search.objective} on "
         "those first items",
         f"zero-shot accuracy in %, ± one standard error; acc_norm for {', '.join(normalized) or 'none'}, acc for the "
         f"others; lm-eval {version('lm-eval')}",
@@ -268,7 +268,7 @@ class Cells:
             own = tracking.reopen(kept["run_id"]) or self._open(cell, key)
             self._log(own, result, kept["study"])
             if kept["study"]:
-                study = _study(kept["study"], len(result.bits))
+                study = _study(kept["study"], len(result.bits), cell.params.search.objective)
                 Recorder(own, kept["study"], cell.params, None).agree(study)
             own.finish()
             run_id = own.run_id
@@ -329,19 +329,19 @@ def _searched(supplies: Supplies, own: Run) -> tuple[tuple[int, ...], str]:
     params = cells.changed(supplies.params, "search", n_trials=supplies.params.table.n_trials)
     context = supplies.context
     name = "table-" + study_name(params, supplies.pruned, supplies.bank)
-    study = _study(name, len(context.units))
+    study = _study(name, len(context.units), params.search.objective)
     own.tags({"study_digest": name})
     recorder = Recorder(own, name, params, context)
     recorder.agree(study)
     search.run(study, params.search, supplies.space, supplies.priors, params.seed, recorder.attempt(study))
-    found = cells.best([Result.from_json(one["result"]) for one in study.finished()])
+    found = cells.best([Result.from_json(one["result"]) for one in study.finished()], params.search.objective)
     return read_bits(found.bits, context.units), name
 
 
-def _study(name: str, units: int) -> Any:
+def _study(name: str, units: int, objective: str) -> Any:
     from pipeline import search
 
-    return search.Study(KEPT / "study", name, units)
+    return search.Study(KEPT / "study", name, units, objective)
 
 
 class Supplies:

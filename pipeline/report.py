@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.memory import GIB
-from pipeline.pareto import LABELS, UNTOUCHED, Point, front
+from pipeline.pareto import LABELS, UNTOUCHED, Point, best, front, scale
 
 COMPARED = ("llm_pruner", "qpruner1", "qpruner3")  # figure 1's LoRA (16-bit), LoftQ (4-bit), LoftQ* (mixed)
 _COLORS = ("#9aa5b1", "#2f6fbb", "#c8442c")
@@ -31,7 +31,7 @@ def methods(every: Sequence[Point], members: Sequence[Point]) -> list[tuple[str,
     """
     rows = [(LABELS.get(name, name), one) for name in _ORDER for one in every if one.method == name]
     if members:
-        rows.append((LABELS["qpruner3"], max(members, key=lambda one: (one.score, -one.memory))))
+        rows.append((LABELS["qpruner3"], best(members)))
     return rows
 
 
@@ -49,11 +49,22 @@ def method_table(rows: Sequence[tuple[str, Point]], tasks: Sequence[str]) -> tup
     return columns, body
 
 
-def front_table(members: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
-    """Return (columns, rows) of the front."""
-    columns = ["trial", "method", "score, %", "memory, GiB", "bits"]
+def front_table(members: Sequence[Point], objective: str) -> tuple[list[str], list[list[str]]]:
+    """Return (columns, rows) of the front: the objective and accuracy, and how probably the member belongs there."""
+    factor, label = scale(objective)
+    digits = 1 if factor == 100 else 4
+    columns = ["trial", "method", label, "expected", "accuracy, %", "on the front", "memory, GiB", "bits"]
     body = [
-        [one.name.partition(":")[0], one.method, _percent(one.score, one.stderr), f"{one.memory / GIB:.4f}", one.bits]
+        [
+            one.name.partition(":")[0],
+            one.method,
+            f"{factor * one.score:.{digits}f} ± {factor * one.stderr:.{digits}f}",
+            "-" if one.expected is None else f"{factor * one.expected:.{digits}f}",
+            _percent(one.metrics["accuracy"], one.metrics["accuracy_stderr"]),
+            "-" if one.probability is None else f"{one.probability:.2f}",
+            f"{one.memory / GIB:.4f}",
+            one.bits,
+        ]
         for one in members
     ]
     return columns, body
@@ -93,7 +104,9 @@ def heat_map(members: Sequence[Point], units: Sequence[str], path: Path) -> None
         aspect="auto",
     )
     axes.set_yticks(
-        range(len(rows)), [f"{100 * one.score:.1f} %, {one.memory / GIB:.3f} GiB" for one in rows], fontsize=7
+        range(len(rows)),
+        [f"{100 * one.metrics['accuracy']:.1f} %, {one.memory / GIB:.3f} GiB" for one in rows],
+        fontsize=7,
     )
     axes.set_xticks(range(len(units)), units, fontsize=6, rotation=0 if len(units) <= 40 else 90)
     axes.set_xlabel("unit (block 0 first); red: 8 bits, grey: 4 bits")

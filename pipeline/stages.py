@@ -149,10 +149,14 @@ def write_bank(params: Params, pruned: Path, target: Path) -> None:
 @stage
 def search(params: Params, run: Run) -> None:
     """Trials: seeds, then Bayesian optimization; references outside the front."""
-    from pipeline import checkpoint, trial
+    from pipeline import architecture, checkpoint, trial
     from pipeline import search as stage_
     from pipeline.importance import Priors
+    from pipeline.trial import Result
 
+    settings = params.search
+    units = architecture.units(checkpoint.load_config(PRUNED), settings.granularity)
+    history = stage_.import_history(settings.history, len(units), settings.objective) if settings.history else []
     context = trial.load(params, PRUNED, BANK, ALPACA, BENCHMARKS)
     name = study_name(params, PRUNED, BANK)
     run.params(flatten(params.recover, "recover.") | flatten(params.evaluate, "evaluate."))
@@ -162,26 +166,33 @@ def search(params: Params, run: Run) -> None:
     run.dataset(ALPACA, "alpaca", "training")
     priors = Priors.from_json(json.loads((REPORTS / "importance.json").read_text()))
     space = trial.space(context)
-    study = stage_.Study(STUDY, name, space.units)
+    study = stage_.Study(STUDY, name, space.units, settings.objective)
     recorder = Recorder(run, name, params, context)
     recorder.agree(study)
     recorder.references(study)
-    failed = stage_.run(study, params.search, space, priors, params.seed, recorder.attempt(study))
+    ended = stage_.run(study, settings, space, priors, params.seed, recorder.attempt(study), history)
+    console.note(f"search ended: {ended.reason}")
     finished = study.finished()
     rows = [
         {"number": one["number"], "run_id": one["run_id"], "method": one["method"], **_flat(one["result"])}
         for one in finished
     ]
-    pd.DataFrame(rows).to_csv(REPORTS / "trials.csv", index=False)
+    trials = pd.DataFrame(rows)
+    trials.to_csv(REPORTS / "trials.csv", index=False)
+    trials.to_parquet(REPORTS / "trials.parquet", index=False)
+    exported = stage_.export_history(name, [Result.from_json(one["result"]) for one in finished])
+    checkpoint.write_text(REPORTS / "history.json", json.dumps(exported, indent=1))
     figures = {
         "finished": len(finished),
-        "failed": failed,
+        "failed": ended.failed,
         "best_accuracy": max((one["result"]["accuracy"] for one in finished), default=None),
+        "best_gold_logprob": max((one["result"]["gold_logprob"] for one in finished), default=None),
     }
     run.metrics(figures)
-    summary = {"study": name, "search_run": run.run_id, **figures}
+    summary = {"study": name, "search_run": run.run_id, "ended": ended.reason, **figures}
     checkpoint.write_text(REPORTS / "search.json", json.dumps(summary, indent=1))
-    run.artifact(REPORTS / "trials.csv")
+    for table in ("trials.csv", "trials.parquet", "history.json"):
+        run.artifact(REPORTS / table)
 
 
 def study_name(params: Params, pruned: Path, bank: Path) -> str:
@@ -190,7 +201,9 @@ def study_name(params: Params, pruned: Path, bank: Path) -> str:
 
     parts = [checkpoint.sha256(folder / checkpoint.CHECKSUMS) for folder in (pruned, bank)]
     data = [tracking.md5(ALPACA), *(tracking.md5(BENCHMARKS / f"{task}.jsonl") for task in params.evaluate.tasks)]
-    space = params.search.model_dump(include={"granularity", "max_8bit_fraction", "memory_budget_gib"})
+    space = params.search.model_dump(
+        include={"granularity", "objective", "max_8bit_fraction", "memory_budget_gib", "average_bits"}
+    )
     return digest(parts, data, params.recover, params.evaluate, params.data.validation_rows, space, params.seed)
 
 
@@ -295,7 +308,8 @@ def log_result(own: Run, result: Any) -> None:
 def say(label: str, result: Any) -> None:
     """Print what a trial measured."""
     console.note(
-        f"{label}: accuracy {100 * result.accuracy:.1f} ± {100 * result.accuracy_stderr:.1f} %, "
+        f"{label}: accuracy {100 * result.accuracy:.1f} ± {100 * result.accuracy_stderr:.1f} %, gold answer "
+        f"{result.gold_logprob:.4f} ± {result.gold_logprob_stderr:.4f} nats, "
         f"{result.peak_memory_bytes / 2**30:.4f} GiB, {sum(result.seconds.values()):.0f} s, bits {result.bits}"
     )
 
@@ -321,12 +335,14 @@ def pareto(params: Params, run: Run) -> None:
 
 
 def _front(params: Params) -> tuple[list[Any], list[Any]]:
-    """Return (all points, the front) of the latest study, from MLflow."""
+    """Return (all points, the judged front) of the latest study, from MLflow."""
     from pipeline import pareto as stage_
 
     study = json.loads((REPORTS / "search.json").read_text())["study"]
     every = stage_.points(tracking.trials(study), params.pareto.objective)
-    return every, stage_.front([one for one in every if not one.reference])
+    trials = [one for one in every if not one.reference]
+    prior = json.loads((REPORTS / "importance.json").read_text())["sensitivity"]
+    return every, stage_.judge(stage_.front(trials), trials, prior)
 
 
 def _by_benchmark(params: Params) -> dict[str, list[Any]]:
@@ -444,10 +460,10 @@ def report(params: Params, run: Run) -> None:
     ]
     tables = [
         ("Methods", *stage_.method_table(methods, tasks)),
-        ("Pareto front", *stage_.front_table(members)),
+        ("Pareto front", *stage_.front_table(members, params.pareto.objective)),
     ]
     pictures = {
-        "Accuracy against peak memory": REPORTS / "pareto.png",
+        "Quality against peak memory": REPORTS / "pareto.png",
         "Accuracy (bars) and peak memory (markers) of each method": REPORTS / "methods.png",
         "Accuracy against peak memory, each benchmark with its own front": REPORTS / "benchmarks.png",
         "Bits of the front's members": REPORTS / "bits.png",
@@ -467,7 +483,7 @@ def show_front(params: Params) -> None:
     every, members = _front(params)
     columns, rows = stage_.method_table(stage_.methods(every, members), ())
     console.table("Methods", columns, rows)
-    columns, rows = stage_.front_table(members)
+    columns, rows = stage_.front_table(members, params.pareto.objective)
     console.table("Pareto front: lowest memory first", columns, rows)
     experiment = tracking.run(members[0].run_id).info.experiment_id if members else tracking.experiment_id()
     console.note("See every trial, best first, in the MLflow UI:\n" + tracking.ui_command(experiment, study))

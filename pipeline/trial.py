@@ -82,6 +82,7 @@ class Result:
         tasks: Task -> (accuracy, standard error).
         other: Further metrics of the tasks.
         gold_logprob: See ``evaluate.Scores``.
+        gold_logprob_stderr: Its standard error.
         validation_loss: Nats a response token on held-out rows.
         peak_memory_bytes: Of training.
         inference_memory_bytes: Of inference.
@@ -97,6 +98,7 @@ class Result:
     tasks: dict[str, tuple[float, float]]
     other: dict[str, float]
     gold_logprob: float
+    gold_logprob_stderr: float
     validation_loss: float
     peak_memory_bytes: int
     inference_memory_bytes: int
@@ -111,6 +113,7 @@ class Result:
             "accuracy": self.accuracy,
             "accuracy_stderr": self.accuracy_stderr,
             "gold_logprob": self.gold_logprob,
+            "gold_logprob_stderr": self.gold_logprob_stderr,
             "validation_loss": self.validation_loss,
             "peak_memory_bytes": float(self.peak_memory_bytes),
             "peak_memory_gib": self.peak_memory_bytes / memory.GIB,
@@ -122,6 +125,10 @@ class Result:
             found[task] = value
             found[f"{task}_stderr"] = error
         return found | {f"seconds_{phase}": value for phase, value in self.seconds.items()}
+
+    def score(self, objective: str) -> tuple[float, float]:
+        """Return the objective, ``accuracy`` or ``gold_logprob``, and its standard error."""
+        return getattr(self, objective), getattr(self, f"{objective}_stderr")
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -177,19 +184,29 @@ def untouched(context: Context, base: Path) -> Context:
 
 
 def space(context: Context) -> Space:
-    """Return the feasible bit vectors: the limit on 8-bit units and the memory budget of the params.
+    """Return the feasible bit vectors: all limits of section ``search`` at once.
 
     Raises:
-        ValueError: Not even 4 bits everywhere meets the budget.
+        ValueError: The limits leave no vector, or no unit at 8 bits where some are asked for, or they forbid one of
+            the user's own seeds.
     """
     settings = context.params.search
     budget = settings.memory_budget_gib
-    return Space.of(
+    found = Space.of(
         lambda bits: context.predict(bits).training,
         len(context.units),
         settings.max_8bit_fraction,
         None if budget is None else int(budget * memory.GIB),
+        [sum(context.state[f"{name}.weight"].numel() for name in unit.linears) for unit in context.units],
+        settings.average_bits,
     )
+    for bits in settings.seed_bits:
+        if quantize.read_bits(bits, context.units) not in found:
+            raise ValueError(
+                f"search.seed_bits: {bits!r} is beyond search.max_8bit_fraction, memory_budget_gib or average_bits; "
+                "remove it or loosen the limit"
+            )
+    return found
 
 
 def device_of(params: Params) -> torch.device:
@@ -270,6 +287,7 @@ def run(
         tasks={task: (value, scores.stderr[task]) for task, value in scores.accuracy.items()},
         other=scores.other | ({"predicted_peak_memory_bytes": float(predicted.training)} if on_gpu else {}),
         gold_logprob=scores.gold_logprob,
+        gold_logprob_stderr=scores.gold_logprob_stderr,
         validation_loss=recovered.validation_loss,
         peak_memory_bytes=int((training if trained else inference) or 0),
         inference_memory_bytes=int(inference or 0),
