@@ -9,6 +9,7 @@ import sys
 import warnings
 
 STAGES = ("fetch", "prune", "importance", "quantize", "search", "pareto", "build", "evaluate", "register", "report")
+PAPER = ("table", "ablation")  # the paper's results: commands of their own, outside DVC's graph
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -21,8 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
         commands.add_parser(
             name, help=f"run stage {name}; what it needs must be there (`dvc repro {name}` sees to that)"
         )
+    for name in PAPER:
+        commands.add_parser(name, help=f"run the paper's {name}; `dvc repro fetch` must have run")
     entry = commands.add_parser("run", help="run an entry point and all that is upstream of it")
-    entry.add_argument("entry", choices=STAGES)
+    entry.add_argument("entry", choices=STAGES + PAPER)
     entry.add_argument("--n-trials", default="params.yaml")
     commands.add_parser("check", help="check params.yaml")
     asked = parser.parse_args(arguments)
@@ -42,13 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; finished trials are kept, run the same command to go on", file=sys.stderr)
+        print("interrupted; finished trials and cells are kept, run the same command to go on", file=sys.stderr)
         return INTERRUPTED
 
 
 def _stage(name: str, params: object) -> int:
     from pipeline import tracking
-    from pipeline.stages import STAGES as shells
+    from pipeline.paper import STAGES as shells
 
     tracking.on_termination_interrupt()
     try:
@@ -64,10 +67,20 @@ def expected_errors() -> tuple[type[Exception], ...]:
     from pipeline.build import BuildError
     from pipeline.checkpoint import CheckpointError
     from pipeline.fetch import FetchError
+    from pipeline.paper import CellsFailed
     from pipeline.recover import RecoverError
     from pipeline.search import SearchError
 
-    return (BuildError, CheckpointError, FetchError, RecoverError, SearchError, ValueError, FileNotFoundError)
+    return (
+        BuildError,
+        CellsFailed,
+        CheckpointError,
+        FetchError,
+        RecoverError,
+        SearchError,
+        ValueError,
+        FileNotFoundError,
+    )
 
 
 def _quiet_environment() -> None:

@@ -45,7 +45,7 @@ def choose(wanted: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str | N
     if wanted == "best":
         if not members:
             raise BuildError("the front is empty: no trial has finished; run: mlflow run . -e search")
-        row = max(members, key=lambda one: (one["score"], -one["peak_memory_bytes"]))
+        row = max(members, key=lambda one: (one["expected"], -one["peak_memory_bytes"]))  # as ``pareto.best``
         return row["bits"], row["run_id"]
     if set(wanted) <= {"4", "8"} and len(wanted) != 32:
         return wanted, None

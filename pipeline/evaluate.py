@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, variance
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Scores:
         mean_stderr: Its standard error.
         gold_logprob: Mean over tasks of the mean log-probability of the gold choice among the choices, each choice's
             log-likelihood divided by its length in bytes where the task's metric does so. In nats, below zero.
+        gold_logprob_stderr: Its standard error over the items.
         items: Items scored.
     """
 
@@ -45,6 +46,7 @@ class Scores:
     mean: float
     mean_stderr: float
     gold_logprob: float
+    gold_logprob_stderr: float
     items: int
 
 
@@ -75,6 +77,7 @@ def run(
     limit: int,
     batch_tokens: int,
     progress: Callable[[Sequence[Any]], Any] = iter,
+    skip: int = 0,
 ) -> Scores:
     """Score a model on lm-eval tasks.
 
@@ -82,17 +85,24 @@ def run(
         model: A causal language model in evaluation mode, or one wrapped by PEFT.
         tokenizer: Its tokenizer.
         loaded: lm-eval's task objects by name, from ``tasks.load``; reused between calls.
-        limit: First items of each task; 0: all.
+        limit: Items of each task, or as many as there are; 0: all.
         batch_tokens: Tokens of one forward pass.
         progress: Wraps the list of batches.
+        skip: First items of each task that are left out.
+
+    Raises:
+        ValueError: A task has no item after those left out.
     """
+    chosen = {name: items(len(task.eval_docs), limit, skip) for name, task in loaded.items()}
+    if empty := [name for name, indices in chosen.items() if not indices]:
+        raise ValueError(f"{', '.join(empty)}: no item left after the first {skip}; lower evaluate.limit or add items")
     for task in loaded.values():
         task._instances = None
     lm = SharedPrefixLM(model, tokenizer, batch_tokens, progress)
     found = evaluator.evaluate(
-        lm, {"tasks": dict(loaded), "groups": {}, "group_map": {}}, limit=limit or None, bootstrap_iters=1
+        lm, {"tasks": dict(loaded), "groups": {}, "group_map": {}}, samples=chosen, bootstrap_iters=1
     )
-    accuracy, stderr, other, logprob = {}, {}, {}, []
+    accuracy, stderr, other, logprobs = {}, {}, {}, []
     for name in loaded:
         result, metric = found["results"][name], tasks.METRIC.get(name, "acc")
         accuracy[name] = result[f"{metric},none"]
@@ -102,7 +112,7 @@ def run(
             if extra != metric and f"{extra},none" in result:
                 other[f"{name}_{extra}"] = result[f"{extra},none"]
         samples = found["samples"][name]
-        logprob.append(fmean(gold_logprob(loaded[name], sample, metric) for sample in samples))
+        logprobs.append([gold_logprob(loaded[name], sample, metric) for sample in samples])
     count = len(accuracy)
     return Scores(
         accuracy,
@@ -110,9 +120,20 @@ def run(
         other,
         mean=fmean(accuracy.values()),
         mean_stderr=math.sqrt(sum(error**2 for error in stderr.values())) / count,
-        gold_logprob=fmean(logprob),
+        gold_logprob=fmean(map(fmean, logprobs)),
+        gold_logprob_stderr=math.sqrt(sum(squared_error(values) for values in logprobs)) / count,
         items=sum(len(samples) for samples in found["samples"].values()),
     )
+
+
+def items(count: int, limit: int, skip: int = 0) -> range:
+    """Return which of ``count`` items are scored: ``limit`` (0: all) of those after the first ``skip``."""
+    return range(skip, min(count, skip + limit) if limit else count)
+
+
+def squared_error(values: Sequence[float]) -> float:
+    """Return the squared standard error of a mean; of one value, which tells nothing of it, 0."""
+    return variance(values) / len(values) if len(values) > 1 else 0.0
 
 
 def gold_logprob(task: Any, sample: Mapping[str, Any], metric: str) -> float:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 Task = Literal["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
 TASKS: tuple[str, ...] = get_args(Task)
 Granularity = Literal["block", "group", "linear"]
+Objective = Literal["accuracy", "gold_logprob"]
 SOURCES = {
     "hub:": (re.compile(r"^hub:[\w.-]+/[\w.-]+@[\w./-]+$"), "hub:<org>/<name>@<revision>"),
     "package:": (re.compile(r"^package:[\w.-]+==[\w.]+$"), "package:<name>==<version>"),
@@ -173,10 +174,26 @@ class Search(Section):
     """Bayesian optimization of the bit vector (algorithm 1)."""
 
     granularity: Granularity = Field(description="What one bit choice covers; block is the paper's.")
+    objective: Objective = Field(
+        description="What the search raises: the mean accuracy, or the mean log-probability of the gold answer, which "
+        "tells vectors apart with far fewer items."
+    )
     n_trials: Positive = Field(description="Finished trials that the study should hold.")
     n_random: int = Field(ge=0, description="Random feasible vectors before the sampler takes over.")
     max_8bit_fraction: Fraction = Field(description="Largest share of units at 8 bits.")
+    average_bits: float | None = Field(
+        ge=4, le=8, description="Largest mean of the bits over the units' parameters (B_avg, section 3.2); null: any."
+    )
     memory_budget_gib: float | None = Field(gt=0, description="Largest peak memory of a trial; null: none.")
+    patience: int = Field(
+        ge=0,
+        description="Stop when this many sampler trials in a row did not enlarge the front's hypervolume; 0: never. "
+        "A study that stopped stays so, whatever n_trials says, until patience is raised or 0.",
+    )
+    history: str | None = Field(
+        description="A history.json of an earlier search (reports/history.json is this one's); its results teach the "
+        "sampler, but are no trials: they do not count and stand on no front. null: none."
+    )
     seed_bits: tuple[str, ...] = Field(description="Vectors of your own to try first, such as '4484...'.")
     references: tuple[Literal["dense", "llm_pruner", "uniform8"], ...] = Field(
         description="Reference rows measured once, outside the front."
@@ -186,6 +203,15 @@ class Search(Section):
     @classmethod
     def _tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("history")
+    @classmethod
+    def _readable_history(cls, history: str | None) -> str | None:
+        if history is not None and Path(history).resolve() == Path("reports/history.json").resolve():
+            raise ValueError("is the search's own output, removed when it starts; copy it elsewhere and name the copy")
+        if history is not None:
+            read_history(history)
+        return history
 
     @field_validator("seed_bits")
     @classmethod
@@ -199,7 +225,9 @@ class Search(Section):
 class Pareto(Section):
     """The front, queried from the MLflow runs."""
 
-    objective: Literal["accuracy", Task] = Field(description="`accuracy` (the mean) or one benchmark.")
+    objective: Literal[Objective, Task] = Field(
+        description="`gold_logprob`, `accuracy` (the mean) or one benchmark: what the front and `best` go by."
+    )
 
 
 class Build(Section):
@@ -207,7 +235,7 @@ class Build(Section):
 
     choose: str = Field(
         pattern=r"^(best|[0-9a-f]{32}|[48]+)$",
-        description="`best` (highest accuracy on the front), the id of a trial's run, or a bit string.",
+        description="`best` (highest expected score on the front), the id of a trial's run, or a bit string.",
     )
     steps: int = Field(ge=0, description="Optimizer steps of the final recovery.")
 
@@ -217,6 +245,35 @@ class Register(Section):
 
     name: str = Field(pattern=r"^[\w.-]+$")
     alias: str = Field(pattern=r"^[a-z][\w-]*$")
+
+
+class Table(Section):
+    """The paper's tables 1 and 3: each method at each ratio."""
+
+    ratios: tuple[Annotated[float, Field(gt=0, lt=0.9)], ...] = Field(
+        min_length=1, description="Fractions of the parameters to remove; each gives a block of rows."
+    )
+    steps: int = Field(ge=0, description="Optimizer steps of a cell's recovery.")
+    limit: int = Field(ge=0, description="Items of a task that a cell is judged on, from evaluate.limit on; 0: all.")
+    n_trials: Positive = Field(description="Trials of QPruner3's search at each ratio.")
+
+    @field_validator("ratios", mode="before")
+    @classmethod
+    def _tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("ratios")
+    @classmethod
+    def _each_once(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(ratios)) < len(ratios):
+            raise ValueError("each ratio may be named once; remove the repeated ones")
+        return ratios
+
+
+class Ablation(Section):
+    """The paper's table 2: one factor varied at a time; its steps and items are those of section ``table``."""
+
+    ratio: float = Field(gt=0, lt=0.9, description="Fraction of the parameters to remove.")
 
 
 class Params(Section):
@@ -235,6 +292,8 @@ class Params(Section):
     pareto: Pareto
     build: Build
     register_: Register = Field(alias="register")
+    table: Table
+    ablation: Ablation
 
 
 def _source(source: str, kinds: tuple[str, ...] = tuple(SOURCES), more: str = "") -> str:
@@ -244,6 +303,28 @@ def _source(source: str, kinds: tuple[str, ...] = tuple(SOURCES), more: str = ""
     if source.startswith("path:") and not Path(source.removeprefix("path:")).exists():
         raise ValueError(f"{source.removeprefix('path:')} does not exist; name a file or folder that does")
     return source
+
+
+def read_history(path: str) -> list[dict[str, Any]]:
+    """Return the results in a ``history.json``.
+
+    Raises:
+        ValueError: There is no such file or it is no history.
+    """
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))["results"]
+        for one in results:
+            if not BITS.match(one["bits"]):
+                raise ValueError(f"{one['bits']!r} is no string of 4s and 8s")
+            for objective in get_args(Objective):
+                float(one[objective]), float(one[f"{objective}_stderr"])
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); name a history.json, or null") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no history of a search ({type(error).__name__}: {error}); name the reports/history.json of one"
+        ) from None
+    return results
 
 
 # --- combinations: each a function of the raw document, so that no other fault hides them ------------------------
@@ -291,12 +372,22 @@ def _seeds_within_limit(raw: Any) -> str | None:
     return None
 
 
+def _average_leaves_room(raw: Any) -> str | None:
+    average, share = raw["search"]["average_bits"], raw["search"]["max_8bit_fraction"]
+    if average == 4 and share > 0:
+        return (
+            f"search.average_bits: average_bits {average} leaves no unit at 8 bits, but max_8bit_fraction is {share}; "
+            "raise the one or set the other to 0"
+        )
+    return None
+
+
 def _objective_is_measured(raw: Any) -> str | None:
     objective, tasks = raw["pareto"]["objective"], raw["evaluate"]["tasks"]
     if objective in TASKS and objective not in tasks:
         return (
             f"pareto.objective: {objective!r} is not among evaluate.tasks, so nothing measures it; "
-            f"use accuracy or one of {', '.join(tasks)}"
+            f"use gold_logprob, accuracy or one of {', '.join(tasks)}"
         )
     return None
 
@@ -337,6 +428,7 @@ _COMBINATIONS = (
     _micro_batches,
     _patience_has_losses,
     _seeds_within_limit,
+    _average_leaves_room,
     _objective_is_measured,
     _attention_range,
     _mlp_range,

@@ -1,20 +1,24 @@
-"""Dominance, the front and its hypervolume. Stage ``pareto``: the front, from the MLflow runs alone.
+"""Dominance, the front, its hypervolume and how sure it is. Stage ``pareto``: the front, from the MLflow runs alone.
 
-Reads the search's trials out of MLflow (``reports/search.json`` names the study). Writes ``reports/pareto.csv``,
-``.json``, ``.png`` and ``.html``, and tags the runs of the front's members.
+Reads the search's trials out of MLflow (``reports/search.json`` names the study) and ``reports/importance.json``.
+Writes ``reports/pareto.csv``, ``.json``, ``.png`` and ``.html``, and tags the runs of the front's members.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy.special import ndtr, ndtri
 
+from pipeline import surrogate
 from pipeline.memory import GIB
+from pipeline.surrogate import Observation
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,14 @@ class Point:
         name: Its run's name.
         method: ``qpruner1``, ``qpruner2``, ``sensitivity``, ``random``, ``sampler``, ... or a reference's name.
         bits: Its bit string.
-        score: The objective in [0, 1], higher is better.
+        score: The objective, higher is better.
         stderr: Its standard error.
         memory: Peak bytes, lower is better.
         source: ``measured`` or ``predicted``.
         reference: Whether it stands outside the front.
         metrics: All its metrics.
+        expected: For a member of the front, the score that the search's model expects of its vector.
+        probability: For a member of the front, how probably no other trial dominates it.
     """
 
     run_id: str
@@ -44,6 +50,8 @@ class Point:
     source: str
     reference: bool
     metrics: dict[str, float]
+    expected: float | None = None
+    probability: float | None = None
 
 
 def points(runs: Sequence[Any], objective: str) -> list[Point]:
@@ -51,7 +59,7 @@ def points(runs: Sequence[Any], objective: str) -> list[Point]:
 
     Args:
         runs: As ``tracking.trials`` returns them.
-        objective: ``accuracy`` or a benchmark's name.
+        objective: ``gold_logprob``, ``accuracy`` or a benchmark's name.
     """
     found = []
     for run in runs:
@@ -87,11 +95,11 @@ def front(every: Sequence[Point]) -> list[Point]:
     return sorted(members, key=lambda one: (one.memory, -one.score, one.run_id))
 
 
-def hypervolume(members: Sequence[Point], worst_score: float, worst_memory: float) -> float:
+def hypervolume(members: Iterable[tuple[float, float]], worst_score: float, worst_memory: float) -> float:
     """Return the area that a front dominates, down to a reference point.
 
     Args:
-        members: Any points; dominated ones add nothing.
+        members: (score, memory) of any points; dominated ones add nothing.
         worst_score: Score of the reference point.
         worst_memory: Memory of the reference point in bytes.
 
@@ -99,22 +107,72 @@ def hypervolume(members: Sequence[Point], worst_score: float, worst_memory: floa
         Sum over the front of score gained times memory saved, in bytes.
     """
     area, best = 0.0, worst_score
-    for one in sorted(members, key=lambda one: (one.memory, -one.score)):
-        if one.score > best and one.memory < worst_memory:
-            area += (one.score - best) * (worst_memory - one.memory)
-            best = one.score
+    for score, memory in sorted(members, key=lambda one: (one[1], -one[0])):
+        if score > best and memory < worst_memory:
+            area += (score - best) * (worst_memory - memory)
+            best = score
     return area
 
 
+def probability(one: Point, others: Sequence[Point], steps: int = 2000) -> float:
+    """Return how probably no other point dominates this one, scores being normal around what was measured.
+
+    With independent errors it is E[prod_j Phi((s - mean_j) / sigma_j)] over this point's score s and all others j that
+    need no more memory, computed at equally probable values of s. Trials answer the same items, so errors are alike in
+    part and the true probability is nearer to 0 or 1.
+
+    Args:
+        one: The point.
+        others: All points; itself, known by its run, is left out.
+        steps: Values of s.
+    """
+    rivals = [other for other in others if other.run_id != one.run_id and other.memory <= one.memory]
+    scores = one.score + one.stderr * ndtri((np.arange(steps) + 0.5) / steps)
+    chance = np.ones(steps)
+    for other in rivals:
+        if other.stderr > 0:
+            chance *= ndtr((scores - other.score) / other.stderr)
+        elif other.memory < one.memory:
+            chance *= scores > other.score
+        else:  # equal points do not dominate one another
+            chance *= scores >= other.score
+    return float(chance.mean())
+
+
+def judge(members: Sequence[Point], trials: Sequence[Point], prior: Sequence[float]) -> list[Point]:
+    """Return the front's members with their expected scores and their probabilities.
+
+    Args:
+        members: The front.
+        trials: All finished trials.
+        prior: Sensitivity of each unit; the model that expects is the search's own, fitted on the trials.
+    """
+    if not members:
+        return []
+    tried = [Observation(_bits(one), one.score, one.stderr) for one in trials]
+    expected, _ = surrogate.Model(tried, prior).predict(surrogate.raised_of([_bits(one) for one in members]))
+    return [
+        replace(one, expected=float(value), probability=probability(one, trials))
+        for one, value in zip(members, expected, strict=True)
+    ]
+
+
+def _bits(one: Point) -> tuple[int, ...]:
+    return tuple(int(digit) for digit in one.bits)
+
+
 def best(members: Sequence[Point]) -> Point:
-    """Return the member with the highest score; of equals, the one that needs least memory.
+    """Return the member with the highest expected score; of equals, the one that needs least memory.
+
+    The highest measured score is likely a lucky one; the expected score rests on all trials. A member that was not
+    judged counts with its measured score.
 
     Raises:
         ValueError: There is none.
     """
     if not members:
         raise ValueError("the front is empty: no trial of the study has finished; run: mlflow run . -e search")
-    return max(members, key=lambda one: (one.score, -one.memory))
+    return max(members, key=lambda one: (one.score if one.expected is None else one.expected, -one.memory))
 
 
 def table(every: Sequence[Point], members: Sequence[Point]) -> pd.DataFrame:
@@ -129,6 +187,8 @@ def table(every: Sequence[Point], members: Sequence[Point]) -> pd.DataFrame:
             "bits": [one.bits for one in order],
             "score": [one.score for one in order],
             "stderr": [one.stderr for one in order],
+            "expected": [one.expected for one in order],
+            "probability": [one.probability for one in order],
             "peak_memory_bytes": [one.memory for one in order],
             "memory_source": [one.source for one in order],
             "run_id": [one.run_id for one in order],
@@ -141,10 +201,18 @@ def write(every: Sequence[Point], members: Sequence[Point], objective: str, fold
     folder.mkdir(parents=True, exist_ok=True)
     rows = table(every, members)
     rows.to_csv(folder / "pareto.csv", index=False)
-    (folder / "pareto.json").write_text(json.dumps(rows.to_dict(orient="records"), indent=1))
+    plain = rows.astype(object).where(rows.notna(), None)  # JSON knows no NaN
+    (folder / "pareto.json").write_text(json.dumps(plain.to_dict(orient="records"), indent=1))
     _picture(every, members, objective, folder / "pareto.png")
     _page(every, members, objective, folder / "pareto.html")
     return [folder / f"pareto.{ending}" for ending in ("csv", "json", "png", "html")]
+
+
+def scale(objective: str) -> tuple[float, str]:
+    """Return by what an objective is multiplied to be shown, and its name with the unit."""
+    if objective == "gold_logprob":
+        return 1.0, "log-probability of the gold answer, nats"
+    return 100.0, f"{'mean accuracy' if objective == 'accuracy' else objective}, %"
 
 
 def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, path: Path) -> None:
@@ -153,6 +221,7 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    factor, label_of_score = scale(objective)
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
     inside = {one.run_id for one in members}
     others = [one for one in every if one.run_id not in inside and not one.reference]
@@ -164,8 +233,8 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
         if group:
             axes.errorbar(
                 [one.memory / GIB for one in group],
-                [100 * one.score for one in group],
-                [100 * one.stderr for one in group],
+                [factor * one.score for one in group],
+                [factor * one.stderr for one in group],
                 fmt=marker,
                 color=color,
                 ecolor=color,
@@ -175,12 +244,12 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
                 ms=5,
                 label=label,
             )
-    x, y = [one.memory / GIB for one in members], [100 * one.score for one in members]
+    x, y = [one.memory / GIB for one in members], [factor * one.score for one in members]
     axes.step(x, y, where="post", color="#c8442c", lw=1, alpha=0.6)
     axes.errorbar(
         x,
         y,
-        [100 * one.stderr for one in members],
+        [factor * one.stderr for one in members],
         fmt="o",
         color="#c8442c",
         ecolor="#c8442c",
@@ -191,18 +260,18 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
     )
     for one in every:
         if one.method == UNTOUCHED:  # never trained, so it has no place on the axis of training memory
-            axes.axhline(100 * one.score, color="#2f6fbb", lw=1, ls="--", label=LABELS[UNTOUCHED])
+            axes.axhline(factor * one.score, color="#2f6fbb", lw=1, ls="--", label=LABELS[UNTOUCHED])
         elif one.reference or one.method in ("qpruner1", "qpruner2"):
             axes.annotate(
                 LABELS.get(one.method, one.method),
-                (one.memory / GIB, 100 * one.score),
+                (one.memory / GIB, factor * one.score),
                 xytext=(5, 5),
                 textcoords="offset points",
                 fontsize=8,
             )
     source = members[0].source if members else "predicted"
     axes.set_xlabel(f"peak memory of recovery, GiB ({source})")
-    axes.set_ylabel(f"{'mean accuracy' if objective == 'accuracy' else objective}, % (± 1 standard error)")
+    axes.set_ylabel(f"{label_of_score} (± 1 standard error)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
@@ -225,6 +294,7 @@ LABELS = {
 def _page(every: Sequence[Point], members: Sequence[Point], objective: str, path: Path) -> None:
     from plotly import graph_objects
 
+    factor, label_of_score = scale(objective)
     inside = {one.run_id for one in members}
     groups = {
         "Pareto front": members,
@@ -235,8 +305,8 @@ def _page(every: Sequence[Point], members: Sequence[Point], objective: str, path
     for label, group in groups.items():
         figure.add_scatter(
             x=[one.memory / GIB for one in group],
-            y=[100 * one.score for one in group],
-            error_y={"array": [100 * one.stderr for one in group], "thickness": 1},
+            y=[factor * one.score for one in group],
+            error_y={"array": [factor * one.stderr for one in group], "thickness": 1},
             mode="markers+lines" if label == "Pareto front" else "markers",
             line={"shape": "hv"},
             name=label,
@@ -244,11 +314,11 @@ def _page(every: Sequence[Point], members: Sequence[Point], objective: str, path
         )
     for one in every:
         if one.method == UNTOUCHED:
-            figure.add_hline(y=100 * one.score, line_dash="dash", annotation_text=LABELS[UNTOUCHED])
+            figure.add_hline(y=factor * one.score, line_dash="dash", annotation_text=LABELS[UNTOUCHED])
     figure.update_layout(
         title="Pareto front",
         template="simple_white",
         xaxis_title="peak memory, GiB",
-        yaxis_title=f"{objective}, %",
+        yaxis_title=label_of_score,
     )
     figure.write_html(path, include_plotlyjs=True)

@@ -23,6 +23,7 @@ from pipeline.params import ParamsError
 
 # The main job goes all the way to a registered model; every other entry point is the stage of its name.
 TARGETS = {"search": ("report", "register")}
+PAPER = ("table", "ablation")  # they keep their own cells; DVC only fetches for them
 _LOCK = Path(".dvc/tmp/qpruner.lock")
 
 
@@ -30,7 +31,7 @@ def run(entry: str, n_trials: str = "params.yaml") -> int:
     """Run one entry point; return the exit status.
 
     Args:
-        entry: A stage's name.
+        entry: A stage's name, ``table`` or ``ablation``.
         n_trials: Finished trials that the study should hold, or ``params.yaml``: as it says there.
 
     Raises:
@@ -45,6 +46,8 @@ def run(entry: str, n_trials: str = "params.yaml") -> int:
     with lock():
         tracking.reap()
         tracking.adopt_project_run()
+        if entry in PAPER:
+            return dvc("repro", "fetch") or launch("pipeline", entry)
         status = dvc("repro", *(("search",) if entry == "search" else (entry,)))
         if status == 0 and entry == "search":
             if _finished() < checked.search.n_trials:  # DVC sees no change in what only the command line asked for
@@ -69,9 +72,14 @@ def _finished() -> int:
 
 
 def dvc(*arguments: str) -> int:
-    """Run DVC with this Python first on the PATH; pass signals on to all it started."""
+    """Run DVC; see ``launch``."""
+    return launch("dvc", *arguments)
+
+
+def launch(module: str, *arguments: str) -> int:
+    """Run a module with this Python first on the PATH; pass signals on to all it started."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    child = subprocess.Popen([sys.executable, "-m", "dvc", *arguments], env=environment, pass_fds=_held)
+    child = subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment, pass_fds=_held)
 
     def stop(*_: Any) -> None:
         raise tracking.Interrupted
@@ -83,17 +91,18 @@ def dvc(*arguments: str) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         tracking.kill_project_run()  # first: `mlflow run` marks it FAILED as soon as this process is gone
-        _stop_all(child)
+        _stop_all(child, itself=module != "dvc")  # DVC ends of its own accord when its stage has
         raise
     finally:
         signal.signal(signal.SIGTERM, previous[0])
         signal.signal(signal.SIGINT, previous[1])
 
 
-def _stop_all(child: subprocess.Popen) -> None:
+def _stop_all(child: subprocess.Popen, itself: bool) -> None:
     """End the stage first (it ends its runs), then what waits for it."""
     try:
-        family = psutil.Process(child.pid).children(recursive=True)
+        top = psutil.Process(child.pid)
+        family = [top] * itself + top.children(recursive=True)
     except psutil.NoSuchProcess:
         return
     for process in reversed(family):

@@ -1,7 +1,7 @@
 """Stage ``report``: one page with the table of methods, the front and the bits, as Markdown and HTML.
 
 Reads the search's runs out of MLflow and the other stages' figures. Writes ``reports/report.md``,
-``reports/report.html`` and ``reports/bits.png``.
+``reports/report.html``, ``reports/bits.png`` and the paper's figures 1 (``methods.png``), 3 and 4 (``benchmarks.png``).
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.memory import GIB
-from pipeline.pareto import LABELS, UNTOUCHED, Point
+from pipeline.pareto import LABELS, UNTOUCHED, Point, best, front, scale
 
+COMPARED = ("llm_pruner", "qpruner1", "qpruner3")  # figure 1's LoRA (16-bit), LoftQ (4-bit), LoftQ* (mixed)
+_COLORS = ("#9aa5b1", "#2f6fbb", "#c8442c")
+_THIN = {"elinewidth": 0.7, "capsize": 1.5}
 _ORDER = ("dense", "llm_pruner", "uniform8", "qpruner1", "qpruner2", "sensitivity")
 
 
@@ -27,7 +31,7 @@ def methods(every: Sequence[Point], members: Sequence[Point]) -> list[tuple[str,
     """
     rows = [(LABELS.get(name, name), one) for name in _ORDER for one in every if one.method == name]
     if members:
-        rows.append((LABELS["qpruner3"], max(members, key=lambda one: (one.score, -one.memory))))
+        rows.append((LABELS["qpruner3"], best(members)))
     return rows
 
 
@@ -45,11 +49,22 @@ def method_table(rows: Sequence[tuple[str, Point]], tasks: Sequence[str]) -> tup
     return columns, body
 
 
-def front_table(members: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
-    """Return (columns, rows) of the front."""
-    columns = ["trial", "method", "score, %", "memory, GiB", "bits"]
+def front_table(members: Sequence[Point], objective: str) -> tuple[list[str], list[list[str]]]:
+    """Return (columns, rows) of the front: the objective and accuracy, and how probably the member belongs there."""
+    factor, label = scale(objective)
+    digits = 1 if factor == 100 else 4
+    columns = ["trial", "method", label, "expected", "accuracy, %", "on the front", "memory, GiB", "bits"]
     body = [
-        [one.name.partition(":")[0], one.method, _percent(one.score, one.stderr), f"{one.memory / GIB:.4f}", one.bits]
+        [
+            one.name.partition(":")[0],
+            one.method,
+            f"{factor * one.score:.{digits}f} ± {factor * one.stderr:.{digits}f}",
+            "-" if one.expected is None else f"{factor * one.expected:.{digits}f}",
+            _percent(one.metrics["accuracy"], one.metrics["accuracy_stderr"]),
+            "-" if one.probability is None else f"{one.probability:.2f}",
+            f"{one.memory / GIB:.4f}",
+            one.bits,
+        ]
         for one in members
     ]
     return columns, body
@@ -89,7 +104,9 @@ def heat_map(members: Sequence[Point], units: Sequence[str], path: Path) -> None
         aspect="auto",
     )
     axes.set_yticks(
-        range(len(rows)), [f"{100 * one.score:.1f} %, {one.memory / GIB:.3f} GiB" for one in rows], fontsize=7
+        range(len(rows)),
+        [f"{100 * one.metrics['accuracy']:.1f} %, {one.memory / GIB:.3f} GiB" for one in rows],
+        fontsize=7,
     )
     axes.set_xticks(range(len(units)), units, fontsize=6, rotation=0 if len(units) <= 40 else 90)
     axes.set_xlabel("unit (block 0 first); red: 8 bits, grey: 4 bits")
@@ -119,6 +136,108 @@ def bar_chart(units: Sequence[str], series: Mapping[str, Sequence[float]], path:
         ax.set_xticks(range(len(units)), units, fontsize=6, rotation=0 if len(units) <= 40 else 90)
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("unit")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A method's bars in figure 1: task -> (accuracy, standard error) in [0, 1], and its peak memory in bytes."""
+
+    label: str
+    tasks: Mapping[str, tuple[float, float]]
+    memory: int
+
+
+def bars_of(rows: Sequence[tuple[str, Point]], tasks: Sequence[str]) -> list[Bars]:
+    """Return figure 1's bars from the table of methods: 16-bit LoRA, uniform 4-bit, mixed bits."""
+    wanted = {LABELS[name] for name in COMPARED}
+    return [
+        Bars(label, {task: (one.metrics[task], one.metrics[f"{task}_stderr"]) for task in tasks}, one.memory)
+        for label, one in rows
+        if label in wanted
+    ]
+
+
+def accuracy_and_memory(panels: Mapping[str, Sequence[Bars]], tasks: Sequence[str], path: Path) -> None:
+    """Draw figure 1: bars of each method's accuracy, a marker above each task for its memory on a second axis.
+
+    Args:
+        panels: Title -> the methods of a panel.
+        tasks: The benchmarks, left to right.
+        path: The PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    width = 0.8 / max(1, *(len(bars) for bars in panels.values()))
+    figure, every = pyplot.subplots(
+        len(panels), 1, figsize=(max(6, 1.3 * len(tasks)), 3.4 * len(panels)), dpi=150, squeeze=False
+    )
+    for (title, bars), axes in zip(panels.items(), every[:, 0], strict=True):
+        right = axes.twinx()
+        for index, one in enumerate(bars):
+            places = [place + (index - (len(bars) - 1) / 2) * width for place in range(len(tasks))]
+            values = [100 * one.tasks[task][0] for task in tasks]
+            errors = [100 * one.tasks[task][1] for task in tasks]
+            color = _COLORS[index % len(_COLORS)]
+            axes.bar(places, values, width * 0.92, yerr=errors, color=color, error_kw=_THIN, label=one.label)
+            right.plot(places, [one.memory / GIB] * len(tasks), "D", color=color, ms=5, mec="#1d2733", mew=0.7)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_ylabel("accuracy, %")
+        axes.set_ylim(0, 100)
+        axes.set_xticks(range(len(tasks)), tasks, fontsize=8)
+        right.set_ylabel("peak memory, GiB (markers)")
+        right.set_ylim(0, 1.1 * max((one.memory for one in bars), default=GIB) / GIB)
+        for side in (axes, right):
+            side.spines["top"].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, ncols=len(bars), loc="lower right", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def benchmark_fronts(every: Mapping[str, Sequence[Point]], path: Path) -> None:
+    """Draw figures 3 and 4: accuracy against memory for each benchmark, its own front in red.
+
+    Args:
+        every: Benchmark -> the trials, scored by it; references are left out.
+        path: The PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    across = min(4, len(every))
+    down = -(-len(every) // across)
+    figure, grid = pyplot.subplots(down, across, figsize=(3.1 * across, 2.6 * down), dpi=150, squeeze=False)
+    for axes in grid.flat[len(every) :]:
+        axes.set_visible(False)
+    for (task, points), axes in zip(every.items(), grid.flat, strict=False):
+        trials = [one for one in points if not one.reference]
+        members = front(trials)
+        inside = {one.run_id for one in members}
+        for group, color in (([one for one in trials if one.run_id not in inside], "#9aa5b1"), (members, "#c8442c")):
+            axes.errorbar(
+                [one.memory / GIB for one in group],
+                [100 * one.score for one in group],
+                [100 * one.stderr for one in group],
+                fmt="o",
+                color=color,
+                ms=4,
+                **_THIN,
+            )
+        axes.set_title(task, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("accuracy, %", fontsize=8)
+    figure.supxlabel("peak memory of recovery, GiB", fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

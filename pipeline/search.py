@@ -1,8 +1,9 @@
 """Stage ``search``: Bayesian optimization of the bit vector (paper algorithm 1); the only module that knows optuna.
 
 Reads ``artifacts/pruned``, ``artifacts/bank``, ``reports/importance.json`` and the data. Writes the study's journal,
-``artifacts/study/journal.log``, ``reports/trials.csv`` and ``reports/search.json``. A study is named by a digest of all
-that defines it, so that the journal can hold many and a changed setting never mixes trials that do not compare.
+``artifacts/study/journal.log``, ``reports/trials.csv``, ``reports/trials.parquet``, ``reports/history.json`` and
+``reports/search.json``. A study is named by a digest of all that defines it, so that the journal can hold many and a
+changed setting never mixes trials that do not compare. What vector to try next is ``surrogate.py``'s.
 
 The journal is the truth about finished trials: a result is in it before its MLflow run ends, and a search that starts
 makes MLflow agree with it. A search killed at any moment therefore resumes with every finished trial, each once.
@@ -11,7 +12,6 @@ makes MLflow agree with it. A search killed at any moment therefore resumes with
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,14 @@ import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState, create_trial
+from optuna.trial import TrialState
 
+from pipeline import surrogate
 from pipeline.allocate import Bits, Space
 from pipeline.importance import Priors
-from pipeline.params import Search
+from pipeline.params import Search, read_history
 from pipeline.quantize import write_bits
+from pipeline.surrogate import Observation
 from pipeline.trial import Result
 
 JOURNAL = "journal.log"
@@ -46,10 +48,25 @@ class Candidate:
     method: str
 
 
-class Study:
-    """A resumable multi-objective study: accuracy up, peak memory down."""
+@dataclass(frozen=True)
+class Ended:
+    """How a search ended: why, and how many trials failed in this call."""
 
-    def __init__(self, folder: Path, name: str, units: int):
+    reason: str
+    failed: int
+
+
+class Study:
+    """A resumable multi-objective study: quality up, peak memory down.
+
+    Args:
+        folder: Where the journal is.
+        name: The digest of all that defines the study.
+        units: Length of a bit vector.
+        objective: ``gold_logprob`` or ``accuracy``: the study's first value.
+    """
+
+    def __init__(self, folder: Path, name: str, units: int, objective: str = "gold_logprob"):
         folder.mkdir(parents=True, exist_ok=True)
         cut_torn_line(folder / JOURNAL)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -57,7 +74,7 @@ class Study:
         self._study = optuna.create_study(
             storage=storage, study_name=name, directions=["maximize", "minimize"], load_if_exists=True
         )
-        self.units = units
+        self.units, self.objective = units, objective
 
     def finished(self) -> list[dict[str, Any]]:
         """Return what was recorded of each finished trial: ``number``, ``run_id``, ``method``, ``result``."""
@@ -100,7 +117,7 @@ class Study:
         """Record a finished trial."""
         trial.set_user_attr("run_id", run_id)
         trial.set_user_attr("result", result.as_json())
-        self._study.tell(trial, [result.accuracy, result.peak_memory_bytes])
+        self._study.tell(trial, [result.score(self.objective)[0], result.peak_memory_bytes])
 
     def fail(self, trial: Any, error: BaseException) -> None:
         """Record a trial that did not finish, with its cause and no score."""
@@ -142,28 +159,76 @@ def _per_byte(sensitivity: Sequence[float], space: Space) -> list[float]:
     return [value / max(delta, 1) for value, delta in zip(sensitivity, space.deltas, strict=True)]
 
 
-def propose(finished: Sequence[Result], space: Space, priors: Priors, seed: int) -> Candidate | None:
-    """Return the vector that Optuna's Gaussian process expects to improve the front most; None if none is left.
+def import_history(path: str, units: int, objective: str) -> list[Observation]:
+    """Return an earlier search's results as observations that teach this one.
 
-    The sampler is told how far each vector is within the limit on 8-bit units. What it proposes beyond the limit is
-    brought back by giving up the least sensitive units; what was tried already becomes an untried neighbour.
+    Raises:
+        ValueError: A result is of another number of units.
+    """
+    results = read_history(path)
+    for one in results:
+        if len(one["bits"]) != units:
+            raise ValueError(
+                f"search.history: {path} holds bits {one['bits']!r}, which cover {len(one['bits'])} units, but this "
+                f"model has {units} at this granularity; name a history of the same model and granularity, or null"
+            )
+    return [
+        Observation(
+            tuple(int(digit) for digit in one["bits"]), one[objective], one[f"{objective}_stderr"], imported=True
+        )
+        for one in results
+    ]
+
+
+def export_history(study: str, finished: Sequence[Result]) -> dict[str, Any]:
+    """Return what ``reports/history.json`` holds: the study's digest and each result's bits, objectives and memory."""
+    kept = ("bits", "accuracy", "accuracy_stderr", "gold_logprob", "gold_logprob_stderr", "peak_memory_bytes")
+    return {"study": study, "results": [{key: getattr(one, key) for key in kept} for one in finished]}
+
+
+def stale(finished: Sequence[tuple[str, Result]], objective: str) -> int:
+    """Return how many of the sampler's trials have passed since the front's hypervolume last grew.
+
+    It grows with a trial if and only if no earlier one is at least as good in both objectives.
+
+    Args:
+        finished: (method, result) in the order of the trials.
+        objective: Name of the quality.
+    """
+    count = 0
+    earlier: list[tuple[float, int]] = []
+    for method, result in finished:
+        score, memory = result.score(objective)[0], result.peak_memory_bytes
+        if not any(other >= score and cost <= memory for other, cost in earlier):
+            count = 0
+        elif method == "sampler":
+            count += 1
+        earlier.append((score, memory))
+    return count
+
+
+def propose(
+    finished: Sequence[Result],
+    history: Sequence[Observation],
+    objective: str,
+    space: Space,
+    priors: Priors,
+    exclude: set[Bits],
+    seed: int,
+) -> Candidate | None:
+    """Return the vector that should improve the front most; None if every feasible one is excluded.
+
+    An imported result teaches until this study has tried its vector itself.
     """
     generator = random.Random(seed)
-    seen = {_bits(result) for result in finished}
-    distributions = {name: _DISTRIBUTION for name in _as_params((4,) * space.units)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # multi-objective GP is marked experimental
-        sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=1)
-        scratch = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
-        for result in finished:
-            values = [result.accuracy, result.peak_memory_bytes / 2**20]
-            past = create_trial(params=_as_params(_bits(result)), distributions=distributions, values=values)
-            past.set_constraint("eights", _bits(result).count(8) - space.max_eights)
-            scratch.add_trial(past)
-        asked = scratch.ask(distributions)
-    proposed = tuple(asked.params[name] for name in distributions)
-    repaired = space.repair(proposed, priors.sensitivity)
-    bits = space.unseen(seen, generator, near=repaired)
+    own = [Observation(_bits(one), *one.score(objective)) for one in finished]
+    tried = {one.bits for one in own}
+    taught = [one for one in history if one.bits not in tried]
+    bits = (
+        surrogate.propose([*own, *taught], space, priors.sensitivity, exclude | tried, generator)
+        if own
+        else space.unseen(exclude, generator)
+    )
     return None if bits is None else Candidate(bits, "sampler")
 
 
@@ -174,8 +239,11 @@ def run(
     priors: Priors,
     seed: int,
     attempt: Callable[[Any, Candidate, int], Result | BaseException],
-) -> int:
-    """Run trials until the study holds ``settings.n_trials`` finished ones.
+    history: Sequence[Observation] = (),
+) -> Ended:
+    """Run trials until the study holds ``settings.n_trials`` finished ones, or the front stopped growing.
+
+    All that decides comes from the study, so that an interrupted search goes on as if it had not been.
 
     Args:
         study: The study; resumed if it holds trials already.
@@ -184,29 +252,37 @@ def run(
         priors: Importance of the units.
         seed: Of random vectors and of the sampler.
         attempt: Runs one trial: (open trial, candidate, finished so far) -> its result, or the error that ended it.
-
-    Returns:
-        Number of trials that failed in this call.
+        history: Results of an earlier search; they teach, and random starts among them are left out.
 
     Raises:
         SearchError: Three trials in a row failed.
     """
     generator = random.Random(seed)
-    queue = study.abandoned() + list(seeds(settings, space, priors, generator))
+    known = {one.bits for one in history}
+    queue = study.abandoned() + [
+        candidate
+        for candidate in seeds(settings, space, priors, generator)
+        if candidate.method != "random" or candidate.bits not in known
+    ]
     failed: set[Bits] = set()
     in_a_row = 0
     while True:
-        finished = [Result.from_json(record["result"]) for record in study.finished()]
+        records = [(record["method"], Result.from_json(record["result"])) for record in study.finished()]
+        finished = [result for _, result in records]
         if len(finished) >= settings.n_trials:
-            return len(failed)
+            return Ended(f"{len(finished)} trials are finished (search.n_trials)", len(failed))
+        if settings.patience and stale(records, settings.objective) >= settings.patience:
+            reason = f"{settings.patience} trials of the sampler in a row did not improve the front (search.patience)"
+            return Ended(reason, len(failed))
         seen = {_bits(result) for result in finished} | failed
         queue = [candidate for candidate in queue if candidate.bits not in seen]
-        candidate = queue.pop(0) if queue else propose(finished, space, priors, seed + len(finished))
-        if candidate is not None and candidate.bits in failed:
-            other = space.unseen(seen, generator)
-            candidate = Candidate(other, "random") if other is not None else None
+        candidate = (
+            queue.pop(0)
+            if queue
+            else propose(finished, history, settings.objective, space, priors, seen, seed + len(finished))
+        )
         if candidate is None:
-            return len(failed)  # every feasible vector was tried
+            return Ended("every feasible vector was tried", len(failed))
         trial = study.start(candidate)
         outcome = attempt(trial, candidate, len(finished))
         if isinstance(outcome, Result):

@@ -54,6 +54,19 @@ def fetch(params: Params, run: Run) -> None:
 @stage
 def prune(params: Params, run: Run) -> None:
     """Remove the structures that the loss misses least."""
+    run.dataset(ALPACA, "alpaca", "calibration")
+    pruned = write_pruned(params, PRUNED)
+    figures = {
+        "ratio": pruned.ratio,
+        "parameters_before": pruned.parameters[0],
+        "parameters_after": pruned.parameters[1],
+    }
+    _figures(run, "prune", figures)
+    _shapes_picture(pruned, run)
+
+
+def write_pruned(params: Params, target: Path) -> Any:
+    """Prune the base model into a checkpoint folder; return the ``prune.Pruned``."""
     from pipeline import alpaca, checkpoint
     from pipeline import prune as stage_
 
@@ -63,18 +76,11 @@ def prune(params: Params, run: Run) -> None:
     source = alpaca.windows if settings.text == "packed" else alpaca.calibration
     rows = source(ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed)
     parts = list(alpaca.batches(rows, 8, tokenizer.pad_token_id, whole=True))
-    run.dataset(ALPACA, "alpaca", "calibration")
     pruned = stage_.run(model, parts, settings, params.seed)
-    with checkpoint.writing(PRUNED) as folder:
+    with checkpoint.writing(target) as folder:
         checkpoint.from_state(pruned.config, pruned.state).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    figures = {
-        "ratio": pruned.ratio,
-        "parameters_before": pruned.parameters[0],
-        "parameters_after": pruned.parameters[1],
-    }
-    _figures(run, "prune", figures)
-    _shapes_picture(pruned, run)
+    return pruned
 
 
 def _shapes_picture(pruned: Any, run: Run) -> None:
@@ -89,20 +95,11 @@ def _shapes_picture(pruned: Any, run: Run) -> None:
 @stage
 def importance(params: Params, run: Run) -> None:
     """Mutual information and quantization sensitivity of each unit."""
-    from pipeline import alpaca, architecture, checkpoint, report
-    from pipeline import importance as stage_
+    from pipeline import checkpoint, report
 
     checkpoint.verify(PRUNED, "prune")
-    model, tokenizer = checkpoint.load_model(PRUNED), checkpoint.load_tokenizer(PRUNED)
-    settings = params.importance
-    rows = alpaca.calibration(
-        ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed
-    )
-    parts = list(alpaca.batches(rows, 8, tokenizer.pad_token_id, whole=False))
     run.dataset(ALPACA, "alpaca", "calibration")
-    units = architecture.units(model.config, params.search.granularity)
-    priors = stage_.run(model, parts, units, settings, params.quantize, params.seed)
-    checkpoint.write_text(REPORTS / "importance.json", json.dumps(asdict(priors), indent=1))
+    priors = write_priors(params, PRUNED, REPORTS / "importance.json")
     series = {"mutual information, nats": priors.mutual_information, "sensitivity, nats": priors.sensitivity}
     report.bar_chart(priors.units, series, REPORTS / "importance.png")
     run.metrics({"loss_8bit": priors.loss, "tokens": priors.tokens})
@@ -112,72 +109,101 @@ def importance(params: Params, run: Run) -> None:
     run.artifact(REPORTS / "importance.png")
 
 
+def write_priors(params: Params, pruned: Path, target: Path) -> Any:
+    """Measure the importance of a pruned checkpoint's units into a JSON file; return the ``importance.Priors``."""
+    from pipeline import alpaca, architecture, checkpoint
+    from pipeline import importance as stage_
+
+    model, tokenizer = checkpoint.load_model(pruned), checkpoint.load_tokenizer(pruned)
+    settings = params.importance
+    rows = alpaca.calibration(
+        ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed
+    )
+    parts = list(alpaca.batches(rows, 8, tokenizer.pad_token_id, whole=False))
+    units = architecture.units(model.config, params.search.granularity)
+    priors = stage_.run(model, parts, units, settings, params.quantize, params.seed)
+    checkpoint.write_text(target, json.dumps(asdict(priors), indent=1))
+    return priors
+
+
 @stage
 def quantize(params: Params, run: Run) -> None:
     """The layer bank."""
+    from pipeline import checkpoint
+
+    checkpoint.verify(PRUNED, "prune")
+    write_bank(params, PRUNED, BANK)
+    run.metrics({"bank_bytes": sum(path.stat().st_size for path in BANK.iterdir())})
+
+
+def write_bank(params: Params, pruned: Path, target: Path) -> None:
+    """Quantize every linear of a pruned checkpoint into a layer bank."""
     from pipeline import checkpoint, trial
     from pipeline import quantize as stage_
 
-    checkpoint.verify(PRUNED, "prune")
-    config = checkpoint.load_config(PRUNED)
-    with checkpoint.writing(BANK) as folder:
-        stage_.run(trial.load_state(PRUNED), stage_.names_of(config), params.quantize, params.seed, folder)
-    run.metrics({"bank_bytes": sum(path.stat().st_size for path in BANK.iterdir())})
+    config = checkpoint.load_config(pruned)
+    with checkpoint.writing(target) as folder:
+        stage_.run(trial.load_state(pruned), stage_.names_of(config), params.quantize, params.seed, folder)
 
 
 @stage
 def search(params: Params, run: Run) -> None:
     """Trials: seeds, then Bayesian optimization; references outside the front."""
-    from pipeline import checkpoint, trial
+    from pipeline import architecture, checkpoint, trial
     from pipeline import search as stage_
-    from pipeline.allocate import Space
     from pipeline.importance import Priors
-    from pipeline.memory import GIB
+    from pipeline.trial import Result
 
+    settings = params.search
+    units = architecture.units(checkpoint.load_config(PRUNED), settings.granularity)
+    history = stage_.import_history(settings.history, len(units), settings.objective) if settings.history else []
     context = trial.load(params, PRUNED, BANK, ALPACA, BENCHMARKS)
-    name = study_name(params)
+    name = study_name(params, PRUNED, BANK)
     run.params(flatten(params.recover, "recover.") | flatten(params.evaluate, "evaluate."))
     run.tags({"study_digest": name})
     for task in params.evaluate.tasks:
         run.dataset(BENCHMARKS / f"{task}.jsonl", task, "evaluation")
     run.dataset(ALPACA, "alpaca", "training")
     priors = Priors.from_json(json.loads((REPORTS / "importance.json").read_text()))
-    budget = params.search.memory_budget_gib
-    space = Space.of(
-        lambda bits: context.predict(bits).training,
-        len(context.units),
-        params.search.max_8bit_fraction,
-        None if budget is None else int(budget * GIB),
-    )
-    study = stage_.Study(STUDY, name, space.units)
+    space = trial.space(context)
+    study = stage_.Study(STUDY, name, space.units, settings.objective)
     recorder = Recorder(run, name, params, context)
     recorder.agree(study)
     recorder.references(study)
-    failed = stage_.run(study, params.search, space, priors, params.seed, recorder.attempt(study))
+    ended = stage_.run(study, settings, space, priors, params.seed, recorder.attempt(study), history)
+    console.note(f"search ended: {ended.reason}")
     finished = study.finished()
     rows = [
         {"number": one["number"], "run_id": one["run_id"], "method": one["method"], **_flat(one["result"])}
         for one in finished
     ]
-    pd.DataFrame(rows).to_csv(REPORTS / "trials.csv", index=False)
+    trials = pd.DataFrame(rows)
+    trials.to_csv(REPORTS / "trials.csv", index=False)
+    trials.to_parquet(REPORTS / "trials.parquet", index=False)
+    exported = stage_.export_history(name, [Result.from_json(one["result"]) for one in finished])
+    checkpoint.write_text(REPORTS / "history.json", json.dumps(exported, indent=1))
     figures = {
         "finished": len(finished),
-        "failed": failed,
+        "failed": ended.failed,
         "best_accuracy": max((one["result"]["accuracy"] for one in finished), default=None),
+        "best_gold_logprob": max((one["result"]["gold_logprob"] for one in finished), default=None),
     }
     run.metrics(figures)
-    summary = {"study": name, "search_run": run.run_id, **figures}
+    summary = {"study": name, "search_run": run.run_id, "ended": ended.reason, **figures}
     checkpoint.write_text(REPORTS / "search.json", json.dumps(summary, indent=1))
-    run.artifact(REPORTS / "trials.csv")
+    for table in ("trials.csv", "trials.parquet", "history.json"):
+        run.artifact(REPORTS / table)
 
 
-def study_name(params: Params) -> str:
+def study_name(params: Params, pruned: Path, bank: Path) -> str:
     """Name a study by all that defines it: the models, the data, how a trial is run, the space that is searched."""
     from pipeline import checkpoint
 
-    parts = [checkpoint.sha256(folder / checkpoint.CHECKSUMS) for folder in (PRUNED, BANK)]
+    parts = [checkpoint.sha256(folder / checkpoint.CHECKSUMS) for folder in (pruned, bank)]
     data = [tracking.md5(ALPACA), *(tracking.md5(BENCHMARKS / f"{task}.jsonl") for task in params.evaluate.tasks)]
-    space = params.search.model_dump(include={"granularity", "max_8bit_fraction", "memory_budget_gib"})
+    space = params.search.model_dump(
+        include={"granularity", "objective", "max_8bit_fraction", "memory_budget_gib", "average_bits"}
+    )
     return digest(parts, data, params.recover, params.evaluate, params.data.validation_rows, space, params.seed)
 
 
@@ -209,7 +235,7 @@ class Recorder:
                 own = Run(found.info.run_id, found.info.experiment_id)
                 tracking.move(own.run_id, self.run)
             if found is None or found.info.status != "FINISHED":
-                self._log(own, result)
+                log_result(own, result)
                 own.finish()
 
     def references(self, study: Any) -> None:
@@ -221,29 +247,18 @@ class Recorder:
         for name in self.params.search.references:
             if name in done:
                 continue
-            context = self._untouched() if name == "dense" else self.context
+            context = trial.untouched(self.context, BASE) if name == "dense" else self.context
             bits = (widths[name],) * len(context.units)
             own = self._open(name, name, "16" if widths[name] == 16 else "8" * len(bits), reference=True)
             try:
-                result, _ = trial.run(context, bits, progress=_steps(name), trained=name != "dense")
+                result, _ = trial.run(context, bits, progress=steps(name), trained=name != "dense")
             except Exception as error:
                 own.finish("FAILED", error)
                 console.note(f"reference {name} failed: {error}")
                 continue
-            self._log(own, result)
+            log_result(own, result)
             study.record_reference(name, own.run_id, result)
             own.finish()
-
-    def _untouched(self) -> Any:
-        """Return a context of the base model: before pruning."""
-        import dataclasses
-
-        from pipeline import architecture, checkpoint
-
-        checkpoint.verify(BASE, "fetch")
-        model = checkpoint.load_model(BASE)
-        config = checkpoint.pruned_config(model.config, architecture.shapes(model.config))
-        return dataclasses.replace(self.context, config=config, state=model.state_dict())
 
     def attempt(self, study: Any) -> Callable[[Any, Any, int], Any]:
         """Return what runs one trial for ``search.run``: tracked, recorded, its failure returned."""
@@ -256,8 +271,8 @@ class Recorder:
             own.tags({"trial": str(opened.number)})
             label = f"trial {done + 1}/{self.params.search.n_trials} ({candidate.method})"
             try:
-                result, _ = trial.run(self.context, candidate.bits, progress=_steps(label))
-                self._log(own, result)
+                result, _ = trial.run(self.context, candidate.bits, progress=steps(label))
+                log_result(own, result)
             except Exception as error:
                 study.fail(opened, error)
                 own.finish("FAILED", error)
@@ -265,16 +280,10 @@ class Recorder:
                 return error
             study.complete(opened, own.run_id, result)
             own.finish()
-            self._say(label, result)
+            say(label, result)
             return result
 
         return run
-
-    def _say(self, label: str, result: Any) -> None:
-        console.note(
-            f"{label}: accuracy {100 * result.accuracy:.1f} ± {100 * result.accuracy_stderr:.1f} %, "
-            f"{result.peak_memory_bytes / 2**30:.4f} GiB, {sum(result.seconds.values()):.0f} s, bits {result.bits}"
-        )
 
     def _open(self, name: str, method: str, bits: str, reference: bool) -> Run:
         kind = "reference" if reference else "trial"
@@ -282,19 +291,31 @@ class Recorder:
         own.params({"bits": bits, "method": method, "granularity": self.params.search.granularity})
         return own
 
-    def _log(self, own: Run, result: Any) -> None:
-        from pipeline.report import summary
 
-        own.metrics(result.metrics())
-        for step, value in enumerate(result.losses):
-            own.metrics({"loss": value}, step)
-        name = tracking.run(own.run_id).info.run_name.partition(":")[0]
-        figures = f"{100 * result.accuracy:.1f} %, {result.peak_memory_bytes / 2**30:.3f} GiB, {summary(result.bits)}"
-        # The UI's default columns show no metric, so the figures stand in the name.
-        own.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {figures}"})
+def log_result(own: Run, result: Any) -> None:
+    """Log what a trial measured into its run."""
+    from pipeline.report import summary
+
+    own.metrics(result.metrics())
+    for step, value in enumerate(result.losses):
+        own.metrics({"loss": value}, step)
+    name = tracking.run(own.run_id).info.run_name.partition(":")[0]
+    figures = f"{100 * result.accuracy:.1f} %, {result.peak_memory_bytes / 2**30:.3f} GiB, {summary(result.bits)}"
+    # The UI's default columns show no metric, so the figures stand in the name.
+    own.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {figures}"})
 
 
-def _steps(label: str) -> Callable[[Any], Any]:
+def say(label: str, result: Any) -> None:
+    """Print what a trial measured."""
+    console.note(
+        f"{label}: accuracy {100 * result.accuracy:.1f} ± {100 * result.accuracy_stderr:.1f} %, gold answer "
+        f"{result.gold_logprob:.4f} ± {result.gold_logprob_stderr:.4f} nats, "
+        f"{result.peak_memory_bytes / 2**30:.4f} GiB, {sum(result.seconds.values()):.0f} s, bits {result.bits}"
+    )
+
+
+def steps(label: str) -> Callable[[Any], Any]:
+    """Return what shows the progress of a recovery under a label."""
     return lambda items: console.progress(items, label)
 
 
@@ -314,12 +335,22 @@ def pareto(params: Params, run: Run) -> None:
 
 
 def _front(params: Params) -> tuple[list[Any], list[Any]]:
-    """Return (all points, the front) of the latest study, from MLflow."""
+    """Return (all points, the judged front) of the latest study, from MLflow."""
     from pipeline import pareto as stage_
 
     study = json.loads((REPORTS / "search.json").read_text())["study"]
     every = stage_.points(tracking.trials(study), params.pareto.objective)
-    return every, stage_.front([one for one in every if not one.reference])
+    trials = [one for one in every if not one.reference]
+    prior = json.loads((REPORTS / "importance.json").read_text())["sensitivity"]
+    return every, stage_.judge(stage_.front(trials), trials, prior)
+
+
+def _by_benchmark(params: Params) -> dict[str, list[Any]]:
+    """Return the latest study's points scored by each benchmark."""
+    from pipeline import pareto as stage_
+
+    runs = tracking.trials(json.loads((REPORTS / "search.json").read_text())["study"])
+    return {task: stage_.points(runs, task) for task in params.evaluate.tasks}
 
 
 @stage
@@ -334,7 +365,7 @@ def build(params: Params, run: Run) -> None:
     context = trial.load(params, PRUNED, BANK, ALPACA, BENCHMARKS)
     bits = read_bits(text, context.units)
     run.params({"bits": text, "chosen_run": chosen or ""})
-    result, model = trial.run(context, bits, steps=params.build.steps, progress=_steps("build: recovery"))
+    result, model = trial.run(context, bits, steps=params.build.steps, progress=steps("build: recovery"))
     lineage = {
         "chosen_run": chosen or "none: bits given",
         "git_commit": tracking.git_commit(),
@@ -418,6 +449,9 @@ def report(params: Params, run: Run) -> None:
     priors = json.loads((REPORTS / "importance.json").read_text())
     every, members = _front(params)
     stage_.heat_map(members, priors["units"], REPORTS / "bits.png")
+    methods, tasks = stage_.methods(every, members), params.evaluate.tasks
+    stage_.accuracy_and_memory({"": stage_.bars_of(methods, tasks)}, tasks, REPORTS / "methods.png")
+    stage_.benchmark_fronts(_by_benchmark(params), REPORTS / "benchmarks.png")
     ratio = json.loads((REPORTS / "prune.json").read_text())["ratio"]
     facts = [
         f"model: {params.model.source}; pruned by {100 * ratio:.1f} %",
@@ -425,11 +459,13 @@ def report(params: Params, run: Run) -> None:
         f"peak memory is {members[0].source if members else 'predicted'}; ± is one standard error",
     ]
     tables = [
-        ("Methods", *stage_.method_table(stage_.methods(every, members), params.evaluate.tasks)),
-        ("Pareto front", *stage_.front_table(members)),
+        ("Methods", *stage_.method_table(methods, tasks)),
+        ("Pareto front", *stage_.front_table(members, params.pareto.objective)),
     ]
     pictures = {
-        "Accuracy against peak memory": REPORTS / "pareto.png",
+        "Quality against peak memory": REPORTS / "pareto.png",
+        "Accuracy (bars) and peak memory (markers) of each method": REPORTS / "methods.png",
+        "Accuracy against peak memory, each benchmark with its own front": REPORTS / "benchmarks.png",
         "Bits of the front's members": REPORTS / "bits.png",
         "Importance of the units": REPORTS / "importance.png",
     }
@@ -447,7 +483,7 @@ def show_front(params: Params) -> None:
     every, members = _front(params)
     columns, rows = stage_.method_table(stage_.methods(every, members), ())
     console.table("Methods", columns, rows)
-    columns, rows = stage_.front_table(members)
+    columns, rows = stage_.front_table(members, params.pareto.objective)
     console.table("Pareto front: lowest memory first", columns, rows)
     experiment = tracking.run(members[0].run_id).info.experiment_id if members else tracking.experiment_id()
     console.note("See every trial, best first, in the MLflow UI:\n" + tracking.ui_command(experiment, study))

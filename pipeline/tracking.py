@@ -221,7 +221,7 @@ def stage(name: str, params: Mapping[str, Any]) -> Iterator[Run]:
 def _finish_all(run: Run, status: str, error: BaseException | None = None) -> None:
     for child in run.children:
         if client().get_run(child.run_id).info.status == "RUNNING":
-            child.finish("KILLED")
+            _finish_all(child, "KILLED")
     run.finish(status, error)
 
 
@@ -281,12 +281,17 @@ def on_termination_interrupt() -> None:
 
 def trials(study: str) -> list[Any]:
     """Return all runs of a study's trials and references, newest last."""
+    return tagged("study", study)
+
+
+def tagged(key: str, value: str) -> list[Any]:
+    """Return all runs with a tag, newest last."""
     found: list[Any] = []
     token = None
     while True:
         page = client().search_runs(
             experiments(),
-            f"tags.study = '{study}'",
+            f"tags.{key} = '{value}'",
             order_by=["attributes.start_time ASC"],
             max_results=_PAGE,
             page_token=token,

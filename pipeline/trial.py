@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from pipeline import alpaca, architecture, checkpoint, evaluate, memory, quantize, recover, tasks
+from pipeline.allocate import Space
 from pipeline.alpaca import Example
 from pipeline.architecture import Unit
 from pipeline.params import Params
@@ -81,6 +82,7 @@ class Result:
         tasks: Task -> (accuracy, standard error).
         other: Further metrics of the tasks.
         gold_logprob: See ``evaluate.Scores``.
+        gold_logprob_stderr: Its standard error.
         validation_loss: Nats a response token on held-out rows.
         peak_memory_bytes: Of training.
         inference_memory_bytes: Of inference.
@@ -96,6 +98,7 @@ class Result:
     tasks: dict[str, tuple[float, float]]
     other: dict[str, float]
     gold_logprob: float
+    gold_logprob_stderr: float
     validation_loss: float
     peak_memory_bytes: int
     inference_memory_bytes: int
@@ -110,6 +113,7 @@ class Result:
             "accuracy": self.accuracy,
             "accuracy_stderr": self.accuracy_stderr,
             "gold_logprob": self.gold_logprob,
+            "gold_logprob_stderr": self.gold_logprob_stderr,
             "validation_loss": self.validation_loss,
             "peak_memory_bytes": float(self.peak_memory_bytes),
             "peak_memory_gib": self.peak_memory_bytes / memory.GIB,
@@ -121,6 +125,10 @@ class Result:
             found[task] = value
             found[f"{task}_stderr"] = error
         return found | {f"seconds_{phase}": value for phase, value in self.seconds.items()}
+
+    def score(self, objective: str) -> tuple[float, float]:
+        """Return the objective, ``accuracy`` or ``gold_logprob``, and its standard error."""
+        return getattr(self, objective), getattr(self, f"{objective}_stderr")
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -163,6 +171,44 @@ def load(params: Params, pruned: Path, bank: Path, rows: Path, items: Path) -> C
     )
 
 
+def untouched(context: Context, base: Path) -> Context:
+    """Return a context of the base model, before pruning; for 16 bits only, as the bank is of the pruned one.
+
+    Raises:
+        CheckpointError: The base model is missing or was changed.
+    """
+    checkpoint.verify(base, "fetch")
+    model = checkpoint.load_model(base)
+    config = checkpoint.pruned_config(model.config, architecture.shapes(model.config))
+    return replace(context, config=config, state=model.state_dict())
+
+
+def space(context: Context) -> Space:
+    """Return the feasible bit vectors: all limits of section ``search`` at once.
+
+    Raises:
+        ValueError: The limits leave no vector, or no unit at 8 bits where some are asked for, or they forbid one of
+            the user's own seeds.
+    """
+    settings = context.params.search
+    budget = settings.memory_budget_gib
+    found = Space.of(
+        lambda bits: context.predict(bits).training,
+        len(context.units),
+        settings.max_8bit_fraction,
+        None if budget is None else int(budget * memory.GIB),
+        [sum(context.state[f"{name}.weight"].numel() for name in unit.linears) for unit in context.units],
+        settings.average_bits,
+    )
+    for bits in settings.seed_bits:
+        if quantize.read_bits(bits, context.units) not in found:
+            raise ValueError(
+                f"search.seed_bits: {bits!r} is beyond search.max_8bit_fraction, memory_budget_gib or average_bits; "
+                "remove it or loosen the limit"
+            )
+    return found
+
+
 def device_of(params: Params) -> torch.device:
     """Return the device that the params ask for.
 
@@ -180,6 +226,7 @@ def run(
     *,
     steps: int | None = None,
     limit: int | None = None,
+    skip: int = 0,
     progress: Callable[[Any], Any] = iter,
     trained: bool = True,
     keep: Path | None = None,
@@ -191,6 +238,7 @@ def run(
         bits: Bits of each unit: 4, 8 or 16.
         steps: Optimizer steps; None: the params' own.
         limit: Items of a task; None: the params' own.
+        skip: First items of each task that are left out.
         progress: Wraps the recovery's steps.
         trained: False leaves recovery out and reports inference memory as the peak (the untouched model).
         keep: Where an unfinished recovery is kept (``recover.run``).
@@ -229,7 +277,7 @@ def run(
     model.eval()
     scores = timed(
         "evaluate",
-        lambda: evaluate.run(model, context.tokenizer, context.tasks, limit, params.evaluate.batch_tokens),
+        lambda: evaluate.run(model, context.tokenizer, context.tasks, limit, params.evaluate.batch_tokens, skip=skip),
     )
     predicted = context.predict(bits)
     on_gpu = peaks["recover"] is not None and peaks["evaluate"] is not None
@@ -242,6 +290,7 @@ def run(
         tasks={task: (value, scores.stderr[task]) for task, value in scores.accuracy.items()},
         other=scores.other | ({"predicted_peak_memory_bytes": float(predicted.training)} if on_gpu else {}),
         gold_logprob=scores.gold_logprob,
+        gold_logprob_stderr=scores.gold_logprob_stderr,
         validation_loss=recovered.validation_loss,
         peak_memory_bytes=int((training if trained else inference) or 0),
         inference_memory_bytes=int(inference or 0),

@@ -1,0 +1,362 @@
+"""How many trials does a sampler need? Samplers replayed on a landscape of quality, with the noise of a trial.
+
+    python -m benchmarks.samplers [folder of a recorded landscape] [seeds=20] [trials=50] [noise=0.01]
+        [units=30] [arms=a,b,...] [out=reports]
+
+Without a folder: a synthetic landscape of 30 blocks, made like the measured one (additive gains, small interactions).
+With one (``python -m benchmarks.record`` writes it): a smooth model fitted on its table, which knows every vector.
+Writes ``reports/samplers.csv`` and ``reports/samplers.png``: the hypervolume of the tried vectors' true qualities,
+as a share of the best known, after each trial, with quartiles over the seeds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import create_trial
+
+from pipeline import pareto, surrogate
+from pipeline.allocate import Bits, Space, raised_of
+from pipeline.importance import Priors
+from pipeline.search import seeds
+from pipeline.surrogate import Observation
+
+GAINS = {29: 59.1, 11: 56.6, 0: 25.0, 16: 14.7, 15: 14.1, 28: 13.9, 2: 13.5, 7: 13.3, 4: 11.7, 23: 11.3, 13: 10.6}
+DISTRIBUTION = CategoricalDistribution([4, 8])
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """A quality that is known everywhere, and what a search is told of it.
+
+    Attributes:
+        space: What is feasible.
+        additive: Gain of each unit, [units].
+        pairs: Gain of each pair of units raised together, [units, units], upper triangle.
+        noise: Standard deviation of a trial's quality around the true one.
+        stderr: Standard error that a trial reports.
+        sensitivity: What the sweep measured, [units].
+        about: Where it comes from and how well it fits.
+    """
+
+    space: Space
+    additive: np.ndarray
+    pairs: np.ndarray
+    noise: float
+    stderr: float
+    sensitivity: tuple[float, ...]
+    about: str
+
+    def quality(self, raised: np.ndarray) -> np.ndarray:
+        """Return the true qualities, [vectors, units] -> [vectors]."""
+        ups = raised.astype(float)
+        return ups @ self.additive + ((ups @ self.pairs) * ups).sum(axis=1)
+
+    def hypervolume(self, tried: Sequence[Bits]) -> float:
+        """Return the area that the true qualities of some vectors dominate, from no gain, a tenth beyond the top."""
+        raised = raised_of(list(tried))
+        memories = self.space.memories(raised)
+        worst = self.space.ceiling + 0.1 * (self.space.ceiling - self.space.base)
+        points = zip(self.quality(raised).tolist(), memories.tolist(), strict=True)
+        return pareto.hypervolume(points, 0.0, worst)
+
+    def best(self) -> float:
+        """Return the hypervolume of the best vectors known: of each size by climbing, then of all their neighbours."""
+        found: set[Bits] = {(4,) * self.space.units}
+        for size in range(1, self.space.max_eights + 1):
+            smaller = replace(self.space, max_eights=size)
+            start = raised_of([smaller.allocate(self.additive.tolist())])[0]
+            top = surrogate.climb(self.quality, smaller, start)[0]
+            downs, ups = np.flatnonzero(top), np.flatnonzero(~top)
+            for down, up in itertools.product(downs, ups):
+                other = top.copy()
+                other[[down, up]] = False, True
+                found.add(tuple(8 if one else 4 for one in other))
+            found.add(tuple(8 if one else 4 for one in top))
+        return self.hypervolume(sorted(found))
+
+
+def synthetic(noise: float, seed: int = 0, units: int = 30) -> Landscape:
+    """Return a landscape with the measured gains of SmolLM2's 30 blocks, or gains drawn alike for other sizes."""
+    generator = np.random.default_rng(seed)
+    gains = generator.uniform(1, 9, units)
+    named = GAINS if units == 30 else dict(enumerate(20 * generator.pareto(1.5, units // 3)))
+    for unit, gain in named.items():
+        gains[unit] = gain
+    gains = gains / 1000
+    # The seven best blocks gain 10 % less together than the sum of their gains alone.
+    pairs = np.triu(np.sqrt(np.outer(gains, gains)) * generator.normal(-0.04, 0.1, (units, units)), 1)
+    sensitivity = gains * generator.lognormal(0, 0.3, units) + generator.normal(0, 0.003, units)
+    deltas = tuple(int(one) for one in generator.uniform(3.0, 4.0, units) * 2**20)
+    space = Space(2**30, deltas, units // 4, None)
+    about = f"synthetic, {units} units, noise {noise}"
+    return Landscape(space, gains, pairs, noise, noise, tuple(sensitivity.tolist()), about)
+
+
+def recorded(folder: Path, objective: str = "gold_logprob") -> Landscape:
+    """Fit additive gains and interactions of pairs to a recorded table by ridge regression.
+
+    The fit's held-out error, which holds both the table's noise and what the model misses, is the replay's noise.
+    """
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GridSearchCV, KFold, cross_val_predict
+
+    table = pd.read_csv(folder / "table.csv", dtype={"bits": str})
+    table = table[table["steps"] == table["steps"].min()]
+    facts = json.loads((folder / "landscape.json").read_text())
+    raised = raised_of([tuple(int(digit) for digit in text) for text in table["bits"]]).astype(float)
+    units = raised.shape[1]
+    first, second = np.triu_indices(units, 1)
+
+    def features(weight: float) -> np.ndarray:
+        return np.hstack([raised, weight * raised[:, first] * raised[:, second]])
+
+    values = table[objective].to_numpy()
+    folds = KFold(10, shuffle=True, random_state=0)
+    options = []
+    for weight in (1e-3, 0.1, 0.3, 1.0):  # how much harder a pair is shrunk than a unit
+        grid = GridSearchCV(Ridge(), {"alpha": np.logspace(-4, 2, 13)}, cv=folds, scoring="r2")
+        grid.fit(features(weight), values)
+        options.append((grid.best_score_, weight, grid.best_estimator_))
+    _, weight, model = max(options, key=lambda one: one[0])
+    held_out = values - cross_val_predict(model, features(weight), values, cv=folds)
+    fit = 1 - held_out.var() / values.var()
+    pairs = np.zeros((units, units))
+    pairs[first, second] = weight * model.coef_[units:]
+    return Landscape(
+        space=Space(facts["base"], tuple(facts["deltas"]), units // 4, None),
+        additive=model.coef_[:units],
+        pairs=pairs,
+        noise=float(held_out.std()),
+        stderr=float(table[f"{objective}_stderr"].mean()),
+        sensitivity=tuple(facts["sensitivity"]),
+        about=f"{folder.name}: {len(table)} rows, R^2 {fit:.3f} on held-out rows, their error {held_out.std():.4f}",
+    )
+
+
+def priors_of(landscape: Landscape, kind: str, seed: int) -> Priors:
+    """Return what the search is told: the ``good`` sweep, ``none``, or a ``shuffled`` or ``reversed`` one."""
+    true = list(landscape.sensitivity)
+    if kind == "none":
+        true = [0.0] * len(true)
+    elif kind == "shuffled":
+        random.Random(seed).shuffle(true)
+    elif kind == "reversed":
+        ranks = np.argsort(np.argsort(true))
+        true = np.sort(true)[::-1][ranks].tolist()
+    units = tuple(map(str, range(len(true))))
+    return Priors(units, (0.0,) * len(true), tuple(true), 0.0, 1)
+
+
+Ask = Callable[[Sequence[Observation]], Bits | None]
+
+
+def ours(space: Space, priors: Priors, seed: int) -> Ask:
+    """Return this project's sampler."""
+
+    def ask(past: Sequence[Observation]) -> Bits | None:
+        tried = {one.bits for one in past}
+        return surrogate.propose(past, space, priors.sensitivity, tried, random.Random(seed + len(past)))
+
+    return ask
+
+
+def drawn(space: Space, priors: Priors, seed: int) -> Ask:
+    """Return random feasible vectors."""
+    generator = random.Random(seed)
+    return lambda past: space.unseen({one.bits for one in past}, generator)
+
+
+def gp(space: Space, priors: Priors, seed: int) -> Ask:
+    """Return Optuna's Gaussian process with the limit as a constraint; what exceeds it gives up its weakest units."""
+
+    def ask(past: Sequence[Observation]) -> Bits | None:
+        sampler = optuna.samplers.GPSampler(seed=seed + len(past), n_startup_trials=1)
+        study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+        distributions = {f"bits_{index}": DISTRIBUTION for index in range(space.units)}
+        for one in past:
+            trial = create_trial(
+                params=dict(zip(distributions, one.bits, strict=True)),
+                distributions=distributions,
+                values=[one.score, space.memory(one.bits) / 2**20],
+            )
+            trial.set_constraint("eights", one.bits.count(8) - space.max_eights)
+            study.add_trial(trial)
+        asked = study.ask(distributions)
+        return _brought_back(tuple(asked.params.values()), past, space, priors, seed)
+
+    return ask
+
+
+def optuna_ask(make: Callable[[int], optuna.samplers.BaseSampler]) -> Callable[[Space, Priors, int], Ask]:
+    """Return a sampler of Optuna's that is told the values of what its proposals are brought back to."""
+
+    def arm(space: Space, priors: Priors, seed: int) -> Ask:
+        study = optuna.create_study(directions=["maximize", "minimize"], sampler=make(seed))
+        distributions = {f"bits_{index}": DISTRIBUTION for index in range(space.units)}
+        waiting: list[optuna.Trial] = []
+
+        def ask(past: Sequence[Observation]) -> Bits | None:
+            values = [past[-1].score, space.memory(past[-1].bits)]
+            if waiting:
+                study.tell(waiting.pop(), values)
+            else:
+                for one in past:
+                    params = dict(zip(distributions, one.bits, strict=True))
+                    values = [one.score, space.memory(one.bits)]
+                    study.add_trial(create_trial(params=params, distributions=distributions, values=values))
+            waiting.append(study.ask(distributions))
+            return _brought_back(tuple(waiting[0].params.values()), past, space, priors, seed)
+
+        return ask
+
+    return arm
+
+
+def _brought_back(bits: Bits, past: Sequence[Observation], space: Space, priors: Priors, seed: int) -> Bits | None:
+    generator = random.Random(seed + len(past))
+    weights = [value + 1e-9 * generator.random() for value in priors.sensitivity]
+    return space.unseen({one.bits for one in past}, generator, near=space.repair(bits, weights))
+
+
+SAMPLERS = {
+    "ours": ours,
+    "gp": gp,
+    "tpe": optuna_ask(lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True)),
+    "nsga2": optuna_ask(lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=10)),
+    "random": drawn,
+}
+ARMS = (
+    *("ours:good", "ours:none", "ours:shuffled", "ours:reversed", "gp:good", "gp:none"),
+    *("tpe:good", "nsga2:good", "random:good"),
+)
+
+
+class _Settings:
+    """What ``search.seeds`` reads of section ``search``."""
+
+    seed_bits: tuple[str, ...] = ()
+    n_random = 3
+
+
+def replay(landscape: Landscape, arm: str, seed: int, trials: int) -> tuple[list[float], float]:
+    """Run one search; return the hypervolume after each trial and the longest suggestion in seconds.
+
+    Every arm starts as the search does: all at 4 bits, the sensitivity allocation if a prior is given, random vectors.
+    """
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    name, _, kind = arm.partition(":")
+    priors = priors_of(landscape, kind, seed)
+    ask = SAMPLERS[name](landscape.space, priors, seed)
+    generator = random.Random(seed)
+    noise = np.random.default_rng(seed)
+    queue = [
+        one.bits
+        for one in seeds(_Settings(), landscape.space, priors, generator)  # type: ignore[arg-type]
+        if not (one.method == "qpruner2" or (kind == "none" and one.method == "sensitivity"))
+    ]
+    past: list[Observation] = []
+    curve, slowest = [], 0.0
+    while len(past) < trials:
+        start = time.perf_counter()
+        bits = queue.pop(0) if queue else ask(past)
+        slowest = max(slowest, time.perf_counter() - start)
+        if bits is None:
+            break
+        if bits in {one.bits for one in past}:
+            continue
+        true = float(landscape.quality(raised_of([bits]))[0])
+        past.append(Observation(bits, true + noise.normal(0, landscape.noise), landscape.stderr))
+        curve.append(landscape.hypervolume([one.bits for one in past]))
+    return curve + [curve[-1]] * (trials - len(curve)), slowest
+
+
+def quartiles(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return arm, trial and the quartiles over the seeds."""
+    grouped = rows.groupby(["arm", "trial"], sort=False)["hypervolume"]
+    return grouped.quantile([0.25, 0.5, 0.75]).unstack().reset_index()
+
+
+def picture(rows: pd.DataFrame, about: str, path: Path) -> None:
+    """Draw the median of each arm with its quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
+    for arm, part in quartiles(rows).groupby("arm", sort=False):
+        (line,) = axes.plot(part["trial"], part[0.5], label=arm, lw=2 if str(arm).startswith("ours") else 1)
+        axes.fill_between(part["trial"], part[0.25], part[0.75], color=line.get_color(), alpha=0.12, lw=0)
+    axes.axhline(0.95, color="black", lw=0.6, ls=":")
+    axes.set_xlabel("trial")
+    axes.set_ylabel("hypervolume of true qualities / best known")
+    axes.set_title(about, fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def report(rows: pd.DataFrame, slowest: dict[str, float], trials: int) -> str:
+    """Return a Markdown table: median and quartiles at some trials, the first trial at 95 %, the longest suggestion."""
+    shown = [count for count in (10, 20, 50) if count <= trials]
+    lines = ["| arm | " + " | ".join(f"at {count}" for count in shown) + " | 95 % at trial | longest ask, s |"]
+    lines.append("|---" * (len(shown) + 3) + "|")
+    for arm, part in quartiles(rows).groupby("arm", sort=False):
+        at = part.set_index("trial")
+        cells = [f"{at.loc[c, 0.5]:.3f} ({at.loc[c, 0.25]:.3f} to {at.loc[c, 0.75]:.3f})" for c in shown]
+        reached = at.index[at[0.5] >= 0.95]
+        first = str(reached[0]) if len(reached) else f"not in {trials}"
+        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {first} | {slowest[str(arm)]:.2f} |")
+    return "\n".join(lines)
+
+
+def main(folder: str | None, count: int, trials: int, noise: float, units: int, arms: Sequence[str], out: Path) -> None:
+    """Replay every arm on every seed, two processes at a time; write and print the comparison."""
+    landscape = recorded(Path(folder)) if folder else synthetic(noise, units=units)
+    print(landscape.about, flush=True)
+    best = landscape.best()
+    jobs = [(arm, seed) for arm in arms for seed in range(count)]
+    rows, slowest = [], dict.fromkeys(arms, 0.0)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        found = [pool.submit(replay, landscape, arm, seed, trials) for arm, seed in jobs]
+        for (arm, seed), one in zip(jobs, found, strict=True):
+            curve, longest = one.result()
+            slowest[arm] = max(slowest[arm], longest)
+            rows += [(arm, seed, trial, value / best) for trial, value in enumerate(curve, 1)]
+    table = pd.DataFrame(rows, columns=["arm", "seed", "trial", "hypervolume"])
+    out.mkdir(exist_ok=True)
+    table.to_csv(out / "samplers.csv", index=False)
+    picture(table, landscape.about, out / "samplers.png")
+    print(report(table, slowest, trials))
+
+
+if __name__ == "__main__":
+    given = dict(item.split("=") for item in sys.argv[1:] if "=" in item)
+    places = [item for item in sys.argv[1:] if "=" not in item]
+    main(
+        places[0] if places else None,
+        int(given.get("seeds", 20)),
+        int(given.get("trials", 50)),
+        float(given.get("noise", 0.01)),
+        int(given.get("units", 30)),
+        given["arms"].split(",") if "arms" in given else ARMS,
+        Path(given.get("out", "reports")),
+    )

@@ -1,0 +1,244 @@
+import dataclasses
+import json
+import shutil
+import types
+
+import pytest
+import torch
+from conftest import ROOT, tiny_model
+from test_search import PRIORS, SPACE, UNITS, result
+
+from pipeline import checkpoint, paper, tracking, trial
+from pipeline.cells import qpruner3
+from pipeline.paper import CellsFailed
+from pipeline.quantize import write_bits
+from pipeline.stages import STAGES
+
+TASK = "piqa"
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """A store with no run; making its tables takes longer than copying it."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    tracking.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def params(default, tmp_path, monkeypatch, empty_store):
+    """Params of one ratio on one task, in a folder with a base model's checksums and data."""
+    for name in ("mlflow", "other"):
+        shutil.copy(empty_store, tmp_path / f"{name}.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.delenv(tracking.PARENT, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/benchmarks").mkdir(parents=True)
+    shutil.copy(ROOT / "data/sample/alpaca.jsonl", "data")
+    shutil.copy(ROOT / f"data/sample/benchmarks/{TASK}.jsonl", "data/benchmarks")
+    with checkpoint.writing(paper.BASE) as folder:
+        (folder / "model").write_text("weights")
+    changes = {
+        "table": {"ratios": (0.2,), "steps": 9, "limit": 5, "n_trials": 4},
+        "evaluate": {"tasks": (TASK,), "limit": 7},
+        "search": {"n_random": 1, "references": ()},
+        "recover": {"steps": 2},
+    }
+    sections = {name: getattr(default, name).model_copy(update=values) for name, values in changes.items()}
+    return default.model_copy(update=sections)
+
+
+@dataclasses.dataclass
+class Trials:
+    """Stands for ``trial.run``: looks results up, notes its calls, fails or is killed where told."""
+
+    calls: list = dataclasses.field(default_factory=list)
+    broken: object = None  # bits whose cell fails
+    killed_at: int = 0  # number of the call that a kill ends
+
+    def run(self, context, bits, *, steps=None, limit=None, skip=0, progress=iter, trained=True):
+        if len(self.calls) + 1 == self.killed_at:
+            self.killed_at = 0
+            raise KeyboardInterrupt
+        if steps is not None and tuple(bits) == self.broken:
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        self.calls.append((write_bits(bits), steps, limit, skip, trained))
+        found = result(bits)
+        return dataclasses.replace(found, bits=write_bits(bits), gold_logprob=found.accuracy - 1), None
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    made = Trials()
+    monkeypatch.setattr(trial, "run", made.run)
+    monkeypatch.setattr(trial, "untouched", lambda context, base: context)
+    monkeypatch.setattr(paper, "study_name", lambda params, pruned, bank: f"{params.prune.ratio}")
+
+    def supplies(params):
+        context = types.SimpleNamespace(units=[None] * UNITS)
+        return types.SimpleNamespace(params=params, context=context, space=SPACE, priors=PRIORS, pruned="", bank="")
+
+    monkeypatch.setattr(paper, "Supplies", supplies)
+    return made
+
+
+def runs(stage, status="FINISHED"):
+    return [run for run in tracking.tagged("stage", stage) if run.info.status == status]
+
+
+def parent(run):
+    return run.data.tags["mlflow.parentRunId"]
+
+
+def bits(call):
+    return call[0]
+
+
+def test_table_has_one_run_a_cell_with_the_searchs_trials_below_qpruner3(params, trials):
+    STAGES["table"](params)
+    (top,) = runs("table")
+    found = runs("cell")
+    assert [run.data.tags["method"] for run in found] == ["dense", "llm_pruner", "qpruner1", "qpruner2", "qpruner3"]
+    assert {parent(run) for run in found} == {top.info.run_id}
+    assert {parent(run) for run in runs("trial")} == {found[-1].info.run_id} and len(runs("trial")) == 4
+    assert found[3].data.params["bits"] == "48484444"
+    text = paper.REPORTS.joinpath("table.md").read_text()
+    assert "| 20 % | QPruner3 |" in text and "pending" not in text
+    assert {path.name for path in paper.REPORTS.iterdir()} == {"table.md", "table.csv", "table.tex", "figure1.png"}
+
+
+def test_cells_are_judged_on_items_that_the_searchs_trials_never_see(params, trials):
+    STAGES["table"](params)
+    in_search = [call for call in trials.calls if call[1] is None]
+    in_cells = [call for call in trials.calls if call[1] is not None]
+    assert {call[2:] for call in in_search} == {(None, 0, True)}  # the first evaluate.limit, by the params' own
+    assert {call[1:4] for call in in_cells} == {(9, 5, 7)}
+    assert [call[4] for call in in_cells] == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("call", [1, 3, 6, 9])
+def test_killed_table_goes_on_without_repeating_what_is_finished(params, trials, call):
+    trials.killed_at = call
+    with pytest.raises(KeyboardInterrupt):
+        STAGES["table"](params)
+    assert not runs("table", "RUNNING") + runs("cell", "RUNNING") + runs("trial", "RUNNING")
+    kept = {run.info.run_id for run in runs("cell") + runs("trial")}
+    assert len(trials.calls) == call - 1 == len(kept)
+    STAGES["table"](params)
+    assert len(trials.calls) == 9  # five cells and four trials
+    after = runs("cell") + runs("trial")
+    assert len(after) == 9 and kept <= {run.info.run_id for run in after}
+    assert {parent(run) for run in runs("cell")} == {runs("table")[-1].info.run_id}
+    assert {parent(run) for run in runs("trial")} == {runs("cell")[-1].info.run_id}
+
+
+def test_finished_table_runs_nothing_again(params, trials):
+    STAGES["table"](params)
+    before = (paper.REPORTS / "table.md").read_text()
+    STAGES["table"](params)
+    assert len(trials.calls) == 9 and len(runs("cell")) == 5
+    assert (paper.REPORTS / "table.md").read_text() == before
+
+
+def test_more_trials_continue_the_search_and_keep_the_other_cells(params, trials):
+    STAGES["table"](params)
+    STAGES["table"](params.model_copy(update={"table": params.table.model_copy(update={"n_trials": 6})}))
+    assert len(trials.calls) == 9 + 2 + 1
+
+
+def test_failed_cell_is_failed_with_its_cause_and_the_others_go_on(params, trials):
+    trials.broken = (4,) * UNITS
+    with pytest.raises(CellsFailed, match=r"1 of 5 cells failed: 20% QPruner1 \(OutOfMemoryError.*run the same comm"):
+        STAGES["table"](params)
+    (failed,) = runs("cell", "FAILED")
+    assert failed.data.tags["error"] == "OutOfMemoryError: tried to allocate 20 GiB"
+    assert not failed.data.metrics and len(runs("cell")) == 4
+    assert "| 20 % | QPruner1 | failed |" in (paper.REPORTS / "table.md").read_text()
+    assert [run.info.status for run in tracking.tagged("stage", "table")] == ["FAILED"]
+    trials.broken = None
+    STAGES["table"](params)
+    assert [bits(call) for call in trials.calls[8:]] == ["4" * UNITS]
+    assert "failed" not in (paper.REPORTS / "table.md").read_text()
+
+
+def test_cell_kept_but_not_ended_by_a_kill_is_ended(params, trials):
+    STAGES["table"](params)
+    victim = runs("cell")[1].info.run_id
+    tracking.client().set_terminated(victim, "KILLED")
+    STAGES["table"](params)
+    assert tracking.run(victim).info.status == "FINISHED" and len(runs("cell")) == 5
+
+
+def test_lost_store_is_filled_again_once(params, trials, tmp_path, monkeypatch):
+    STAGES["table"](params)
+    before = [(run.data.params["bits"], run.data.metrics["accuracy"]) for run in runs("cell") + runs("trial")]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    for _ in range(2):
+        STAGES["table"](params)
+        after = [(run.data.params["bits"], run.data.metrics["accuracy"]) for run in runs("cell") + runs("trial")]
+        assert after == before
+    assert len(trials.calls) == 9
+
+
+def test_damaged_cell_runs_again(params, trials):
+    STAGES["table"](params)
+    victim = next(iter((paper.KEPT / "cells").iterdir()))
+    victim.write_text("")
+    STAGES["table"](params)
+    assert len(trials.calls) == 10 and json.loads(victim.read_text())["result"]
+
+
+def test_ablation_takes_the_tables_qpruner3_and_leaves_it_in_its_place(params, trials):
+    STAGES["table"](params)
+    (kept,) = [run for run in runs("cell") if run.data.tags["method"] == "qpruner3"]
+    STAGES["ablation"](params)
+    own = [run for run in runs("cell") if run.data.tags["command"] == "ablation"]
+    assert len(trials.calls) == 9 + 6 == 9 + len(own)
+    assert {bits(call) for call in trials.calls[9:]} == {kept.data.params["bits"]}
+    assert parent(tracking.run(kept.info.run_id)) == runs("table")[0].info.run_id
+    assert {parent(run) for run in own} == {runs("ablation")[0].info.run_id}
+    STAGES["ablation"](params)
+    assert len(trials.calls) == 15
+
+
+def test_ablation_alone_holds_the_search_itself(params, trials):
+    STAGES["ablation"](params)
+    assert len(trials.calls) == 4 + 1 + 6
+    lines = (paper.REPORTS / "ablation.md").read_text().splitlines()
+    (row,) = [line for line in lines if line.startswith("| PIQA")]
+    assert row.count("±") == 10
+
+
+@pytest.mark.parametrize("limit, wanted", [(0, "see all items"), (64, "the first 64"), (100, r"piqa \(64\)")])
+def test_search_that_sees_every_item_is_refused_before_anything_runs(params, trials, limit, wanted):
+    params = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"limit": limit})})
+    with pytest.raises(ValueError, match=rf"evaluate\.limit: {limit} .*{wanted}.*between 1 and 63"):
+        STAGES["table"](params)
+    assert not trials.calls
+
+
+def test_supplies_are_made_once_and_a_damaged_one_again(params, tokenizer, monkeypatch):
+    with checkpoint.writing(paper.BASE) as folder:
+        tiny_model(dtype=torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    small = {"prune": {"samples": 2}, "importance": {"samples": 2, "clusters": 2, "outcomes": 2}}
+    sections = {name: getattr(params, name).model_copy(update=values) for name, values in small.items()}
+    params = params.model_copy(update=sections)
+    made = []
+    for name in ("write_pruned", "write_bank", "write_priors"):
+        real = getattr(paper, name)
+        monkeypatch.setattr(paper, name, lambda *given, real=real, name=name: made.append(name) or real(*given))
+    first = paper.Supplies(params)
+    assert len(first.priors.units) == len(first.context.units) == 4 and first.space.units == 4
+    assert made == ["write_pruned", "write_priors", "write_bank"]
+    assert paper.Supplies(params).context.config.to_dict() == first.context.config.to_dict() and len(made) == 3
+    other = paper.Supplies(params.model_copy(update={"quantize": params.quantize.model_copy(update={"r": 4})}))
+    assert other.pruned == first.pruned and other.bank != first.bank and made[3:] == ["write_bank"]
+    codes = first.bank / "codes4.safetensors"
+    codes.write_bytes(codes.read_bytes()[:-1])
+    assert paper.Supplies(params).bank == first.bank and made[4:] == ["write_bank"]
+    assert checkpoint.verify(first.bank, "quantize")
+
+
+def test_cells_title_tells_ratio_and_method(params):
+    assert qpruner3(params).title == "20% QPruner3"
