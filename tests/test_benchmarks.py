@@ -52,9 +52,21 @@ def test_priors_of_each_kind(landscape):
 
 
 def test_quartiles_and_report_by_hand():
-    rows = [("a", seed, trial, value) for seed, value in enumerate((0.9, 0.95, 1.0)) for trial in range(1, 11)]
-    table = pd.DataFrame(rows, columns=["arm", "seed", "trial", "hypervolume"])
-    assert samplers.report(table, {"a": 0.5}, 10).splitlines()[2] == "| a | 0.950 (0.925 to 0.975) | 1 | 0.50 |"
+    rows = [("", "a", seed, trial, value, 0.5) for seed, value in enumerate((0.9, 0.95, 1.0)) for trial in range(1, 11)]
+    table = pd.DataFrame(rows, columns=list(samplers.COLUMNS))
+    assert samplers.report(table, 10).splitlines()[2] == "| a | 3 | 0.950 (0.925 to 0.975) | 1 | 0.50 |"
+
+
+def test_arms_replayed_apart_come_together(landscape, tmp_path, capsys):
+    samplers.main(landscape, 2, 6, ["random:none"], tmp_path, 1)
+    samplers.main(landscape, 1, 6, ["random:good"], tmp_path, 1)
+    kept = pd.read_csv(tmp_path / "samplers.csv")
+    assert kept.groupby("arm")["seed"].nunique().to_dict() == {"random:good": 1, "random:none": 2}
+    samplers.main(landscape, 1, 6, ["random:none"], tmp_path, 1)
+    assert len(pd.read_csv(tmp_path / "samplers.csv")) == 12
+    assert (tmp_path / "samplers.png").stat().st_size > 1000
+    samplers.main(dataclasses.replace(landscape, about="another"), 1, 6, ["random:good"], tmp_path, 1)
+    assert set(pd.read_csv(tmp_path / "samplers.csv")["landscape"]) == {"another"}
 
 
 @pytest.fixture
