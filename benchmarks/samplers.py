@@ -1,12 +1,13 @@
 """How many trials does a sampler need? Samplers replayed on a landscape of quality, with the noise of a trial.
 
     python -m benchmarks.samplers [folder of a recorded landscape] [seeds=20] [trials=50] [noise=0.01]
-        [units=30] [arms=a,b,...] [out=reports]
+        [units=30] [arms=a,b,...] [out=reports] [workers=cores]
 
 Without a folder: a synthetic landscape of 30 blocks, made like the measured one (additive gains, small interactions).
 With one (``python -m benchmarks.record`` writes it): a smooth model fitted on its table, which knows every vector.
 Writes ``reports/samplers.csv`` and ``reports/samplers.png``: the hypervolume of the tried vectors' true qualities,
-as a share of the best known, after each trial, with quartiles over the seeds.
+as a share of the best known, after each trial, with quartiles over the seeds. Arms of the same landscape that a former
+call left there are kept: slow ones can be replayed apart.
 """
 
 from __future__ import annotations
@@ -246,6 +247,9 @@ ARMS = (
 )
 
 
+COLUMNS = ("landscape", "arm", "seed", "trial", "hypervolume", "longest_ask_s")
+
+
 class _Settings:
     """What ``search.seeds`` reads of section ``search``."""
 
@@ -314,49 +318,54 @@ def picture(rows: pd.DataFrame, about: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def report(rows: pd.DataFrame, slowest: dict[str, float], trials: int) -> str:
+def report(rows: pd.DataFrame, trials: int) -> str:
     """Return a Markdown table: median and quartiles at some trials, the first trial at 95 %, the longest suggestion."""
     shown = [count for count in (10, 20, 50) if count <= trials]
-    lines = ["| arm | " + " | ".join(f"at {count}" for count in shown) + " | 95 % at trial | longest ask, s |"]
-    lines.append("|---" * (len(shown) + 3) + "|")
+    lines = ["| arm | seeds | " + " | ".join(f"at {n}" for n in shown) + " | 95 % at trial | longest ask, s |"]
+    lines.append("|---" * (len(shown) + 4) + "|")
+    longest = rows.groupby("arm")["longest_ask_s"].max()
+    seeds_of = rows.groupby("arm")["seed"].nunique()
     for arm, part in quartiles(rows).groupby("arm", sort=False):
         at = part.set_index("trial")
-        cells = [f"{at.loc[c, 0.5]:.3f} ({at.loc[c, 0.25]:.3f} to {at.loc[c, 0.75]:.3f})" for c in shown]
+        cells = [f"{at.loc[n, 0.5]:.3f} ({at.loc[n, 0.25]:.3f} to {at.loc[n, 0.75]:.3f})" for n in shown]
         reached = at.index[at[0.5] >= 0.95]
         first = str(reached[0]) if len(reached) else f"not in {trials}"
-        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {first} | {slowest[str(arm)]:.2f} |")
+        lines.append(f"| {arm} | {seeds_of[arm]} | " + " | ".join(cells) + f" | {first} | {longest[arm]:.2f} |")
     return "\n".join(lines)
 
 
-def main(folder: str | None, count: int, trials: int, noise: float, units: int, arms: Sequence[str], out: Path) -> None:
-    """Replay every arm on every seed, two processes at a time; write and print the comparison."""
-    landscape = recorded(Path(folder)) if folder else synthetic(noise, units=units)
+def main(landscape: Landscape, count: int, trials: int, arms: Sequence[str], out: Path, workers: int) -> None:
+    """Replay every arm on every seed; write and print the comparison after each arm."""
     print(landscape.about, flush=True)
-    best = landscape.best()
-    jobs = [(arm, seed) for arm in arms for seed in range(count)]
-    rows, slowest = [], dict.fromkeys(arms, 0.0)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = [pool.submit(replay, landscape, arm, seed, trials) for arm, seed in jobs]
-        for (arm, seed), one in zip(jobs, found, strict=True):
-            curve, longest = one.result()
-            slowest[arm] = max(slowest[arm], longest)
-            rows += [(arm, seed, trial, value / best) for trial, value in enumerate(curve, 1)]
-    table = pd.DataFrame(rows, columns=["arm", "seed", "trial", "hypervolume"])
+    best, path = landscape.best(), out / "samplers.csv"
     out.mkdir(exist_ok=True)
-    table.to_csv(out / "samplers.csv", index=False)
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(COLUMNS))
+    table = table[(table["landscape"] == landscape.about) & ~table["arm"].isin(arms)]
+    with ProcessPoolExecutor(workers) as pool:
+        each = pool.map if workers > 1 else map
+        for arm in arms:
+            rows = []
+            found = each(replay, *zip(*[(landscape, arm, seed, trials) for seed in range(count)], strict=True))
+            for seed, (curve, slowest) in enumerate(found):
+                rows += [(landscape.about, arm, seed, n, value / best, slowest) for n, value in enumerate(curve, 1)]
+            parts = [table, pd.DataFrame(rows, columns=list(COLUMNS))]
+            table = pd.concat([part for part in parts if len(part)], ignore_index=True)
+            table.to_csv(path, index=False)
+            print(report(table, trials).splitlines()[-1], flush=True)
     picture(table, landscape.about, out / "samplers.png")
-    print(report(table, slowest, trials))
+    print(report(table, trials))
 
 
 if __name__ == "__main__":
     given = dict(item.split("=") for item in sys.argv[1:] if "=" in item)
     places = [item for item in sys.argv[1:] if "=" not in item]
     main(
-        places[0] if places else None,
+        recorded(Path(places[0]))
+        if places
+        else synthetic(float(given.get("noise", 0.01)), units=int(given.get("units", 30))),
         int(given.get("seeds", 20)),
         int(given.get("trials", 50)),
-        float(given.get("noise", 0.01)),
-        int(given.get("units", 30)),
         given["arms"].split(",") if "arms" in given else ARMS,
         Path(given.get("out", "reports")),
+        int(given.get("workers", os.cpu_count() or 1)),
     )

@@ -78,9 +78,10 @@ class Space:
                 f"search.memory_budget_gib leaves {(self.budget - self.base) / 2**20:.1f} MiB above 4 bits and the "
                 f"cheapest unit takes {min(self.deltas) / 2**20:.1f}"
             )
-        if self.average_bits is not None:
-            least = 4 + 4 * min(self.sizes) / sum(self.sizes)
+        if self.average_bits is not None and (least := 4 + 4 * min(self.sizes) / sum(self.sizes)) > self.average_bits:
             reasons.append(f"search.average_bits is {self.average_bits} and the smallest unit alone makes {least:.3f}")
+        if not reasons:
+            reasons.append("search.memory_budget_gib forbids those that search.average_bits would allow")
         return "; ".join(reasons)
 
     @property

@@ -486,7 +486,10 @@ def show_front(params: Params) -> None:
     columns, rows = stage_.front_table(members, params.pareto.objective)
     console.table("Pareto front: lowest memory first", columns, rows)
     experiment = tracking.run(members[0].run_id).info.experiment_id if members else tracking.experiment_id()
-    console.note("See every trial, best first, in the MLflow UI:\n" + tracking.ui_command(experiment, study))
+    console.note(
+        "See every trial, best first, in the MLflow UI:\n"
+        + tracking.ui_command(experiment, study, params.pareto.objective)
+    )
     console.note(f"One page with tables and pictures: {REPORTS / 'report.html'}")
 
 

@@ -154,14 +154,14 @@ class Model:
 
 
 def _most_plausible(loss: Callable[..., Any], start: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, float]:
-    """Minimize the negative log marginal likelihood plus a weak normal prior around the start, a factor e^2 wide.
+    """Minimize the negative log marginal likelihood plus a weak normal prior around the start, a factor e^4 wide.
 
     Without the prior, the first few trials would settle the scale of every term.
     """
 
     def penalized(theta: np.ndarray) -> tuple[float, np.ndarray]:
         value, slope = loss(theta)
-        return value + ((theta - start) ** 2).sum() / 8, slope + (theta - start) / 4
+        return value + ((theta - start) ** 2).sum() / 32, slope + (theta - start) / 16
 
     found = minimize(penalized, start, jac=True, bounds=bounds, method="L-BFGS-B")
     return found.x, float(found.fun)
@@ -244,13 +244,23 @@ def climb(value: Callable[[np.ndarray], np.ndarray], space: Space, start: np.nda
         current, best = near[worth.argmax()], float(worth.max())
 
 
+def acquisition(model: Model, space: Space, tried: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the expected hypervolume improvement as a function of vectors, [vectors, units] -> [vectors].
+
+    The front to improve is that of the model's means at the tried vectors: a lucky observation makes no front.
+    """
+    # A tenth beyond the dearest vector, so that quality counts there too.
+    ceiling = space.ceiling + 0.1 * (space.ceiling - space.base) + 1
+    front = Front.of(space.memories(tried), model.predict(tried)[0], ceiling)
+    return lambda raised: improvement(*model.predict(raised), space.memories(raised), front)
+
+
 def propose(
     observations: Sequence[Observation], space: Space, prior: Sequence[float], exclude: set[Bits], generator: Random
 ) -> Bits | None:
     """Return the feasible vector that should improve the front most; None if all were tried.
 
-    The front to improve is that of the model's means at the vectors that this search tried: a lucky observation
-    makes no front, and imported ones teach without standing on it.
+    Imported observations teach the model, but the front to improve is that of the search's own vectors.
 
     Args:
         observations: What is known; at least one that is not imported.
@@ -261,13 +271,8 @@ def propose(
     """
     model = Model(observations, prior)
     own = raised_of([one.bits for one in observations if not one.imported])
-    # A tenth beyond the dearest vector, so that quality counts there too.
-    ceiling = space.ceiling + 0.1 * (space.ceiling - space.base) + 1
-    front = Front.of(space.memories(own), model.predict(own)[0], ceiling)
+    gain = acquisition(model, space, own)
     tried = {row.tobytes() for row in raised_of(sorted(exclude))} if exclude else set()
-
-    def gain(raised: np.ndarray) -> np.ndarray:
-        return improvement(*model.predict(raised), space.memories(raised), front)
 
     def value(raised: np.ndarray) -> np.ndarray:
         return np.where([row.tobytes() in tried for row in raised], -1.0, gain(raised))

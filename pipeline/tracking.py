@@ -389,10 +389,10 @@ def register_model(
     return f"models:/{name}/{version}"
 
 
-def ui_command(experiment: str, study: str | None = None) -> str:
+def ui_command(experiment: str, study: str | None = None, order: str = "accuracy") -> str:
     """Return the commands that open the trials, flat and best first, in the MLflow UI."""
     search = "tags.stage%20%3D%20%22trial%22"
     if study:
         search += f"%20and%20tags.study%20%3D%20%22{study}%22"
-    page = f"#/experiments/{experiment}/runs?searchFilter={search}&orderByKey=metrics.%60accuracy%60&orderByAsc=false"
+    page = f"#/experiments/{experiment}/runs?searchFilter={search}&orderByKey=metrics.%60{order}%60&orderByAsc=false"
     return f"mlflow ui --host 127.0.0.1 --backend-store-uri '{store()}'\nhttp://127.0.0.1:5000/{page}"

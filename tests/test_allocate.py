@@ -1,11 +1,13 @@
 import random
 from itertools import product
 
+import numpy as np
 import pytest
 
 from pipeline.allocate import Space
 
 COSTS = (5, 3, 8, 1, 4)
+SIZES = (2, 2, 2, 12, 4)  # parameters
 
 
 def predict(bits):
@@ -64,8 +66,46 @@ def test_budget_below_the_base_is_refused():
         assert text in str(caught.value)
 
 
-def test_budget_equal_to_the_base_is_accepted():
-    assert Space.of(predict, 5, 1.0, 100).allocate([1] * 5) == (4,) * 5
+def test_budget_equal_to_the_base_is_accepted_where_no_unit_is_to_be_raised():
+    assert Space.of(predict, 5, 0.0, 100).allocate([1] * 5) == (4,) * 5
+
+
+@pytest.mark.parametrize(
+    "fraction, budget, average, wanted",
+    [
+        (1.0, 100, None, "memory_budget_gib leaves 0.0 MiB"),
+        (0.15, None, None, "less than one unit"),
+        (1.0, None, 4.3, "average_bits is 4.3 and the smallest unit alone makes 4.364"),
+        (1.0, 102, 4.5, "memory_budget_gib forbids those that search.average_bits would allow"),
+    ],
+)
+def test_limits_that_forbid_every_raise_are_refused_by_name(fraction, budget, average, wanted):
+    with pytest.raises(ValueError, match="search.max_8bit_fraction is .* not one of the 5 units") as caught:
+        Space.of(predict, 5, fraction, budget, SIZES, average)
+    assert wanted in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "limit, budget, average", list(product((1, 2, 5), (None, 104, 109), (None, 4.0, 4.5, 4.8, 5.5, 8.0)))
+)
+def test_every_limit_holds_at_once(limit, budget, average):
+    found = Space(100, COSTS, limit, budget, SIZES, average)
+
+    def mean(bits):
+        return sum(size * width for size, width in zip(SIZES, bits, strict=True)) / sum(SIZES)
+
+    expected = {bits for bits in feasible(limit, budget) if average is None or mean(bits) <= average}
+    assert {bits for bits in every() if bits in found} == expected
+    raised = np.array(every()) == 8
+    assert found.feasible(raised).tolist() == [bits in expected for bits in every()]
+    assert found.memories(raised).tolist() == [predict(bits) for bits in every()]
+    assert found.ceiling >= max(predict(bits) for bits in expected)
+    for importance in importances(2):
+        order = sorted(range(5), key=lambda index: -importance[index])
+        assert found.allocate(importance) == max(expected, key=lambda bits: [bits[index] for index in order])
+        assert all(found.repair(bits, importance) in expected for bits in every())
+    generator = random.Random(0)
+    assert {found.draw(generator) for _ in range(50)} <= expected
 
 
 @spaces

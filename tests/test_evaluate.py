@@ -309,7 +309,7 @@ def test_gold_logprob_by_hand(metric, multiple_input, gold, values):
 @pytest.mark.parametrize("name", TASKS)
 def test_gold_logprob_of_a_run_equals_one_from_plain_forward_passes(model, tokenizer, loaded, name):
     task = loaded[name]
-    found = evaluate.run(model, tokenizer, {name: task}, 2, 512).gold_logprob
+    found = evaluate.run(model, tokenizer, {name: task}, 2, 512)
     requests = instances(task, 2)
     width = len(requests) // 2
     logprobs = []
@@ -327,4 +327,17 @@ def test_gold_logprob_of_a_run_equals_one_from_plain_forward_passes(model, token
         document = requests[start].doc
         gold = task.doc_to_text(document) if name == "winogrande" else int(task.doc_to_target(document))
         logprobs.append(softmax(values, gold))
-    assert found == pytest.approx(fmean(logprobs), abs=1e-4)
+    assert found.gold_logprob == pytest.approx(fmean(logprobs), abs=1e-4)
+    assert found.gold_logprob_stderr == pytest.approx(abs(logprobs[0] - logprobs[1]) / 2, abs=1e-4)
+
+
+def test_error_of_the_mean_gold_logprob_joins_those_of_the_tasks(model, tokenizer, loaded):
+    both = evaluate.run(model, tokenizer, loaded, LIMIT, 512)
+    alone = [evaluate.run(model, tokenizer, {name: loaded[name]}, LIMIT, 512) for name in loaded]
+    expected = math.sqrt(sum(one.gold_logprob_stderr**2 for one in alone)) / len(alone)
+    assert both.gold_logprob_stderr == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("values, expected", [([-1.0], 0.0), ([-1.0, -3.0], 1.0), ([1.0, 2.0, 3.0, 4.0], 5 / 12)])
+def test_squared_error_of_a_mean_by_hand(values, expected):
+    assert evaluate.squared_error(values) == pytest.approx(expected)

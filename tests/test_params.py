@@ -111,6 +111,15 @@ def test_preset_parses(path, monkeypatch):
         ("search__max_8bit_fraction", 1.5, ["search.max_8bit_fraction", "1.5", "equal to 1"]),
         ("search__memory_budget_gib", -1.0, ["search.memory_budget_gib", "-1.0", "greater than 0"]),
         ("search__memory_budget_gib", float("inf"), ["search.memory_budget_gib", "inf"]),
+        ("search__objective", "boolq", ["search.objective", "'boolq'", "'accuracy' or 'gold_logprob'"]),
+        ("search__average_bits", 3.9, ["search.average_bits", "3.9", "equal to 4"]),
+        ("search__average_bits", 8.1, ["search.average_bits", "8.1", "equal to 8"]),
+        ("search__average_bits", 4.0, ["search.average_bits", "leaves no unit at 8 bits", "max_8bit_fraction is 0.25"]),
+        ("search__average_bits", 4.5, None),
+        ("search__patience", -1, ["search.patience", "-1", "equal to 0"]),
+        ("search__history", "no/such.json", ["search.history", "no/such.json cannot be read", "No such file"]),
+        ("search__history", "params.yaml", ["search.history", "params.yaml is no history", "JSON"]),
+        ("search__history", "reports/history.json", ["search.history", "own output", "copy it elsewhere"]),
         ("pareto__objective", "trivia", ["pareto.objective", "'trivia'", "'accuracy'"]),
         ("build__choose", "worst", ["build.choose", "'worst'", "best"]),
         ("register__name", "a/b", ["register.name", "'a/b'", "pattern"]),
@@ -182,6 +191,33 @@ def test_unmeasured_objective_is_refused(raw_params):
     message = refused(change(raw_params, evaluate__tasks=["boolq", "piqa"], pareto__objective="arc_easy"))
     for text in ("pareto.objective", "'arc_easy'", "accuracy or one of boolq, piqa"):
         assert text in message
+
+
+GOOD = {"bits": "4484", "accuracy": 0.5, "accuracy_stderr": 0.1, "gold_logprob": -1.0, "gold_logprob_stderr": 0.1}
+
+
+@pytest.mark.parametrize(
+    "content, wanted",
+    [
+        ({"results": [GOOD]}, None),
+        ({"results": []}, None),
+        ({"trials": []}, "KeyError: 'results'"),
+        ([GOOD], "no history"),
+        ({"results": [GOOD | {"bits": "4416"}]}, "'4416' is no string of 4s and 8s"),
+        ({"results": [GOOD, {key: GOOD[key] for key in GOOD if key != "accuracy"}]}, "KeyError: 'accuracy'"),
+        ({"results": [GOOD | {"gold_logprob": None}]}, "TypeError"),
+    ],
+)
+def test_history_is_checked_when_params_are(raw_params, tmp_path, content, wanted):
+    path = tmp_path / "history.json"
+    path.write_text(json.dumps(content))
+    changed = change(raw_params, search__history=str(path))
+    if wanted is None:
+        assert params.parse(changed).search.history == str(path)
+        assert params.read_history(str(path)) == content["results"]
+    else:
+        message = refused(changed)
+        assert "search.history" in message and wanted in message
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", None])

@@ -2,9 +2,11 @@ import csv
 import json
 import random
 import re
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from pipeline import pareto
@@ -111,7 +113,7 @@ def test_front_of_none_or_one_is_itself(every):
     ],
 )
 def test_hypervolume_by_hand(members, expected):
-    assert pareto.hypervolume([point(*one) for one in members], 0, 10) == expected
+    assert pareto.hypervolume(members, 0, 10) == expected
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -121,13 +123,65 @@ def test_hypervolume_counts_the_dominated_cells(seed):
         any(one.score >= score + 1 and one.memory <= memory for one in every)
         for score, memory in product(range(worst_score, 12), range(worst_memory))
     )
-    assert pareto.hypervolume(every, worst_score, worst_memory) == pytest.approx(cells)
-    assert pareto.hypervolume(pareto.front(every), worst_score, worst_memory) == pytest.approx(cells)
+    for points in (every, pareto.front(every)):
+        pairs = [(one.score, one.memory) for one in points]
+        assert pareto.hypervolume(pairs, worst_score, worst_memory) == pytest.approx(cells)
 
 
 def test_best_is_highest_score_then_least_memory():
     members = [point(0.4, 1, "a"), point(0.6, 9, "b"), point(0.6, 7, "c"), point(0.5, 2, "d")]
     assert pareto.best(members).run_id == "c"
+
+
+def test_best_goes_by_expected_score_where_the_members_were_judged():
+    members = [
+        point(0.9, 9, "lucky", expected=0.5),
+        point(0.7, 7, "sound", expected=0.6),
+        point(0.6, 5, "as_good_for_less", expected=0.6),
+    ]
+    assert pareto.best(members).run_id == "as_good_for_less"
+
+
+def test_probability_of_two_points_by_hand():
+    low, high = point(0.5, 5, "low", stderr=0.03), point(0.55, 9, "high", stderr=0.04)
+    assert pareto.probability(low, [low, high]) == 1  # nothing needs less memory
+    # 0.05 above, with a standard error of 0.05 of the difference: Phi(1)
+    assert pareto.probability(high, [low, high]) == pytest.approx(0.8413, abs=2e-3)
+
+
+@pytest.mark.parametrize("one, expected", [((0.5, 9), 0), ((0.6, 9), 1), ((0.5, 5), 1), ((0.4, 5), 0), ((0.4, 4), 1)])
+def test_probability_without_noise_is_dominance(one, expected):
+    rival = point(0.5, 5, "rival", stderr=0.0)
+    assert pareto.probability(point(*one, "one", stderr=0.0), [rival]) == expected
+
+
+def test_probability_agrees_with_drawing_scores():
+    generator = np.random.default_rng(1)
+    every = [point(float(generator.normal(i / 10, 0.3)), i // 2, str(i), stderr=0.1 + 0.05 * i) for i in range(8)]
+    scores = np.array([[one.score] for one in every]) + np.array([[one.stderr] for one in every]) * generator.normal(
+        size=(8, 40_000)
+    )
+    for index, one in enumerate(every):
+        rivals = [i for i in range(8) if i != index and every[i].memory <= one.memory]
+        drawn = np.mean(np.all(scores[index] > scores[rivals], axis=0))
+        assert pareto.probability(one, every) == pytest.approx(drawn, abs=0.01)
+
+
+def test_judged_member_expects_what_all_trials_say():
+    generator = random.Random(0)
+    vectors = ["".join("8" if generator.random() < 0.3 else "4" for _ in range(8)) for _ in range(40)]
+    trials = [
+        point(-1 + 0.1 * bits[:4].count("8"), 10 + bits.count("8"), f"{index:02}", bits=bits, stderr=0.1)
+        for index, bits in enumerate(dict.fromkeys(["4" * 8, *vectors]))
+    ]
+    lucky = replace(trials[-1], score=trials[-1].score + 0.5)
+    trials[-1] = lucky
+    members = pareto.judge(pareto.front(trials), trials, [0.0] * 8)
+    (judged,) = [one for one in members if one.run_id == lucky.run_id]
+    assert judged.score == lucky.score
+    assert judged.expected < lucky.score - 0.2
+    assert all(0 < one.probability <= 1 for one in members)
+    assert pareto.judge([], trials, [0.0] * 8) == []
 
 
 def test_best_of_none_says_what_to_run():
@@ -165,6 +219,7 @@ def written(tmp_path_factory):
         point(0.9, 2**32, "dd", method="dense", reference=True, bits="16"),
     ]
     members = pareto.front([one for one in every if not one.reference])
+    members = [replace(one, expected=one.score - 0.25, probability=0.9) for one in members]
     folder = tmp_path_factory.mktemp("reports") / "new"
     return every, members, pareto.write(every, members, "accuracy", folder)
 
@@ -179,16 +234,19 @@ def test_write_makes_four_files(written):
 def test_json_rows_are_the_points_front_first(written):
     rows = json.loads(written[2][1].read_text())
     assert [(row["run_id"], row["front"]) for row in rows] == [("aa", True), ("bb", True), ("cc", False), ("dd", False)]
+    assert (rows[2]["expected"], rows[2]["probability"]) == (None, None)
     assert rows[1] == {
         "front": True, "name": "trial bb", "method": "qpruner2", "bits": "4484", "score": 0.6, "stderr": 0.05,
-        "peak_memory_bytes": 2**31, "memory_source": "predicted", "run_id": "bb",
+        "expected": 0.35, "probability": 0.9, "peak_memory_bytes": 2**31, "memory_source": "predicted", "run_id": "bb",
     }  # fmt: skip
 
 
 def test_csv_holds_the_same_rows_as_json(written):
     rows = json.loads(written[2][1].read_text())
     with written[2][0].open() as file:
-        assert list(csv.DictReader(file)) == [{key: str(value) for key, value in row.items()} for row in rows]
+        assert list(csv.DictReader(file)) == [
+            {key: "" if value is None else str(value) for key, value in row.items()} for row in rows
+        ]
 
 
 def test_page_is_self_contained(written):
@@ -199,6 +257,18 @@ def test_page_is_self_contained(written):
     assert not re.search(r"<(link|img|iframe)[^>]*(href|src)\s*=\s*[\"']?https?:", page)
     for one in written[0]:
         assert one.run_id in page
+
+
+@pytest.mark.parametrize(
+    "objective, factor, label",
+    [
+        ("gold_logprob", 1, "log-probability of the gold answer, nats"),
+        ("accuracy", 100, "mean accuracy, %"),
+        ("boolq", 100, "boolq, %"),
+    ],
+)
+def test_scale_of_an_objective(objective, factor, label):
+    assert pareto.scale(objective) == (factor, label)
 
 
 @pytest.mark.parametrize("every", [[], [point(0.9, 10, reference=True)]], ids=["nothing", "reference_only"])

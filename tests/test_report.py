@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import re
 
 import pytest
@@ -64,9 +65,19 @@ def test_method_table_without_tasks_has_no_task_columns():
 
 
 def test_front_table_by_hand():
-    columns, rows = report.front_table([point("random", 0.25, GIB // 4, "4488")])
-    assert columns == ["trial", "method", "score, %", "memory, GiB", "bits"]
-    assert rows == [["trial random", "random", "25.0 ± 2.5", "0.2500", "4488"]]
+    member = dataclasses.replace(point("random", 0.25, GIB // 4, "4488"), expected=0.24, probability=0.876)
+    columns, rows = report.front_table([member], "accuracy")
+    assert columns == [
+        "trial", "method", "mean accuracy, %", "expected", "accuracy, %", "on the front", "memory, GiB", "bits"
+    ]  # fmt: skip
+    assert rows == [["trial random", "random", "25.0 ± 2.5", "24.0", "25.0 ± 2.5", "0.88", "0.2500", "4488"]]
+
+
+def test_front_table_of_log_probabilities_is_in_nats_with_accuracy_beside():
+    member = dataclasses.replace(point("random"), score=-1.23456, stderr=0.05, expected=-1.3)
+    columns, rows = report.front_table([member], "gold_logprob")
+    assert columns[2] == "log-probability of the gold answer, nats"
+    assert rows[0][2:6] == ["-1.2346 ± 0.0500", "-1.3000", "50.0 ± 2.5", "-"]
 
 
 @pytest.mark.parametrize(

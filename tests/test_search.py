@@ -1,11 +1,14 @@
+import dataclasses
+import json
 import random
 
 import pytest
 
-from pipeline import search
+from pipeline import pareto, search
 from pipeline.allocate import Space
 from pipeline.importance import Priors
-from pipeline.search import Candidate, SearchError, Study
+from pipeline.search import Candidate, Ended, SearchError, Study
+from pipeline.surrogate import Observation
 from pipeline.trial import Result
 
 UNITS = 8
@@ -28,7 +31,8 @@ def result(bits):
         0.01,
         {"piqa": (score, 0.02)},
         {},
-        -1.0,
+        score - 1.0,
+        0.005,
         2.0,
         SPACE.memory(bits),
         500,
@@ -57,22 +61,22 @@ def searcher(study, tried, failing=()):
     return attempt
 
 
-def run(folder, settings, failing=(), name="study"):
+def run(folder, settings, failing=(), name="study", history=()):
     tried = []
-    study = Study(folder, name, UNITS)
-    failed = search.run(study, settings, SPACE, PRIORS, 0, searcher(study, tried, failing))
-    return study, tried, failed
+    study = Study(folder, name, UNITS, settings.objective)
+    ended = search.run(study, settings, SPACE, PRIORS, 0, searcher(study, tried, failing), history)
+    return study, tried, ended
 
 
 def test_search_starts_from_the_papers_vectors_and_stays_feasible(tmp_path, settings):
-    study, tried, failed = run(tmp_path, settings)
+    study, tried, ended = run(tmp_path, settings)
     assert [candidate.method for candidate in tried] == [
         "qpruner1", "qpruner2", "sensitivity", "random", "random", "sampler", "sampler"
     ]  # fmt: skip
     assert tried[0].bits == (4,) * UNITS
     assert tried[1].bits == (4, 8, 4, 8, 4, 4, 4, 4)
     assert tried[2].bits == (8, 4, 4, 4, 4, 4, 8, 4)
-    assert failed == 0
+    assert ended == Ended("7 trials are finished (search.n_trials)", 0)
     assert all(candidate.bits in SPACE for candidate in tried)
     assert len({candidate.bits for candidate in tried}) == len(tried) == len(study.finished())
 
@@ -113,8 +117,8 @@ def test_studies_of_other_settings_do_not_mix(tmp_path, settings):
 
 
 def test_failed_trial_has_no_score_and_search_goes_on(tmp_path, settings):
-    study, tried, failed = run(tmp_path, settings, failing={(4, 8, 4, 8, 4, 4, 4, 4)})
-    assert failed == 1 and len(study.finished()) == 7 and len(tried) == 8
+    study, tried, ended = run(tmp_path, settings, failing={(4, 8, 4, 8, 4, 4, 4, 4)})
+    assert ended.failed == 1 and len(study.finished()) == 7 and len(tried) == 8
     assert all("error" not in one for one in study.finished())
 
 
@@ -125,7 +129,8 @@ def test_three_failures_in_a_row_end_the_search_with_the_cause(tmp_path, setting
 
 
 def test_search_ends_when_every_feasible_vector_was_tried(tmp_path, settings):
-    study, tried, _ = run(tmp_path, settings.model_copy(update={"n_trials": 500}))
+    study, tried, ended = run(tmp_path, settings.model_copy(update={"n_trials": 500, "n_random": 30}))
+    assert ended.reason == "every feasible vector was tried"
     assert len(tried) == 1 + UNITS + UNITS * (UNITS - 1) // 2 == len(study.finished())
 
 
@@ -136,9 +141,124 @@ def test_references_are_kept_beside_the_trials(tmp_path, settings):
     assert again.references()["dense"]["run_id"] == "abc" and again.finished() == []
 
 
+def read(text):
+    return tuple(int(digit) for digit in text)
+
+
 def test_sampler_proposes_unseen_feasible_vectors():
     generator = random.Random(0)
     past = [result(SPACE.draw(generator)) for _ in range(6)]
-    candidate = search.propose(past, SPACE, PRIORS, seed=1)
+    candidate = search.propose(past, (), "gold_logprob", SPACE, PRIORS, {(8,) + (4,) * 7}, seed=1)
     assert candidate.bits in SPACE
-    assert "".join(map(str, candidate.bits)) not in {one.bits for one in past}
+    assert "".join(map(str, candidate.bits)) not in {"84444444"} | {one.bits for one in past}
+
+
+@pytest.mark.parametrize("objective, expected", [("accuracy", 0.08), ("gold_logprob", -0.92)])
+def test_study_holds_the_objective_and_memory(tmp_path, settings, objective, expected):
+    study, _, _ = run(tmp_path, settings.model_copy(update={"objective": objective, "n_trials": 3}))
+    values = {trial.user_attrs["bits"]: trial.values for trial in study._study.trials}
+    assert values["48484444"] == pytest.approx([expected - 0.02, SPACE.memory(read("48484444"))])
+
+
+def test_sampler_maximizes_the_objective_of_the_search():
+    pairs = [tuple(8 if i in (a, b) else 4 for i in range(UNITS)) for a in range(UNITS) for b in range(a + 1)]
+    tried = [result(bits) for bits in [(4,) * UNITS, *pairs[::2]]]
+    opposed = [dataclasses.replace(one, gold_logprob=-one.gold_logprob) for one in tried]
+    up = search.propose(opposed, (), "accuracy", SPACE, PRIORS, set(), 0)
+    down = search.propose(opposed, (), "gold_logprob", SPACE, PRIORS, set(), 0)
+    assert result(up.bits).accuracy >= 0.07
+    assert down.bits == (4,) * UNITS or result(down.bits).accuracy <= 0.03
+
+
+def test_stale_counts_the_samplers_trials_since_the_front_grew():
+    def one(score, memory, method="sampler"):
+        return method, dataclasses.replace(result((4,) * UNITS), gold_logprob=score, peak_memory_bytes=memory)
+
+    trials = [one(-1.0, 10, "qpruner1"), one(-0.9, 20), one(-0.95, 20), one(-1.0, 10), one(-0.8, 30, "random")]
+    assert [search.stale(trials[:count], "gold_logprob") for count in range(6)] == [0, 0, 0, 1, 2, 0]
+    trials += [one(-0.8, 30, "random"), one(-0.85, 25), one(-2.0, 9), one(-0.85, 26)]
+    assert [search.stale(trials[:count], "gold_logprob") for count in range(6, 10)] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_front_is_stale_exactly_while_its_hypervolume_stands_still(seed):
+    generator = random.Random(seed)
+    trials, area = [], 0.0
+    for _ in range(40):
+        score, memory = generator.randrange(12), generator.randrange(12)
+        trials.append(("sampler", dataclasses.replace(result((4,) * 8), accuracy=score, peak_memory_bytes=memory)))
+        now = pareto.hypervolume([(one.accuracy, one.peak_memory_bytes) for _, one in trials], -1, 12)
+        assert (search.stale(trials, "accuracy") == 0) == (now > area)
+        area = now
+
+
+def test_patience_ends_the_search_and_a_rerun_stays_ended(tmp_path, settings):
+    patient = settings.model_copy(update={"n_trials": 30, "patience": 3})
+    study, tried, ended = run(tmp_path, patient)
+    assert ended.reason == "3 trials of the sampler in a row did not improve the front (search.patience)"
+    assert len(tried) < 30
+    records = [(one["method"], Result.from_json(one["result"])) for one in study.finished()]
+    assert search.stale(records, "gold_logprob") == 3
+    assert search.stale(records[:-1], "gold_logprob") == 2
+    assert run(tmp_path, patient.model_copy(update={"n_trials": 35}))[1] == []
+    more = run(tmp_path, patient.model_copy(update={"patience": 0, "n_trials": len(tried) + 1}))[1]
+    assert len(more) == 1
+
+
+def test_patient_search_that_was_interrupted_ends_where_it_would_have(tmp_path, settings):
+    patient = settings.model_copy(update={"n_trials": 30, "patience": 3})
+    _, whole, _ = run(tmp_path / "whole", patient)
+    _, first, _ = run(tmp_path / "parts", patient.model_copy(update={"n_trials": 7}))
+    _, second, _ = run(tmp_path / "parts", patient)
+    assert first + second == whole
+
+
+def exported(folder, vectors, **changes):
+    path = folder / "earlier.json"
+    history = search.export_history("earlier", [result(bits) for bits in vectors])
+    history["results"][0] |= changes
+    path.write_text(json.dumps(history))
+    return str(path)
+
+
+def test_exported_history_is_imported_as_observations(tmp_path):
+    vectors = [(4,) * UNITS, (8,) + (4,) * 7]
+    path = exported(tmp_path, vectors)
+    assert json.loads((tmp_path / "earlier.json").read_text())["results"][1] == {
+        "bits": "84444444", "accuracy": 0.01, "accuracy_stderr": 0.01, "gold_logprob": -0.99,
+        "gold_logprob_stderr": 0.005, "peak_memory_bytes": 1010,
+    }  # fmt: skip
+    assert search.import_history(path, UNITS, "gold_logprob") == [
+        Observation(vectors[0], -1.0, 0.005, True), Observation(vectors[1], -0.99, 0.005, True)
+    ]  # fmt: skip
+    assert search.import_history(path, UNITS, "accuracy")[1] == Observation(vectors[1], 0.01, 0.01, True)
+
+
+def test_history_of_another_number_of_units_is_refused(tmp_path):
+    path = exported(tmp_path, [(4,) * UNITS], bits="4484")
+    with pytest.raises(
+        ValueError, match="search.history: .*earlier.json holds bits '4484'.* 4 units.*this model has 8"
+    ):
+        search.import_history(path, UNITS, "accuracy")
+
+
+def test_history_teaches_the_sampler_but_is_no_trial(tmp_path, settings):
+    generator = random.Random(5)
+    vectors = {SPACE.draw(generator) for _ in range(25)}
+    history = search.import_history(exported(tmp_path, sorted(vectors)), UNITS, "gold_logprob")
+    misled = dataclasses.replace(PRIORS, sensitivity=tuple(reversed(range(UNITS))))
+    start = [result((4,) * UNITS)]
+    taught = search.propose(start, history, "gold_logprob", SPACE, misled, set(), 0)
+    untaught = search.propose(start, (), "gold_logprob", SPACE, misled, set(), 0)
+    assert taught.bits == (4,) * 7 + (8,)  # the best unit
+    assert untaught.bits == (8,) + (4,) * 7  # the best by the misleading prior
+    study, tried, _ = run(tmp_path, settings.model_copy(update={"n_trials": 5}), history=history)
+    assert len(tried) == len(study.finished()) == 5
+    assert not {one.bits for one in tried if one.method == "random"} & vectors
+
+
+def test_imported_result_of_a_vector_tried_here_no_longer_teaches():
+    wrong = Observation((4,) * 7 + (8,), -50.0, 0.005, True)
+    tried = [result((4,) * UNITS), result(wrong.bits), result((8,) + (4,) * 7)]
+    arguments = ("gold_logprob", SPACE, PRIORS, set(), 0)
+    assert search.propose(tried, [wrong], *arguments) == search.propose(tried, [], *arguments)

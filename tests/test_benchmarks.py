@@ -1,0 +1,176 @@
+import dataclasses
+import json
+import random
+from itertools import product
+
+import banks
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from test_search import PRIORS, SPACE, UNITS, result
+
+from benchmarks import record, samplers
+from pipeline import alpaca, architecture, params, surrogate, tasks, trial
+from pipeline.allocate import raised_of
+
+
+@pytest.fixture(scope="module")
+def landscape():
+    return samplers.synthetic(0.01, seed=3, units=10)
+
+
+def test_landscape_is_additive_with_pairs(landscape):
+    raised = np.zeros((1, 10), dtype=bool)
+    raised[0, [1, 4, 7]] = True
+    gains, pairs = landscape.additive, landscape.pairs
+    expected = gains[1] + gains[4] + gains[7] + pairs[1, 4] + pairs[1, 7] + pairs[4, 7]
+    assert landscape.quality(raised)[0] == pytest.approx(expected)
+
+
+def test_best_known_hypervolume_is_nearly_that_of_all_vectors(landscape):
+    every = [bits for bits in product((4, 8), repeat=10) if bits in landscape.space]
+    assert landscape.best() == pytest.approx(landscape.hypervolume(every), rel=0.02)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_every_sampler_proposes_new_feasible_vectors_and_its_curve_rises(landscape, name):
+    curve, _ = samplers.replay(landscape, f"{name}:good", 0, 8)
+    assert len(curve) == 8
+    assert all(before <= after for before, after in zip(curve, curve[1:], strict=False))
+
+
+def test_priors_of_each_kind(landscape):
+    true = landscape.sensitivity
+    assert samplers.priors_of(landscape, "good", 0).sensitivity == true
+    assert set(samplers.priors_of(landscape, "none", 0).sensitivity) == {0.0}
+    shuffled = samplers.priors_of(landscape, "shuffled", 0).sensitivity
+    assert sorted(shuffled) == sorted(true) and shuffled != true
+    turned = samplers.priors_of(landscape, "reversed", 0).sensitivity
+    assert np.argsort(turned).tolist() == np.argsort(true)[::-1].tolist()
+
+
+def test_quartiles_and_report_by_hand():
+    rows = [("", "a", seed, trial, value, 0.5) for seed, value in enumerate((0.9, 0.95, 1.0)) for trial in range(1, 11)]
+    table = pd.DataFrame(rows, columns=list(samplers.COLUMNS))
+    assert samplers.report(table, 10).splitlines()[2] == "| a | 3 | 0.950 (0.925 to 0.975) | 1 | 0.50 |"
+
+
+def test_arms_replayed_apart_come_together(landscape, tmp_path, capsys):
+    samplers.main(landscape, 2, 6, ["random:none"], tmp_path, 1)
+    samplers.main(landscape, 1, 6, ["random:good"], tmp_path, 1)
+    kept = pd.read_csv(tmp_path / "samplers.csv")
+    assert kept.groupby("arm")["seed"].nunique().to_dict() == {"random:good": 1, "random:none": 2}
+    samplers.main(landscape, 1, 6, ["random:none"], tmp_path, 1)
+    assert len(pd.read_csv(tmp_path / "samplers.csv")) == 12
+    assert (tmp_path / "samplers.png").stat().st_size > 1000
+    samplers.main(dataclasses.replace(landscape, about="another"), 1, 6, ["random:good"], tmp_path, 1)
+    assert set(pd.read_csv(tmp_path / "samplers.csv")["landscape"]) == {"another"}
+
+
+@pytest.fixture
+def context(default):
+    return type("Context", (), {"params": default})()
+
+
+def fake(calls):
+    def run(context, bits, steps):
+        calls.append((tuple(bits), steps))
+        return dataclasses.replace(result(bits), gold_logprob=result(bits).gold_logprob + steps / 10), None
+
+    return run
+
+
+def test_vectors_are_distinct_feasible_and_spread_from_the_start():
+    found = record.vectors(SPACE, PRIORS, 12, 0)
+    assert len(set(found)) == 12 and all(bits in SPACE for bits in found)
+    assert found[0] == (4,) * UNITS
+    assert {bits.count(8) for bits in found[:6]} == {0, 1, 2}
+    assert record.vectors(SPACE, PRIORS, 5, 0) == found[:5]
+    assert len(record.vectors(SPACE, PRIORS, 1000, 0)) == 1 + UNITS + UNITS * (UNITS - 1) // 2
+
+
+def test_recording_goes_on_where_it_was(tmp_path, context, monkeypatch):
+    calls: list = []
+    monkeypatch.setattr(trial, "run", fake(calls))
+    record.record(context, SPACE, PRIORS, 5, 0, tmp_path)
+    table = record.record(context, SPACE, PRIORS, 8, 4, tmp_path)
+    assert len(calls) == len(set(calls)) == 12
+    assert [steps for _, steps in calls] == [0] * 8 + [context.params.recover.steps] * 4
+    kept = pd.read_csv(tmp_path / "table.csv", dtype={"bits": str})
+    assert kept["bits"].tolist() == table["bits"].tolist() == ["".join(map(str, bits)) for bits, _ in calls]
+    assert {"gold_logprob", "gold_logprob_stderr", "accuracy", "piqa", "peak_memory_bytes"} <= set(kept.columns)
+    assert "on 4 vectors: 1.00" in record.agreement(table)
+
+
+def test_landscapes_of_other_settings_do_not_mix(tmp_path, context, monkeypatch):
+    monkeypatch.setattr(trial, "run", fake([]))
+    record.record(context, SPACE, PRIORS, 2, 0, tmp_path)
+    other = dataclasses.replace(SPACE, base=7)
+    with pytest.raises(ValueError, match="another model or other settings"):
+        record.record(context, other, PRIORS, 2, 0, tmp_path)
+
+
+def test_recorded_landscape_is_fitted_again(tmp_path):
+    true = samplers.synthetic(0.0, seed=3, units=10)
+    generator, noise = random.Random(0), np.random.default_rng(0)
+    vectors = list({true.space.draw(generator) for _ in range(200)})
+    quality = true.quality(raised_of(vectors)) - 1.0
+    table = pd.DataFrame(
+        {
+            "bits": ["".join(map(str, bits)) for bits in vectors],
+            "steps": 0,
+            "gold_logprob": quality + noise.normal(0, 0.002, len(vectors)),
+            "gold_logprob_stderr": 0.05,
+        }
+    )
+    table.to_csv(tmp_path / "table.csv", index=False)
+    facts = {"base": true.space.base, "deltas": true.space.deltas, "sensitivity": true.sensitivity}
+    (tmp_path / "landscape.json").write_text(json.dumps(facts))
+    found = samplers.recorded(tmp_path)
+    assert found.quality(raised_of(vectors)) == pytest.approx(quality + 1.0, abs=0.01)
+    assert 0.001 < found.noise < 0.01 and found.stderr == pytest.approx(0.05)
+    assert "R^2 0.9" in found.about
+    assert found.space == true.space
+    assert surrogate.propose(
+        [surrogate.Observation((4,) * 10, 0.0, 0.1)], found.space, found.sensitivity, set(), generator
+    )
+
+
+def test_recording_a_tiny_model_runs_its_trials(tmp_path, tokenizer, raw_params):
+    raw_params["evaluate"] |= {"tasks": ["piqa"], "limit": 2}
+    raw_params["recover"] |= {"steps": 1, "batch_size": 2, "micro_batch_size": 2}
+    raw_params["search"] |= {"max_8bit_fraction": 0.5, "average_bits": 5.5}
+    settings = params.parse(raw_params)
+    config, state = banks.pruned()
+    rows = alpaca.encode(alpaca.read(ROOT / "data/sample/alpaca.jsonl")[:4], tokenizer, settings.recover.max_length)
+    context = trial.Context(
+        config=config,
+        state=state,
+        bank=banks.make_bank(tmp_path, config, state),
+        tokenizer=tokenizer,
+        units=architecture.units(config, "block"),
+        tasks=tasks.load(["piqa"], ROOT / "data/sample/benchmarks"),
+        train=rows,
+        validation=rows[:2],
+        params=settings,
+        device=torch.device("cpu"),
+    )
+    space = trial.space(context)
+    sizes = [sum(state[f"{name}.weight"].numel() for name in unit.linears) for unit in context.units]
+    assert space.sizes == tuple(sizes) and space.average_bits == 5.5
+    tiny = dataclasses.replace(PRIORS, sensitivity=(0.1, 0.3, 0.2, 0.4))
+    table = record.record(context, space, tiny, 2, 1, tmp_path / "landscape")
+    assert table["steps"].tolist() == [0, 0, 1]
+    assert table["bits"].tolist()[::2] == ["4444", "4444"]
+    assert (table["gold_logprob"] < 0).all() and (table["gold_logprob_stderr"] > 0).all()
+    assert table["peak_memory_bytes"].tolist() == [
+        context.predict(tuple(map(int, bits))).training for bits in table["bits"]
+    ]
+    forbidden = dataclasses.replace(
+        context,
+        params=settings.model_copy(update={"search": settings.search.model_copy(update={"seed_bits": ("8848",)})}),
+    )
+    with pytest.raises(ValueError, match="search.seed_bits: '8848' is beyond .* average_bits"):
+        trial.space(forbidden)
