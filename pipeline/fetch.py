@@ -212,7 +212,7 @@ def alpaca(source: str) -> list[dict[str, str]]:
     kind, _, asked = source.partition(":")
     if kind == "hub":
         name, _, revision = asked.partition("@")
-        rows = _hub_rows(name, revision, split="train")
+        rows = _hub_rows(name, split="train", revision=revision)
     else:
         rows = read_rows(Path(asked), f"data.alpaca: {source}")
     for number, row in enumerate(rows, 1):
@@ -236,20 +236,36 @@ def benchmark(source: str, task: str) -> list[dict[str, Any]]:
     """
     if source == "hub":
         where = tasks.hub_source(task)
-        return _hub_rows(where.path, None, split=where.split, name=where.name)
+        items = _hub_rows(where.path, split=where.split, name=where.name, **where.options)
+        return _suited(task, items, f"data.benchmarks: hub data set {where.path}")
     path = Path(source.removeprefix("path:")) / f"{task}.jsonl"
+    needed = tasks.FIELDS.get(task, ())
     if not path.exists():
+        fields = ", ".join(needed) or f"those of {tasks.hub_source(task).path}"
         raise FetchError(
             f"data.benchmarks: {path} does not exist, and evaluate.tasks names {task}. Add the file "
-            f"(fields: {', '.join(tasks.FIELDS[task])}) or take the task out of evaluate.tasks"
+            f"(fields: {fields}) or take the task out of evaluate.tasks"
         )
     items = read_rows(path, f"data.benchmarks: {path}")
     for number, item in enumerate(items, 1):
         if not isinstance(item, dict):
             raise FetchError(f"data.benchmarks: {path}, line {number}: needs an object, not {item!r}")
-        missing = [name for name in tasks.FIELDS[task] if name not in item]
+        missing = [name for name in needed if name not in item]
         if missing:
             raise FetchError(f"data.benchmarks: {path}, line {number}: lacks {', '.join(missing)}")
+    return _suited(task, items, f"data.benchmarks: {path}")
+
+
+def _suited(task: str, items: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+    """Return the items if lm-eval can ask every one of them; a task beyond the seven is tried out, not known."""
+    if task not in tasks.FIELDS:
+        try:
+            tasks.check_items(task, items)
+        except Exception as error:  # the definition's templates and functions raise whatever they stumble on
+            raise FetchError(
+                f"{what}: lm-eval's definition of {task} cannot ask its items ({type(error).__name__}: {error}). "
+                f"They need the raw fields of {tasks.hub_source(task).path}"
+            ) from error
     return items
 
 
@@ -273,11 +289,11 @@ def read_rows(path: Path, what: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _hub_rows(path: str, revision: str | None, split: str, name: str | None = None) -> list[dict[str, Any]]:
+def _hub_rows(path: str, split: str, name: str | None = None, **options: Any) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
-        return list(load_dataset(path, name, revision=revision, split=split))
+        return list(load_dataset(path, name, split=split, **options))
     except Exception as error:  # the hub client raises many types; all mean that it cannot be had
         raise FetchError(
             f"data: hub data set {path} ({split}) cannot be had: {_last_line(str(error))}. Check that this "

@@ -111,7 +111,7 @@ def test_preset_parses(path, monkeypatch):
         ("search__max_8bit_fraction", 1.5, ["search.max_8bit_fraction", "1.5", "equal to 1"]),
         ("search__memory_budget_gib", -1.0, ["search.memory_budget_gib", "-1.0", "greater than 0"]),
         ("search__memory_budget_gib", float("inf"), ["search.memory_budget_gib", "inf"]),
-        ("pareto__objective", "trivia", ["pareto.objective", "'trivia'", "'accuracy'"]),
+        ("pareto__objective", "trivia", ["pareto.objective", "'trivia'", "use accuracy"]),
         ("build__choose", "worst", ["build.choose", "'worst'", "best"]),
         ("register__name", "a/b", ["register.name", "'a/b'", "pattern"]),
     ],
