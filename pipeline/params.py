@@ -10,13 +10,15 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from pipeline import definitions
+from pipeline import definitions, fits
+from pipeline.architecture import FAMILIES
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 Granularity = Literal["block", "group", "linear"]
@@ -313,17 +315,85 @@ def _supported_family(raw: Any) -> str | None:
     folder = Path(source.removeprefix("path:"))
     if not source.startswith("path:") or not folder.exists():
         return None
-    config = folder / "config.json"
-    if not config.exists():
-        return f"model.source: {config} does not exist; name a folder with a model (value {source!r})"
-    family = json.loads(config.read_text()).get("model_type")
+    if not (folder / "config.json").exists():
+        return f"model.source: {folder / 'config.json'} does not exist; name a folder with a model (value {source!r})"
+    try:
+        family = getattr(fits.read(folder), "model_type", None)
+    except ValueError as error:
+        return f"model.source: {folder / 'config.json'} cannot be read ({error}); name a folder with a model"
     if family not in FAMILIES:
         known = ", ".join(FAMILIES)
         return f"model.source: model family {family!r} is not supported (value {source!r}); use one of {known}"
     return None
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+def _items_are_there(raw: Any) -> str | None:
+    folder = Path(raw["data"]["benchmarks"].removeprefix("path:"))
+    if raw["data"]["benchmarks"] == "hub" or not folder.exists():
+        return None
+    lost = [task for task in raw["evaluate"]["tasks"] if _known(task) and not (folder / f"{task}.jsonl").exists()]
+    if lost:
+        names = ", ".join(f"{task}.jsonl" for task in lost)
+        return f"data.benchmarks: {folder} has no {names}; add it or take the task out of evaluate.tasks"
+    return None
+
+
+def _known(task: str) -> bool:
+    try:
+        definitions.check(task)
+    except definitions.DefinitionError:
+        return False
+    return True
+
+
+def _random_once(raw: Any) -> str | None:
+    prune = raw["prune"]
+    if prune["importance"] == "random" and prune["steps"] > 1:
+        return f"prune.steps: steps is {prune['steps']}, but random scores do not get better; set it to 1"
+    return None
+
+
+def _surgeon_refits(raw: Any) -> str | None:
+    if raw["prune"]["importance"] == "surgeon" and raw["prune"]["compensate"] is False:
+        return (
+            "prune.importance: 'surgeon' scores what is lost after the rest was refitted, but compensate is false; "
+            "set compensate to true or take another importance"
+        )
+    return None
+
+
+def _warmup_ends(raw: Any) -> str | None:
+    warmup = raw["recover"]["warmup_steps"]
+    for key, steps in (("recover.steps", raw["recover"]["steps"]), ("build.steps", raw["build"]["steps"])):
+        if warmup > steps > 0:
+            return (
+                f"recover.warmup_steps: {warmup} steps of warmup do not end within the {steps} of {key}, so the "
+                "learning rate is never reached; lower it"
+            )
+    return None
+
+
+def _enough_tokens(raw: Any) -> str | None:
+    section = raw["importance"]
+    tokens = section["samples"] * section["max_length"]
+    if tokens < section["clusters"]:
+        return (
+            f"importance.clusters: {section['clusters']} clusters of at most {tokens} tokens (samples x max_length); "
+            "lower it or raise samples"
+        )
+    return None
+
+
+def _trials_after_random(raw: Any) -> str | None:
+    search = raw["search"]
+    if search["n_random"] > search["n_trials"] > 0:
+        return (
+            f"search.n_random: {search['n_random']} random trials are more than the {search['n_trials']} of n_trials; "
+            "lower it or raise n_trials"
+        )
+    return None
+
+
 _COMBINATIONS = (
     _needs_samples,
     _micro_batches,
@@ -332,12 +402,41 @@ _COMBINATIONS = (
     _attention_range,
     _mlp_range,
     _supported_family,
+    _items_are_there,
+    _random_once,
+    _surgeon_refits,
+    _warmup_ends,
+    _enough_tokens,
+    _trials_after_random,
 )
+
+
+def _of_the_model(raw: Any) -> tuple[Callable[[Any], str | None], ...]:
+    """Return the checks against the model's config; none if that is not at hand or of no known family."""
+    try:
+        config = fits.at_hand(raw["model"]["source"])
+    except (KeyError, TypeError, AttributeError, ValueError, OSError):
+        return ()  # at fault itself, and listed as such
+    if config is None or getattr(config, "model_type", None) not in FAMILIES:
+        return ()
+    return (
+        lambda raw: fits.dense(config),
+        lambda raw: fits.block_range(config, "attention_blocks", Prune.model_validate(raw["prune"]).attention_blocks),
+        lambda raw: fits.block_range(config, "mlp_blocks", Prune.model_validate(raw["prune"]).mlp_blocks),
+        lambda raw: fits.ratio(config, Prune.model_validate(raw["prune"])),
+        lambda raw: fits.rank(config, Quantize.model_validate(raw["quantize"])),
+        *(
+            lambda raw, name=name: fits.length(config, name, raw[name]["max_length"])
+            for name in ("prune", "importance", "recover")
+        ),
+        lambda raw: fits.seed_bits(config, Search.model_validate(raw["search"])),
+        lambda raw: fits.choice(config, Build.model_validate(raw["build"]), raw["search"]["granularity"]),
+    )
 
 
 def _combination_faults(raw: Any) -> list[str]:
     found = []
-    for check in _COMBINATIONS:
+    for check in (*_COMBINATIONS, *_of_the_model(raw)):
         try:
             fault = check(raw)
         except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
