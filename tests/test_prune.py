@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES, batches, tiny_config, tiny_model
 
 from pipeline import alpaca, architecture, checkpoint, prune
@@ -104,6 +105,21 @@ def test_pruned_model_computes_what_the_masked_dense_model_does(family):
         expected = mask(model, keep)(input_ids=part.tokens).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert (found - dense).abs().max() > 0.01
+
+
+def test_heads_keep_their_size_where_the_config_does_not_name_it():
+    config = tiny_config("qwen2")
+    del config.head_dim  # as in Qwen2.5's own config.json: hidden size / heads
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    keep = random_keep(config)
+    assert any(len(one["attention"]) == 1 for one in keep)
+    smaller = checkpoint.from_state(*prune.remove(model, keep))
+    (part,) = batches(1)
+    with torch.no_grad():
+        found = smaller(input_ids=part.tokens).logits
+        expected = mask(model, keep)(input_ids=part.tokens).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
