@@ -149,7 +149,7 @@ class Recover(Section):
     max_length: Positive
     learning_rate: float = Field(gt=0, le=1)
     warmup_steps: int = Field(ge=0)
-    dropout: float = Field(ge=0, lt=1)
+    dropout: float = Field(ge=0, le=0.9)
 
 
 class Evaluate(Section):
