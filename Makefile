@@ -15,13 +15,13 @@ test: setup lint ## lint, types and tests (no network, no GPU)
 	python -m pytest -q
 
 lint: setup ## ruff and mypy
-	ruff check pipeline tests
-	ruff format --check pipeline tests
+	ruff check pipeline tests benchmarks
+	ruff format --check pipeline tests benchmarks
 	mypy pipeline
 
 fmt: setup ## format the code
-	ruff check --fix pipeline tests
-	ruff format pipeline tests
+	ruff check --fix pipeline tests benchmarks
+	ruff format pipeline tests benchmarks
 
 ui: setup ## the MLflow UI on http://127.0.0.1:5000
 	mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db

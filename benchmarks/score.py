@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import checkpoint, console, evaluate, tasks
+from pipeline import checkpoint, console, definitions, evaluate, tasks
 
 
 def main(folder: Path, items: Path, limit: int) -> None:
@@ -19,7 +19,8 @@ def main(folder: Path, items: Path, limit: int) -> None:
     print(f"{scores.items} items\n\n| task | metric | accuracy, % | chance, % |\n|---|---|---|---|")
     for task, value in scores.accuracy.items():
         error = 100 * scores.stderr[task]
-        print(f"| {task} | {tasks.METRIC[task]} | {100 * value:.1f} ± {error:.1f} | {100 * tasks.CHANCE[task]:.0f} |")
+        metric, chance = definitions.metric(task), 100 * tasks.CHANCE[task]
+        print(f"| {task} | {metric} | {100 * value:.1f} ± {error:.1f} | {chance:.0f} |")
     print(f"| mean | | {100 * scores.mean:.1f} ± {100 * scores.mean_stderr:.1f} | |")
     console.note(str(scores.other))
 

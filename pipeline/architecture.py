@@ -1,6 +1,7 @@
 """What the supported families look like inside: blocks, coupled structures, linears.
 
-The only module that knows where heads, channels and linears are. Llama, Mistral, Qwen2 and Qwen3 share one
+The only module that knows where heads, channels and linears are; torch is imported where a tensor is made, so that
+settings are checked without it. Llama, Mistral, Qwen2 and Qwen3 share one
 decoder block: grouped-query attention with ``q, k, v, o`` projections, then a gated MLP with ``gate, up, down``.
 """
 
@@ -9,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -138,6 +140,8 @@ def member_indices(config: Any, shape: BlockShape, name: str, groups: torch.Tens
     Returns:
         Indices into the coupled dimension, [n * width], group by group.
     """
+    import torch
+
     width = group_width(config, shape, name)
     return (groups[:, None] * width + torch.arange(width)).flatten()
 
@@ -185,6 +189,22 @@ def linear_shape(config: Any, shape: BlockShape, name: str) -> tuple[int, int]:
     }[name]
 
 
+def dense_parameters(config: Any) -> int:
+    """Return the number of parameters outside the linears' weights: embeddings, norms, biases, the head unless tied."""
+    hidden = config.hidden_size
+    total = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden + hidden
+    for shape in shapes(config):
+        total += 2 * hidden + (2 * head_dim(config) if family(config) == "qwen3" else 0)
+        total += sum(linear_shape(config, shape, name)[0] for name in LINEARS if has_bias(config, name))
+    return total
+
+
+def parameters(config: Any) -> int:
+    """Return the number of a model's parameters, a tied head counted once."""
+    linear = (linear_shape(config, shape, name) for shape in shapes(config) for name in LINEARS)
+    return dense_parameters(config) + sum(outputs * inputs for outputs, inputs in linear)
+
+
 @contextmanager
 def block_outputs(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Give a list that a forward pass fills with each block's output, [B, L, hidden].
@@ -211,6 +231,8 @@ def forward_from(model: nn.Module, block: int, hidden: torch.Tensor) -> torch.Te
     Returns:
         The final hidden states, after the last norm, [B, L, hidden].
     """
+    import torch
+
     inner = model.get_submodule("model")
     positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
     rotary = inner.rotary_emb(hidden, position_ids=positions)

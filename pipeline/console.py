@@ -16,7 +16,8 @@ WIDTH = 120
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
     """Show progress with an ETA: every tenth of a second on a terminal, every ten seconds in a log."""
-    return tqdm(items, description, total, mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True)
+    interval = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(items, description, total, mininterval=interval, dynamic_ncols=True, disable=False)
 
 
 def note(text: str) -> None:

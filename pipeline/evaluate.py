@@ -17,7 +17,7 @@ import torch
 from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
 
-from pipeline import tasks
+from pipeline import definitions
 
 HEAD_CHUNK = 128  # positions whose logits exist at once
 ROW = 256  # tokens of a row that trees are packed into
@@ -29,13 +29,14 @@ class Scores:
     """What an evaluation measured.
 
     Attributes:
-        accuracy: Task -> accuracy in [0, 1] by the task's own metric (``tasks.METRIC``).
+        accuracy: Task -> accuracy in [0, 1] by the task's own metric (``definitions.metric``).
         stderr: Task -> standard error of that accuracy.
         other: ``<task>_<metric>`` -> the metric that is not the task's own, where there is one.
         mean: Mean accuracy, each task with equal weight.
         mean_stderr: Its standard error.
         gold_logprob: Mean over tasks of the mean log-probability of the gold choice among the choices, each choice's
-            log-likelihood divided by its length in bytes where the task's metric does so. In nats, below zero.
+            log-likelihood divided by its length in bytes where the task's metric does so; of a task without choices,
+            the mean log-likelihood of its target. In nats, below zero.
         gold_logprob_stderr: Its standard error over the items.
         items: Items scored.
     """
@@ -104,7 +105,7 @@ def run(
     )
     accuracy, stderr, other, logprobs = {}, {}, {}, []
     for name in loaded:
-        result, metric = found["results"][name], tasks.METRIC.get(name, "acc")
+        result, metric = found["results"][name], definitions.metric(name)
         accuracy[name] = result[f"{metric},none"]
         error = result[f"{metric}_stderr,none"]
         stderr[name] = 0.0 if isinstance(error, str) or math.isnan(error) else error
@@ -137,15 +138,24 @@ def squared_error(values: Sequence[float]) -> float:
 
 
 def gold_logprob(task: Any, sample: Mapping[str, Any], metric: str) -> float:
-    """Return the log-probability of the gold choice, normalized over the choices of one question, in nats."""
+    """Return the log-probability of the gold choice, normalized over the choices of one question, in nats.
+
+    Of several gold choices together; of a task without choices, the log-likelihood of its target.
+    """
     document = sample["doc"]
     values = [response[0] for response in sample["filtered_resps"]]
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return float(values[0])
     choices = task.doc_to_choice(document)
     if metric == "acc_norm":
         values = [value / len(choice.encode()) for value, choice in zip(values, choices, strict=True)]
     gold = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
-    gold = choices.index(gold) if isinstance(gold, str) else int(gold)
-    return float(torch.log_softmax(torch.tensor(values, dtype=torch.float64), 0)[gold])
+    every = [choices.index(one) if isinstance(one, str) else int(one) for one in _listed(gold)]
+    return float(torch.log_softmax(torch.tensor(values, dtype=torch.float64), 0)[every].logsumexp(0))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 class SharedPrefixLM(TemplateLM):

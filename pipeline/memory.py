@@ -97,17 +97,7 @@ def _int8_inputs(name: str, hidden: int, shape: BlockShape) -> int:
 
 def dense_bytes(config: Any) -> int:
     """Return the bytes of what is never quantized, in 16 bits: embeddings, norms, biases, the head unless tied."""
-    hidden = config.hidden_size
-    heads = 1 if config.tie_word_embeddings else 2
-    parameters = heads * config.vocab_size * hidden + hidden
-    for shape in architecture.shapes(config):
-        parameters += 2 * hidden
-        if architecture.family(config) == "qwen3":
-            parameters += 2 * architecture.head_dim(config)
-        parameters += sum(
-            architecture.linear_shape(config, shape, name)[0] for name in LINEARS if architecture.has_bias(config, name)
-        )
-    return 2 * parameters
+    return 2 * architecture.dense_parameters(config)
 
 
 def measured(work: Callable[[], T], device: torch.device) -> tuple[T, int | None]:

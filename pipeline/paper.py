@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import console, tracking
+from pipeline import console, definitions, tracking
 from pipeline.cells import VARIANT, Cell, Outcome
 from pipeline.params import Params, digest, flatten
 from pipeline.stages import (
@@ -134,17 +134,14 @@ def _ratio(outcome: Outcome) -> float:
 
 def _facts(params: Params, outcomes: Sequence[Outcome]) -> list[str]:
     """Return what a reader must know of the figures."""
-    from pipeline import cells
-    from pipeline.tasks import METRIC
-
-    normalized = [task for task in params.evaluate.tasks if METRIC[task] == "acc_norm"]
+    normalized = [task for task in params.evaluate.tasks if definitions.metric(task) == "acc_norm"]
     judged = f"up to {params.table.limit} items" if params.table.limit else "all items"
     sources = {one.result.memory_source for one in outcomes if one.result}
     return [
         f"model: {params.model.source}; seed {params.seed}",
         f"recovery in {params.table.steps} steps; judged on {judged} of a task after its first {params.evaluate.limit}",
-        f"QPruner3: the best of {params.table.n_trials} trials of {params.recover.steps} steps by {params.search.objective} on "
-        "those first items",
+        f"QPruner3: the best of {params.table.n_trials} trials of {params.recover.steps} steps by "
+        f"{params.search.objective} on those first items",
         f"zero-shot accuracy in %, ± one standard error; acc_norm for {', '.join(normalized) or 'none'}, acc for the "
         f"others; lm-eval {version('lm-eval')}",
         "gold log-prob.: mean log-probability of the right choice, in nats",

@@ -10,14 +10,17 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-Task = Literal["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
-TASKS: tuple[str, ...] = get_args(Task)
+from pipeline import definitions, fits
+from pipeline.architecture import FAMILIES
+
+TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 Granularity = Literal["block", "group", "linear"]
 Objective = Literal["accuracy", "gold_logprob"]
 SOURCES = {
@@ -30,6 +33,14 @@ BITS = re.compile(r"^[48]+$")
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _task(name: str) -> str:
+    definitions.check(name)
+    return name
+
+
+Task = Annotated[str, AfterValidator(_task)]
 
 
 class ParamsError(ValueError):
@@ -143,7 +154,7 @@ class Recover(Section):
     max_length: Positive
     learning_rate: float = Field(gt=0, le=1)
     warmup_steps: int = Field(ge=0)
-    dropout: float = Field(ge=0, lt=1)
+    dropout: float = Field(ge=0, le=0.9)
     validate_every: int = Field(ge=0, description="Steps between two validation losses; 0: only after the last step.")
     patience: int = Field(ge=0, description="Validation losses in a row that are no lower before it stops; 0: never.")
     save_every: int = Field(ge=0, description="Steps after which the state is kept, to be taken up again; 0: never.")
@@ -152,7 +163,7 @@ class Recover(Section):
 class Evaluate(Section):
     """The zero-shot benchmarks."""
 
-    tasks: tuple[Task, ...] = Field(min_length=1, description="Benchmarks, averaged with equal weight.")
+    tasks: tuple[Task, ...] = Field(min_length=1, description="lm-eval's tasks by name, averaged equally.")
     limit: int = Field(ge=0, description="Items of a task in a trial; 0: all.")
     final_limit: int = Field(ge=0, description="Items of a task for the built model; 0: all.")
     batch_tokens: Positive = Field(description="Tokens of one forward pass.")
@@ -225,8 +236,8 @@ class Search(Section):
 class Pareto(Section):
     """The front, queried from the MLflow runs."""
 
-    objective: Literal[Objective, Task] = Field(
-        description="`gold_logprob`, `accuracy` (the mean) or one benchmark: what the front and `best` go by."
+    objective: str = Field(
+        description="`gold_logprob`, `accuracy` (the mean) or one of evaluate.tasks: what the front and `best` go by."
     )
 
 
@@ -384,7 +395,7 @@ def _average_leaves_room(raw: Any) -> str | None:
 
 def _objective_is_measured(raw: Any) -> str | None:
     objective, tasks = raw["pareto"]["objective"], raw["evaluate"]["tasks"]
-    if objective in TASKS and objective not in tasks:
+    if isinstance(objective, str) and objective not in (*get_args(Objective), *tasks):
         return (
             f"pareto.objective: {objective!r} is not among evaluate.tasks, so nothing measures it; "
             f"use gold_logprob, accuracy or one of {', '.join(tasks)}"
@@ -412,17 +423,85 @@ def _supported_family(raw: Any) -> str | None:
     folder = Path(source.removeprefix("path:"))
     if not source.startswith("path:") or not folder.exists():
         return None
-    config = folder / "config.json"
-    if not config.exists():
-        return f"model.source: {config} does not exist; name a folder with a model (value {source!r})"
-    family = json.loads(config.read_text()).get("model_type")
+    if not (folder / "config.json").exists():
+        return f"model.source: {folder / 'config.json'} does not exist; name a folder with a model (value {source!r})"
+    try:
+        family = getattr(fits.read(folder), "model_type", None)
+    except ValueError as error:
+        return f"model.source: {folder / 'config.json'} cannot be read ({error}); name a folder with a model"
     if family not in FAMILIES:
         known = ", ".join(FAMILIES)
         return f"model.source: model family {family!r} is not supported (value {source!r}); use one of {known}"
     return None
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+def _items_are_there(raw: Any) -> str | None:
+    folder = Path(raw["data"]["benchmarks"].removeprefix("path:"))
+    if raw["data"]["benchmarks"] == "hub" or not folder.exists():
+        return None
+    lost = [task for task in raw["evaluate"]["tasks"] if _known(task) and not (folder / f"{task}.jsonl").exists()]
+    if lost:
+        names = ", ".join(f"{task}.jsonl" for task in lost)
+        return f"data.benchmarks: {folder} has no {names}; add it or take the task out of evaluate.tasks"
+    return None
+
+
+def _known(task: str) -> bool:
+    try:
+        definitions.check(task)
+    except definitions.DefinitionError:
+        return False
+    return True
+
+
+def _random_once(raw: Any) -> str | None:
+    prune = raw["prune"]
+    if prune["importance"] == "random" and prune["steps"] > 1:
+        return f"prune.steps: steps is {prune['steps']}, but random scores do not get better; set it to 1"
+    return None
+
+
+def _surgeon_refits(raw: Any) -> str | None:
+    if raw["prune"]["importance"] == "surgeon" and raw["prune"]["compensate"] is False:
+        return (
+            "prune.importance: 'surgeon' scores what is lost after the rest was refitted, but compensate is false; "
+            "set compensate to true or take another importance"
+        )
+    return None
+
+
+def _warmup_ends(raw: Any) -> str | None:
+    warmup = raw["recover"]["warmup_steps"]
+    for key, steps in (("recover.steps", raw["recover"]["steps"]), ("build.steps", raw["build"]["steps"])):
+        if warmup > steps > 0:
+            return (
+                f"recover.warmup_steps: {warmup} steps of warmup do not end within the {steps} of {key}, so the "
+                "learning rate is never reached; lower it"
+            )
+    return None
+
+
+def _enough_tokens(raw: Any) -> str | None:
+    section = raw["importance"]
+    tokens = section["samples"] * section["max_length"]
+    if tokens < section["clusters"]:
+        return (
+            f"importance.clusters: {section['clusters']} clusters of at most {tokens} tokens (samples x max_length); "
+            "lower it or raise samples"
+        )
+    return None
+
+
+def _trials_after_random(raw: Any) -> str | None:
+    search = raw["search"]
+    if search["n_random"] > search["n_trials"] > 0:
+        return (
+            f"search.n_random: {search['n_random']} random trials are more than the {search['n_trials']} of n_trials; "
+            "lower it or raise n_trials"
+        )
+    return None
+
+
 _COMBINATIONS = (
     _needs_samples,
     _micro_batches,
@@ -433,12 +512,41 @@ _COMBINATIONS = (
     _attention_range,
     _mlp_range,
     _supported_family,
+    _items_are_there,
+    _random_once,
+    _surgeon_refits,
+    _warmup_ends,
+    _enough_tokens,
+    _trials_after_random,
 )
+
+
+def _of_the_model(raw: Any) -> tuple[Callable[[Any], str | None], ...]:
+    """Return the checks against the model's config; none if that is not at hand or of no known family."""
+    try:
+        config = fits.at_hand(raw["model"]["source"])
+    except (KeyError, TypeError, AttributeError, ValueError, OSError):
+        return ()  # at fault itself, and listed as such
+    if config is None or getattr(config, "model_type", None) not in FAMILIES:
+        return ()
+    return (
+        lambda raw: fits.dense(config),
+        lambda raw: fits.block_range(config, "attention_blocks", Prune.model_validate(raw["prune"]).attention_blocks),
+        lambda raw: fits.block_range(config, "mlp_blocks", Prune.model_validate(raw["prune"]).mlp_blocks),
+        lambda raw: fits.ratio(config, Prune.model_validate(raw["prune"])),
+        lambda raw: fits.rank(config, Quantize.model_validate(raw["quantize"])),
+        *(
+            lambda raw, name=name: fits.length(config, name, raw[name]["max_length"])
+            for name in ("prune", "importance", "recover")
+        ),
+        lambda raw: fits.seed_bits(config, Search.model_validate(raw["search"])),
+        lambda raw: fits.choice(config, Build.model_validate(raw["build"]), raw["search"]["granularity"]),
+    )
 
 
 def _combination_faults(raw: Any) -> list[str]:
     found = []
-    for check in _COMBINATIONS:
+    for check in (*_COMBINATIONS, *_of_the_model(raw)):
         try:
             fault = check(raw)
         except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):

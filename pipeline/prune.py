@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline import architecture, checkpoint
+from pipeline import architecture, checkpoint, fits
 from pipeline.alpaca import IGNORED, Batch
 from pipeline.architecture import ATTENTION, COUPLED, MLP, BlockShape
 from pipeline.console import progress
-from pipeline.params import BlockRange, Prune
+from pipeline.params import Prune
 
 Scores = list[dict[str, torch.Tensor]]  # of each block: structure kind -> score of each structure
 Keep = list[dict[str, torch.Tensor]]  # of each block: structure kind -> indices of those that stay, ascending
@@ -64,7 +64,7 @@ def run(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) ->
     """
     before = sum(parameter.numel() for parameter in model.parameters())
     whole = architecture.shapes(model.config)
-    check(model.config, before, settings)
+    check(model.config, settings)
     kept: Keep = [{kind: torch.arange(architecture.group_count(shape, kind)) for kind in COUPLED} for shape in whole]
     for step in range(1, settings.steps + 1):
         scores = importance(model, calibration, settings, seed)
@@ -79,39 +79,19 @@ def run(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) ->
     return Pruned(model.config, state, (before, after), kept)
 
 
-def check(config: Any, parameters: int, settings: Prune) -> None:
+def check(config: Any, settings: Prune) -> None:
     """Refuse settings that do not fit a model.
 
     Raises:
         ValueError: A block range lies outside the model, or the ratio asks for more than the ranges hold.
     """
-    faults = []
-    for key, span in (("attention_blocks", settings.attention_blocks), ("mlp_blocks", settings.mlp_blocks)):
-        last = config.num_hidden_layers - 1
-        if span.first > last or span.last > last or (span.last != -1 and span.last < span.first):
-            faults.append(f"prune.{key}: {span.first} to {span.last} is no range within blocks 0 to {last}")
-    removable = sum(
-        architecture.group_parameters(config, shape, kind) * (architecture.group_count(shape, kind) - 1)
-        for index, shape in enumerate(architecture.shapes(config))
-        for kind in settings.structures
-        if inside(index, _span(settings, kind), config.num_hidden_layers)
-    )
-    if not faults and settings.ratio * parameters > removable:
-        faults.append(
-            f"prune.ratio: {settings.ratio} of {parameters:,} parameters is more than the {removable / parameters:.3f} "
-            "that structures and block ranges allow while each block keeps one of each; lower it or widen the ranges"
-        )
-    if faults:
-        raise ValueError("\n".join(faults))
-
-
-def _span(settings: Prune, kind: str) -> BlockRange:
-    return settings.attention_blocks if kind == "attention" else settings.mlp_blocks
-
-
-def inside(block: int, span: BlockRange, layers: int) -> bool:
-    """Return whether a block lies in a range whose ``last`` may be -1."""
-    return span.first <= block <= (layers - 1 if span.last == -1 else span.last)
+    faults = [
+        fits.block_range(config, "attention_blocks", settings.attention_blocks),
+        fits.block_range(config, "mlp_blocks", settings.mlp_blocks),
+        fits.ratio(config, settings),
+    ]
+    if any(faults):
+        raise ValueError("\n".join(filter(None, faults)))
 
 
 # --- importance --------------------------------------------------------------------------------------------------
@@ -451,7 +431,7 @@ def select(scores: Scores, config: Any, target: int, settings: Prune) -> Keep:
     ranked: list[tuple[float, int, int, str, int]] = []
     for index, (shape, block) in enumerate(zip(architecture.shapes(config), scores, strict=True)):
         for kind in settings.structures:
-            if not inside(index, _span(settings, kind), config.num_hidden_layers):
+            if not fits.inside(index, fits.span_of(settings, kind), config.num_hidden_layers):
                 continue
             cost = architecture.group_parameters(config, shape, kind)
             order = block[kind].argsort(stable=True).tolist()

@@ -1,4 +1,4 @@
-"""The seven zero-shot benchmarks: lm-eval's own task definitions on local items.
+"""The zero-shot benchmarks: lm-eval's own task definitions on local items.
 
 Each task is lm-eval's shipped definition (prompt, choices, metrics), included by a definition of ours that only points
 it at a JSONL file. Nothing is asked of a hub.
@@ -6,19 +6,21 @@ it at a JSONL file. Nothing is asked of a hub.
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import lm_eval
 import lm_eval.tasks
 import yaml
 
-# Raw fields that lm-eval's definition of each task reads.
+from pipeline import definitions
+
+# Raw fields that lm-eval's definitions of the paper's seven tasks read.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "boolq": ("question", "passage", "label"),
     "piqa": ("goal", "sol1", "sol2", "label"),
@@ -27,13 +29,6 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "arc_easy": ("question", "choices", "answerKey"),
     "arc_challenge": ("question", "choices", "answerKey"),
     "openbookqa": ("question_stem", "choices", "answerKey"),
-}
-
-# The metric that the paper's tables agree with; the others report plain accuracy.
-METRIC: Mapping[str, str] = {task: "acc" for task in FIELDS} | {
-    "hellaswag": "acc_norm",
-    "arc_challenge": "acc_norm",
-    "openbookqa": "acc_norm",
 }
 
 CHANCE: Mapping[str, float] = {
@@ -46,31 +41,35 @@ CHANCE: Mapping[str, float] = {
     "openbookqa": 0.25,
 }
 
-_SHIPPED: Mapping[str, str] = {
-    "boolq": "super_glue/boolq/default.yaml",
-    "piqa": "piqa/piqa.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "winogrande": "winogrande/default.yaml",
-    "arc_easy": "arc/arc_easy.yaml",
-    "arc_challenge": "arc/arc_challenge.yaml",
-    "openbookqa": "openbookqa/openbookqa.yaml",
-}
-
 
 @dataclass(frozen=True)
 class HubSource:
-    """Where a task's items are on a hub: data set, configuration and the split that lm-eval scores."""
+    """Where a task's items are on a hub: data set, configuration, the split that lm-eval scores, further options."""
 
     path: str
     name: str | None
     split: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def hub_source(task: str) -> HubSource:
-    """Return where lm-eval's shipped definition takes a task's items from."""
-    settings = _settings(_shipped(task))
-    split = settings.get("test_split") or settings["validation_split"]
-    return HubSource(settings["dataset_path"], settings.get("dataset_name"), split)
+    """Return where lm-eval's shipped definition takes a task's items from.
+
+    Raises:
+        DefinitionError: The definition names no data set.
+    """
+    settings = definitions.settings(task)
+    split = settings.get("test_split") or settings.get("validation_split")
+    if not settings.get("dataset_path") or not split:
+        raise definitions.DefinitionError(
+            f"lm-eval's definition of {task!r} names no data set; use path:<folder> with {task}.jsonl in it"
+        )
+    options = {
+        key: value
+        for key, value in (settings.get("dataset_kwargs") or {}).items()
+        if key not in ("trust_remote_code", "streaming")
+    }
+    return HubSource(settings["dataset_path"], settings.get("dataset_name"), split, options)
 
 
 def load(names: Iterable[str], folder: str | Path) -> dict[str, Any]:
@@ -88,36 +87,42 @@ def load(names: Iterable[str], folder: str | Path) -> dict[str, Any]:
             (Path(scratch) / f"{name}.yaml").write_text(yaml.safe_dump(_on_local_items(name, path)))
         datasets.disable_progress_bars()  # reading a small file is no progress worth a bar
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        lm_eval.api.task.tqdm = lambda items, **_: items  # building requests takes milliseconds
         manager = lm_eval.tasks.TaskManager(include_path=scratch, include_defaults=False)
         return manager.load(list(names))["tasks"]
 
 
+def check_items(name: str, items: Iterable[Mapping[str, Any]]) -> None:
+    """Build every request of a task from items, as an evaluation will.
+
+    Raises:
+        Exception: Whatever lm-eval's definition stumbles on; its fields are known to lm-eval alone.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        lines = "".join(json.dumps(item) + "\n" for item in items)
+        (Path(scratch) / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        load([name], scratch)[name].build_all_requests(rank=0, world_size=1)
+
+
 def _on_local_items(name: str, path: Path) -> dict[str, Any]:
-    return {
-        "include": str(_shipped(name)),
+    own: dict[str, Any] = {
+        "include": str(definitions.path(name)),
         "task": name,
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {"validation": str(path)}},
+        "custom_dataset": None,
         "training_split": None,
         "validation_split": "validation",
         "test_split": None,
+        "fewshot_split": None,
+        "fewshot_config": None,
+        "num_fewshot": 0,
     }
-
-
-def _shipped(task: str) -> Path:
-    return Path(lm_eval.__file__).parent / "tasks" / _SHIPPED[task]
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """Read a shipped definition for its plain values; its ``!function`` values are not wanted here."""
-
-    class Plain(yaml.SafeLoader):
-        pass
-
-    Plain.add_constructor("!function", lambda loader, node: None)
-    settings = yaml.load(path.read_text(), Plain)  # noqa: S506  (a SafeLoader)
-    if "include" in settings:
-        settings = _settings(path.parent / settings["include"]) | settings
-    return settings
+    settings = definitions.settings(name)
+    if "process_results" not in settings and settings.get("metric_list"):
+        # lm-eval bootstraps the errors of the others (perplexity, F1) in new processes, and nothing here reads them.
+        read = {definitions.metric(name), "acc", "acc_norm"}
+        own["metric_list"] = [
+            one for one in settings["metric_list"] if one["metric"] in read and one.get("aggregation", "mean") == "mean"
+        ]
+    return own

@@ -12,7 +12,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipeline import alpaca, params
+from pipeline import alpaca, fits, params
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 512
@@ -87,11 +87,12 @@ def model_folder(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture
-def raw_params():
-    """The default params as a plain dictionary, free to change."""
+def raw_params(monkeypatch):
+    """The default params as a plain dictionary, free to change; whatever was fetched into the checkout is not there."""
     import yaml
 
     os.chdir(ROOT)
+    monkeypatch.setattr(fits, "BASE", Path("nothing/fetched"))
     return yaml.safe_load((ROOT / "params.yaml").read_text())
 
 

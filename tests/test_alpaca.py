@@ -149,3 +149,25 @@ def test_calibration_replaces_rows_that_are_too_long(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [row for i in range(20) for row in (long, ROWS[1] | {"output": str(i)})])
     found = alpaca.calibration(tmp_path / "rows.jsonl", Letters(), 2, 3, 500, 0)
     assert len(found) == 3
+
+
+def test_windows_are_the_training_rows_texts_end_to_end(tmp_path, tokenizer):
+    rows = [{"instruction": f"Name {i}.", "input": "red" * (i % 2), "output": f"It is {i}."} for i in range(6)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    train, _ = alpaca.split(rows, 2, 3)
+    text = "".join(
+        "\n".join(part for part in (row["instruction"], row["input"], row["output"]) if part) + "\n\n" for row in train
+    )
+    found = alpaca.windows(tmp_path / "rows.jsonl", tokenizer, 2, 3, 9, 3)
+    assert [len(one.tokens) for one in found] == [9, 9, 9]
+    assert text.startswith(tokenizer.decode([token for one in found for token in one.tokens]))
+    assert {one.response for one in found} == {1}  # all but the first token of a window is predicted
+
+
+def test_windows_of_too_few_texts_are_fewer(tmp_path, tokenizer):
+    rows = [{"instruction": "Add one and one.", "input": "", "output": "Two."}] * 3
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    every = alpaca.windows(tmp_path / "rows.jsonl", tokenizer, 1, 1000, 5, 0)
+    text = tokenizer.encode("Add one and one.\nTwo.\n\n") * 2
+    assert [token for one in every for token in one.tokens][: len(text) - 1] == text[: len(text) - 1]
+    assert len(every) in (len(text) // 5, len(text) // 5 + 1)

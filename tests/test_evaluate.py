@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import evaluate, tasks
+from pipeline import definitions, evaluate, tasks
 from pipeline.evaluate import Request, SharedPrefixLM, Tree
 from pipeline.params import TASKS
 
@@ -136,8 +136,8 @@ def test_accuracies_equal_lm_evals_own_model(model, tokenizer, loaded, scores):
     every = {"tasks": dict(loaded), "groups": {}, "group_map": {}}
     expected = evaluator.evaluate(reference(model, tokenizer), every, limit=LIMIT, bootstrap_iters=1)["results"]
     for name in TASKS:
-        assert scores.accuracy[name] == expected[name][f"{tasks.METRIC[name]},none"]
-        assert scores.stderr[name] == pytest.approx(expected[name][f"{tasks.METRIC[name]}_stderr,none"])
+        assert scores.accuracy[name] == expected[name][f"{definitions.metric(name)},none"]
+        assert scores.stderr[name] == pytest.approx(expected[name][f"{definitions.metric(name)}_stderr,none"])
     assert scores.other.keys() == {
         "piqa_acc_norm", "hellaswag_acc", "arc_easy_acc_norm", "arc_challenge_acc", "openbookqa_acc",
     }  # fmt: skip
@@ -288,11 +288,13 @@ def softmax(values, index):
         ("acc_norm", 0, 1, [-1.0, -2.0 / 2, -0.5 / 3]),
         ("acc_norm", 0, "1", None),
         ("acc", 2, 1, [-1.0, -2.0, -0.5]),
+        ("acc", 0, [1], [-1.0, -2.0, -0.5]),
     ],
 )
 def test_gold_logprob_by_hand(metric, multiple_input, gold, values):
     choices = ["a", "bb", "é" + "c"]  # 1, 2 and 3 bytes
     task = SimpleNamespace(
+        OUTPUT_TYPE="multiple_choice",
         multiple_input=multiple_input,
         doc_to_choice=lambda document: choices,
         doc_to_text=lambda document: document["gold"] if multiple_input else "the question",
@@ -322,7 +324,7 @@ def test_gold_logprob_of_a_run_equals_one_from_plain_forward_passes(model, token
             with torch.no_grad():
                 logprob = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
             value = sum(logprob[i - 1, tokens[i]].item() for i in range(first, len(tokens)))
-            length = len(continuation[1:].encode()) if tasks.METRIC[name] == "acc_norm" else 1
+            length = len(continuation[1:].encode()) if definitions.metric(name) == "acc_norm" else 1
             values.append(value / length)
         document = requests[start].doc
         gold = task.doc_to_text(document) if name == "winogrande" else int(task.doc_to_target(document))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import FAMILIES, ROOT, tiny_config, tiny_model, write_jsonl
 
-from pipeline import alpaca, checkpoint, fetch, tasks
+from pipeline import alpaca, checkpoint, fetch, fits, tasks
 from pipeline.fetch import FetchError
 from pipeline.params import Data, Model
 
@@ -89,8 +89,20 @@ def test_only_model_files_are_copied(model_folder, tmp_path):
         (folder / name).write_text("x")
     fetch.fetch_model(Model(source=f"path:{folder}"))
     assert {path.name for path in fetch.BASE.iterdir()} == {path.name for path in model_folder.iterdir()} | {
-        checkpoint.CHECKSUMS
+        checkpoint.CHECKSUMS,
+        fits.SOURCE,
     }
+    assert (fetch.BASE / fits.SOURCE).read_text() == f"path:{folder}"
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
+def test_quantized_model_is_refused_before_its_weights_are_copied(model_folder, tmp_path, method):
+    folder = shutil.copytree(model_folder, tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refused(fetch.fetch_model, Model(source=f"path:{folder}"))
+    assert f"already quantized (method {method})" in message and str(folder) in message
+    assert not fetch.BASE.exists()
 
 
 def test_folder_without_safetensors_is_refused(tmp_path):

@@ -120,7 +120,7 @@ def test_preset_parses(path, monkeypatch):
         ("search__history", "no/such.json", ["search.history", "no/such.json cannot be read", "No such file"]),
         ("search__history", "params.yaml", ["search.history", "params.yaml is no history", "JSON"]),
         ("search__history", "reports/history.json", ["search.history", "own output", "copy it elsewhere"]),
-        ("pareto__objective", "trivia", ["pareto.objective", "'trivia'", "'accuracy'"]),
+        ("pareto__objective", "trivia", ["pareto.objective", "'trivia'", "use gold_logprob, accuracy"]),
         ("build__choose", "worst", ["build.choose", "'worst'", "best"]),
         ("register__name", "a/b", ["register.name", "'a/b'", "pattern"]),
     ],

@@ -157,6 +157,14 @@ def test_low_rank_of_a_small_matrix_is_exact(shape):
     assert float((weight - 3.0 * adapter.b @ adapter.a).norm()) == pytest.approx(best, rel=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(3, 20), (20, 2), (1, 1)])
+def test_low_rank_of_fewer_directions_than_r_is_filled_with_zeros(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = quantize.low_rank(matrix, 6, 2.0)
+    assert (found.a.shape, found.b.shape) == ((6, shape[1]), (shape[0], 6))
+    torch.testing.assert_close(2.0 * found.b @ found.a, matrix, atol=1e-5, rtol=0)
+
+
 def test_low_rank_shares_the_singular_values_between_both_matrices():
     adapter = quantize.low_rank(matrix(decay=0.7), 4, 2.0)
     torch.testing.assert_close(adapter.a.norm(dim=1), adapter.b.norm(dim=0), rtol=1e-3, atol=1e-5)

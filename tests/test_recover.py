@@ -329,6 +329,28 @@ def test_optimizer_has_no_weight_decay():
     assert optimizer.param_groups[0]["weight_decay"] == 0
 
 
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_byte_dropout_zeroes_the_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    dropout, ones = recover.ByteDropout(p), torch.ones(333, 301)
+    threshold = round(p * 256)
+    found = dropout.train()(ones)
+    assert found.unique().tolist() == pytest.approx([0, 256 / (256 - threshold)])
+    deviation = (threshold / 256 * (1 - threshold / 256) / ones.numel()) ** 0.5
+    assert float((found == 0).float().mean()) == pytest.approx(threshold / 256, abs=4 * deviation)
+    assert float(found.mean()) == pytest.approx(1, abs=4 * deviation * 256 / (256 - threshold))
+    assert torch.equal(dropout.eval()(ones), ones)
+
+
+def test_byte_dropout_scales_gradients_as_values():
+    torch.manual_seed(0)
+    values = torch.randn(40, 8, requires_grad=True)
+    found = recover.ByteDropout(0.25).train()(values)
+    found.sum().backward()
+    expected = torch.where(found == 0, 0.0, 4 / 3)
+    torch.testing.assert_close(values.grad, expected)
+
+
 # --- full-parameter fine-tuning ----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,201 @@
+"""Every preset through every stage, at toy width: the architecture and all options are its own, only sizes shrink."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from conftest import ROOT, VOCABULARY, batches
+
+from pipeline import architecture, build, checkpoint, fits, params, prune, stages, tracking
+
+# The models as their own config.json describes them, with the parameters that are known of them.
+LLAMA_7B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False,
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+MODELS = {
+    "llama-7b": (LLAMA_7B, 6_738_415_616),
+    # Vicuna v1.5 was made from Llama-2: the same shapes, longer positions.
+    "vicuna-7b": (LLAMA_7B | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}, 6_738_415_616),
+    "llama-13b": (
+        LLAMA_7B
+        | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+           "num_key_value_heads": 40},
+        13_015_864_320,
+    ),
+    "llama-3-8b": (
+        LLAMA_7B
+        | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+           "rms_norm_eps": 1e-5},
+        8_030_261_248,
+    ),
+    "qwen2.5-0.5b": (
+        {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+         "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+         "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "use_sliding_window": False},
+        494_032_768,
+    ),
+    "default": (
+        LLAMA_7B
+        | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+           "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+           "max_position_embeddings": 8192, "rms_norm_eps": 1e-5},
+        134_515_008,
+    ),
+}  # fmt: skip
+PAPERS = ("llama-7b", "vicuna-7b", "llama-13b")
+# What shrinks, and nothing else: sources become local, rows and steps few, rows longer as the toy tokenizer's are.
+SIZES = {
+    "data": {"alpaca": f"path:{ROOT / 'data/sample/alpaca.jsonl'}",
+             "benchmarks": f"path:{ROOT / 'data/sample/benchmarks'}", "validation_rows": 1},
+    "prune": {"samples": 1, "max_length": 192},
+    "importance": {"samples": 1, "max_length": 192, "clusters": 4, "outcomes": 4},
+    "recover": {"steps": 1, "batch_size": 2, "micro_batch_size": 2, "max_length": 192, "warmup_steps": 1},
+    "evaluate": {"limit": 1, "final_limit": 1, "batch_tokens": 4096},
+    "search": {"n_trials": 2, "n_random": 0, "references": []},
+    "build": {"steps": 1},
+}  # fmt: skip
+
+
+def preset(name):
+    return yaml.safe_load((ROOT / "presets" / f"{name}.yaml").read_text())
+
+
+def toy_config(name):
+    """The model's config at toy width: head groups, blocks, biases and tied embeddings are its own."""
+    real = MODELS[name][0]
+    heads, groups = real["num_attention_heads"], real["num_attention_heads"] // real["num_key_value_heads"]
+    kv_heads = min(real["num_key_value_heads"], 4)
+    heads = kv_heads * groups
+    size = 8 if heads < 10 else 4
+    kind = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[real["model_type"]]
+    fields = real | {
+        "hidden_size": heads * size, "intermediate_size": 48, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1,
+        "pad_token_id": 1,
+    }  # fmt: skip
+    return kind(**{key: value for key, value in fields.items() if key != "model_type"})
+
+
+def toy_model(name):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(toy_config(name), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One MLflow store for all presets: making one takes a second."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, store):
+    """An empty project folder to run stages in."""
+    for name in ("MLproject", "requirements.txt", "pipeline"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.delenv(tracking.PARENT, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_preset_is_here():
+    assert sorted(path.stem for path in (ROOT / "presets").glob("*.yaml")) == sorted(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_real_model_has_its_known_parameters_and_the_presets_values_fit_it(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    values, parameters = MODELS[name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert architecture.parameters(fits.read(tmp_path)) == parameters
+    raw = preset(name) | {"model": {"source": f"path:{tmp_path}", "sha256": ""}}
+    for ratio in (0.2, 0.3, 0.5) if name in PAPERS else (raw["prune"]["ratio"],):
+        raw["prune"]["ratio"] = ratio
+        params.parse(raw)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_papers_preset_holds_the_papers_values(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = params.load(f"presets/{name}.yaml")
+    assert found.prune.ratio in (0.2, 0.3, 0.5)
+    assert (found.quantize.r, found.quantize.lora_alpha, found.quantize.init) == (8, 16, "loftq")
+    assert (found.search.granularity, found.search.max_8bit_fraction) == ("block", 0.25)
+    assert found.evaluate.tasks == params.TASKS and found.evaluate.limit == 0
+    assert not found.prune.compensate and found.prune.scope == "local"
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5])
+@pytest.mark.parametrize("name", PAPERS)
+def test_papers_ratios_are_met_and_blocks_outside_the_ranges_stay(name, ratio, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = params.load(f"presets/{name}.yaml").prune.model_copy(update={"ratio": ratio})
+    model = toy_model(name)
+    found = prune.run(model, batches(1), settings, 0)
+    head = architecture.group_parameters(model.config, architecture.shapes(model.config)[0], "attention")
+    assert found.ratio == pytest.approx(ratio, abs=head / 2 / found.parameters[0])
+    whole = architecture.shapes(model.config)[0]
+    ranges = {"attention": (settings.attention_blocks, whole.kv_heads), "mlp": (settings.mlp_blocks, whole.channels)}
+    for index, kept in enumerate(found.kept):
+        for kind, (span, count) in ranges.items():
+            if not span.first <= index <= span.last:
+                assert len(kept[kind]) == count
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_preset_goes_through_every_stage(name, project, tokenizer, monkeypatch):
+    source = project / "source"
+    toy_model(name).to(torch.bfloat16).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    raw = preset(name)
+    raw["model"], raw["device"] = {"source": f"path:{source}", "sha256": ""}, "cpu"
+    raw["register"]["name"] = f"qpruner-{name}"
+    for section, values in SIZES.items():
+        raw[section] |= values
+    if name == "default":
+        raw["search"]["references"] = preset(name)["search"]["references"]
+    Path("params.yaml").write_text(yaml.safe_dump(raw))
+    if name != "default":  # the others need no process of their own to be compared in
+        monkeypatch.setattr(
+            build,
+            "probe_in_fresh_process",
+            lambda folder: build.probe(checkpoint.load_final(folder), checkpoint.load_tokenizer(folder)),
+        )
+    for run in stages.STAGES.values():
+        run(params.load())
+
+    def read(stage):
+        return json.loads(Path(f"reports/{stage}.json").read_text())
+
+    real, settings = MODELS[name][0], params.load()
+    blocks = real["num_hidden_layers"]
+    assert abs(read("prune")["ratio"] - settings.prune.ratio) < 0.01
+    config = checkpoint.load_config("artifacts/pruned")
+    assert config.model_type == f"pruned_{real['model_type']}" and len(config.block_shapes) == blocks
+    assert config.tie_word_embeddings is real["tie_word_embeddings"]
+    state = checkpoint.load_model("artifacts/final").state_dict()
+    assert ("model.layers.0.self_attn.q_proj.bias" in state) is (real["model_type"] == "qwen2")
+    assert all(heads // kv == real["num_attention_heads"] // real["num_key_value_heads"]
+               for heads, kv, _ in config.block_shapes)  # fmt: skip
+    assert len(read("importance")["units"]) == blocks
+    assert read("search")["finished"] == 2 and read("search")["failed"] == 0
+    rows = read("pareto")
+    most = math.floor(blocks * settings.search.max_8bit_fraction)
+    trials = [row for row in rows if not row["reference"]] if "reference" in rows[0] else rows
+    assert all(len(row["bits"]) == blocks and row["bits"].count("8") <= most for row in trials if row["bits"] != "16")
+    assert read("build")["reload_difference"] == 0
+    assert read("evaluate")["items"] == len(settings.evaluate.tasks)
+    assert set(settings.evaluate.tasks) <= set(read("evaluate"))
+    assert read("register")["model"] == f"models:/qpruner-{name}/1"
+    assert "Pareto front" in Path("reports/report.md").read_text()

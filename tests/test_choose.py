@@ -1,0 +1,44 @@
+"""Which bits are built: option ``build.choose``."""
+
+import pytest
+
+from pipeline.build import BuildError, choose
+
+RUN, OTHER, OUTSIDE = "a" * 32, "b" * 32, "4" * 31 + "8"
+
+
+def row(run_id, bits, score, memory, front=True):
+    return {"run_id": run_id, "bits": bits, "score": score, "peak_memory_bytes": memory, "front": front}
+
+
+ROWS = [row(RUN, "4448", 0.5, 90), row(OTHER, "8448", 0.6, 100), row("c" * 32, "8888", 0.9, 80, front=False)]
+
+
+def test_best_is_the_highest_score_on_the_front():
+    assert choose("best", ROWS) == ("8448", OTHER)
+
+
+def test_of_equal_scores_the_one_with_less_memory_is_best():
+    assert choose("best", [*ROWS, row("d" * 32, "4848", 0.6, 99)]) == ("4848", "d" * 32)
+
+
+def test_run_is_found_on_and_off_the_front():
+    assert choose(RUN, ROWS) == ("4448", RUN)
+    assert choose("c" * 32, ROWS) == ("8888", "c" * 32)
+
+
+def test_bits_are_taken_as_they_are():
+    assert choose("4488", ROWS) == ("4488", None)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_thirty_two_digits_are_a_run_or_else_bits(known):
+    rows = [*ROWS, row("e" * 32, OUTSIDE, 0.1, 1)] if known else ROWS
+    assert choose(OUTSIDE, rows) == (OUTSIDE, "e" * 32 if known else None)
+
+
+def test_unknown_run_and_empty_front_say_what_to_do():
+    with pytest.raises(BuildError, match=rf"no finished trial of this study has the run id {'f' * 32}; see reports"):
+        choose("f" * 32, ROWS)
+    with pytest.raises(BuildError, match="the front is empty.*mlflow run"):
+        choose("best", ROWS[2:])
