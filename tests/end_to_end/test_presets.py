@@ -192,8 +192,10 @@ def test_preset_goes_through_every_stage(name, project, tokenizer, monkeypatch):
     assert read("search")["finished"] == 2 and read("search")["failed"] == 0
     rows = read("pareto")
     most = math.floor(blocks * settings.search.max_8bit_fraction)
-    trials = [row for row in rows if not row["reference"]] if "reference" in rows[0] else rows
-    assert all(len(row["bits"]) == blocks and row["bits"].count("8") <= most for row in trials if row["bits"] != "16")
+    assert sum(row["method"] in settings.search.references for row in rows) == len(settings.search.references)
+    trials = [row["bits"] for row in rows if row["method"] not in settings.search.references]
+    assert len(trials) == 2
+    assert all(len(bits) == blocks and bits.count("8") <= most for bits in trials)
     assert read("build")["reload_difference"] == 0
     assert read("evaluate")["items"] == len(settings.evaluate.tasks)
     assert set(settings.evaluate.tasks) <= set(read("evaluate"))
