@@ -51,7 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _stage(name: str, params: object) -> int:
     from pipeline import tracking
-    from pipeline.paper import STAGES as shells
+
+    if name in PAPER:
+        from pipeline.paper import STAGES as shells
+    else:
+        from pipeline.stages import STAGES as shells
 
     tracking.on_termination_interrupt()
     try:

@@ -176,6 +176,41 @@ def test_limit_zero_scores_every_item(model, tokenizer, loaded):
     assert evaluate.run(model, tokenizer, {"openbookqa": loaded["openbookqa"]}, 0, 512).items == 64
 
 
+@pytest.mark.parametrize("name", ["piqa", "hellaswag"])
+def test_items_left_out_and_items_scored_make_up_the_whole(model, tokenizer, loaded, name):
+    one = {name: loaded[name]}
+    count, skip = len(loaded[name].eval_docs), 5
+    first, rest, every = (
+        evaluate.run(model, tokenizer, one, limit, 512, skip=left_out)
+        for limit, left_out in ((skip, 0), (0, skip), (0, 0))
+    )
+    assert (first.items, rest.items, every.items) == (skip, count - skip, count)
+    for figure in ("gold_logprob", "mean"):
+        parts = skip * getattr(first, figure) + (count - skip) * getattr(rest, figure)
+        assert parts / count == pytest.approx(getattr(every, figure), abs=1e-6)
+    assert first.gold_logprob != pytest.approx(rest.gold_logprob, abs=1e-3)
+
+
+def test_limit_counts_from_the_first_item_that_is_not_left_out(model, tokenizer, loaded):
+    one = {"piqa": loaded["piqa"]}
+    parts = [evaluate.run(model, tokenizer, one, 3, 512, skip=skip).gold_logprob for skip in (0, 3)]
+    assert sum(parts) / 2 == pytest.approx(evaluate.run(model, tokenizer, one, 6, 512).gold_logprob, abs=1e-6)
+
+
+def test_task_without_items_after_those_left_out_is_refused(model, tokenizer, loaded):
+    with pytest.raises(ValueError, match=r"piqa: no item left after the first 64; lower evaluate\.limit"):
+        evaluate.run(model, tokenizer, {"piqa": loaded["piqa"]}, 3, 512, skip=64)
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [((10, 0), range(10)), ((10, 3), range(3)), ((10, 3, 8), range(8, 10)), ((10, 0, 8), range(8, 10)),
+     ((10, 20), range(10)), ((10, 3, 10), range(10, 10))],
+)  # fmt: skip
+def test_items_by_hand(given, expected):
+    assert evaluate.items(*given) == expected
+
+
 def test_adapters_count(model, tokenizer, loaded):
     torch.manual_seed(0)
     adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()

@@ -102,6 +102,28 @@ def test_bar_chart_writes_a_picture(tmp_path, series):
     assert width_of(tmp_path / "bars.png") > 300
 
 
+def test_bars_are_of_16_bit_uniform_4_bit_and_mixed_bits():
+    every = [point(name, memory=index) for index, name in enumerate(("qpruner2", "dense", "qpruner1", "llm_pruner"))]
+    bars = report.bars_of(report.methods(every, [point("random", memory=9)]), ["boolq"])
+    assert [(one.label, one.memory) for one in bars] == [("LLM-Pruner (16-bit)", 3), ("QPruner1", 2), ("QPruner3", 9)]
+    assert bars[0].tasks == {"boolq": (0.6, 0.04)}
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_accuracy_and_memory_writes_a_picture(tmp_path, count):
+    bars = [report.Bars(str(index), {"boolq": (0.5, 0.1)}, GIB) for index in range(count)]
+    report.accuracy_and_memory({"one": bars, "two": bars}, ["boolq"], tmp_path / "bars.png")
+    assert width_of(tmp_path / "bars.png") > 300
+
+
+def test_benchmark_fronts_has_a_panel_a_benchmark(tmp_path):
+    points = [point("a"), point("b", 0.4, 2 * GIB), point("c", 0.6, 3 * GIB)]
+    for count in (1, 3, 5):
+        report.benchmark_fronts({str(index): points for index in range(count)}, tmp_path / f"{count}.png")
+    widths = [width_of(tmp_path / f"{count}.png") for count in (1, 3, 5)]
+    assert widths[0] < widths[1] < widths[2]
+
+
 @pytest.fixture
 def written(tmp_path):
     picture = tmp_path / "front.png"

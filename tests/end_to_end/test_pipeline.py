@@ -41,7 +41,7 @@ def tiny_params(model: Path) -> dict:
     raw["evaluate"] |= {"tasks": TASKS, "limit": 4, "final_limit": 4}
     raw["search"] |= {"n_trials": 4, "n_random": 1, "max_8bit_fraction": 0.5}  # 11 feasible vectors
     raw["build"] |= {"steps": 1}
-    raw["table"] |= {"ratios": [0.15, 0.3], "steps": 1, "limit": 6, "n_trials": 4}
+    raw["table"] |= {"ratios": [0.3], "steps": 1, "limit": 6, "n_trials": 4}
     raw["ablation"] |= {"ratio": 0.3}
     return raw
 
