@@ -30,6 +30,7 @@ from pipeline.stages import (
     stage,
     steps,
     study_name,
+    unfinished,
     write_bank,
     write_priors,
     write_pruned,
@@ -301,6 +302,7 @@ class Cells:
             skip=params.evaluate.limit,
             progress=steps(label),
             trained=not untouched,
+            keep=unfinished(self.key(cell)),
         )
         return result, study
 

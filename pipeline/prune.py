@@ -22,6 +22,8 @@ from pipeline.params import Prune
 
 Scores = list[dict[str, torch.Tensor]]  # of each block: structure kind -> score of each structure
 Keep = list[dict[str, torch.Tensor]]  # of each block: structure kind -> indices of those that stay, ascending
+Grams = list[dict[str, torch.Tensor]]  # of each block: X^T X of what reads each kind, and the energy of its output
+_FROM_GRAMS = ("activation", "surgeon")
 _READER = {"attention": ATTENTION[3], "mlp": MLP[2]}  # the linear that reads a kind's structures
 _HEAD_FACTOR = 10.0
 _ENERGY_BATCHES = 3  # batches that the gradient's energy is measured on: it varies far more by block than by row
@@ -67,12 +69,13 @@ def run(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) ->
     check(model.config, settings)
     kept: Keep = [{kind: torch.arange(architecture.group_count(shape, kind)) for kind in COUPLED} for shape in whole]
     for step in range(1, settings.steps + 1):
-        scores = importance(model, calibration, settings, seed)
-        grams = input_grams(model, calibration) if settings.compensate else None
+        wanted = settings.compensate or settings.importance in _FROM_GRAMS
+        grams = input_grams(model, calibration) if wanted else None
+        scores = importance(model, calibration, settings, seed, grams)
         now = sum(parameter.numel() for parameter in model.parameters())
         target = round(before * settings.ratio * step / settings.steps) - (before - now)
         keep = select(scores, model.config, target, settings)
-        config, state = remove(model, keep, grams)
+        config, state = remove(model, keep, grams if settings.compensate else None)
         kept = [{kind: old[kind][new[kind]] for kind in COUPLED} for old, new in zip(kept, keep, strict=True)]
         model = checkpoint.from_state(config, state)
     after = sum(parameter.numel() for parameter in model.parameters())
@@ -97,7 +100,9 @@ def check(config: Any, settings: Prune) -> None:
 # --- importance --------------------------------------------------------------------------------------------------
 
 
-def importance(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int = 0) -> Scores:
+def importance(
+    model: Any, calibration: Sequence[Batch], settings: Prune, seed: int = 0, grams: Grams | None = None
+) -> Scores:
     """Return the score of every coupled structure of a model, by the chosen measure.
 
     Args:
@@ -105,6 +110,7 @@ def importance(model: Any, calibration: Sequence[Batch], settings: Prune, seed: 
         calibration: Token batches.
         settings: ``importance``, ``level`` and ``aggregate`` are read.
         seed: For random importance.
+        grams: As ``input_grams`` returns them, if they are at hand.
     """
     kind = settings.importance
     if kind == "random":
@@ -116,9 +122,9 @@ def importance(model: Any, calibration: Sequence[Batch], settings: Prune, seed: 
     if kind == "fisher_mask":
         return fisher_mask(model, calibration)
     if kind == "activation":
-        return activation(model, calibration)
+        return activation(model, grams or input_grams(model, calibration))
     if kind == "surgeon":
-        return surgeon(model, calibration)
+        return surgeon(model, calibration, grams or input_grams(model, calibration))
     first, second = gradients(model, calibration, kind)
     return structure_scores(model, weight_scores(model, first, second, kind), settings.level, settings.aggregate)
 
@@ -245,12 +251,11 @@ def fisher_mask(model: Any, calibration: Sequence[Batch]) -> Scores:
     return squares
 
 
-def activation(model: Any, calibration: Sequence[Batch]) -> Scores:
+def activation(model: Any, grams: Grams) -> Scores:
     """Return the share of the residual stream's energy that each structure writes into it.
 
     The mean square of what the reading linear adds because of the structure, over that of its block's output.
     """
-    grams = input_grams(model, calibration)
     found: Scores = []
     for index, block in enumerate(grams):
         scores = {}
@@ -275,7 +280,7 @@ def activation(model: Any, calibration: Sequence[Batch]) -> Scores:
     return found
 
 
-def surgeon(model: Any, calibration: Sequence[Batch]) -> Scores:
+def surgeon(model: Any, calibration: Sequence[Batch], grams: Grams) -> Scores:
     """Return what removing each structure costs after the rest was refitted to make up for it.
 
     The rise of a reading linear's squared output error (``surgeon_order``), times the mean square of the loss's
@@ -283,7 +288,6 @@ def surgeon(model: Any, calibration: Sequence[Batch]) -> Scores:
     Meant for ``compensate: true``. A head's error is multiplied by ``_HEAD_FACTOR``: what it moves to other tokens is
     felt beyond its own output.
     """
-    grams = input_grams(model, calibration)
     energy = gradient_energy(model, calibration[:: max(len(calibration) // _ENERGY_BATCHES, 1)])
     found: Scores = []
     for index, block in enumerate(progress(grams, "importance (surgeon)")):
@@ -354,7 +358,7 @@ def gradient_energy(model: Any, calibration: Sequence[Batch]) -> torch.Tensor:
     return total / tokens
 
 
-def input_grams(model: Any, calibration: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
+def input_grams(model: Any, calibration: Sequence[Batch]) -> Grams:
     """Return, for each block, X^T X of the inputs X of the reading linears, and the energy of the block's output.
 
     Padding is left out. Divided by the number of tokens.
@@ -455,9 +459,7 @@ def select(scores: Scores, config: Any, target: int, settings: Prune) -> Keep:
     ]
 
 
-def remove(
-    model: Any, keep: Keep, grams: Sequence[dict[str, torch.Tensor]] | None = None
-) -> tuple[Any, dict[str, torch.Tensor]]:
+def remove(model: Any, keep: Keep, grams: Grams | None = None) -> tuple[Any, dict[str, torch.Tensor]]:
     """Return (config, tensors) of the model without the structures that are not kept.
 
     Args:

@@ -19,6 +19,7 @@ from pipeline.tracking import Run
 
 BASE, PRUNED, BANK, FINAL = (Path("artifacts") / name for name in ("base", "pruned", "bank", "final"))
 STUDY = Path("artifacts/study")
+UNFINISHED = Path("artifacts/unfinished")  # recoveries that were interrupted, with `recover.save_every`
 ALPACA, BENCHMARKS = Path("data/alpaca.jsonl"), Path("data/benchmarks")
 REPORTS = Path("reports")
 STAGES: dict[str, Callable[[Params], None]] = {}
@@ -251,7 +252,9 @@ class Recorder:
             bits = (widths[name],) * len(context.units)
             own = self._open(name, name, "16" if widths[name] == 16 else "8" * len(bits), reference=True)
             try:
-                result, _ = trial.run(context, bits, progress=steps(name), trained=name != "dense")
+                result, _ = trial.run(
+                    context, bits, progress=steps(name), trained=name != "dense", keep=unfinished(self.study, name)
+                )
             except Exception as error:
                 own.finish("FAILED", error)
                 console.note(f"reference {name} failed: {error}")
@@ -271,7 +274,9 @@ class Recorder:
             own.tags({"trial": str(opened.number)})
             label = f"trial {done + 1}/{self.params.search.n_trials} ({candidate.method})"
             try:
-                result, _ = trial.run(self.context, candidate.bits, progress=steps(label))
+                result, _ = trial.run(
+                    self.context, candidate.bits, progress=steps(label), keep=unfinished(self.study, text)
+                )
                 log_result(own, result)
             except Exception as error:
                 study.fail(opened, error)
@@ -312,6 +317,11 @@ def say(label: str, result: Any) -> None:
         f"{result.gold_logprob:.4f} ± {result.gold_logprob_stderr:.4f} nats, "
         f"{result.peak_memory_bytes / 2**30:.4f} GiB, {sum(result.seconds.values()):.0f} s, bits {result.bits}"
     )
+
+
+def unfinished(*parts: Any) -> Path:
+    """Return where the state of a recovery is kept until it ends, by all that defines it."""
+    return UNFINISHED / f"{digest(*parts)}.safetensors"
 
 
 def steps(label: str) -> Callable[[Any], Any]:
@@ -365,7 +375,8 @@ def build(params: Params, run: Run) -> None:
     context = trial.load(params, PRUNED, BANK, ALPACA, BENCHMARKS)
     bits = read_bits(text, context.units)
     run.params({"bits": text, "chosen_run": chosen or ""})
-    result, model = trial.run(context, bits, steps=params.build.steps, progress=steps("build: recovery"))
+    kept = unfinished(study_name(params, PRUNED, BANK), text, params.build.steps)
+    result, model = trial.run(context, bits, steps=params.build.steps, progress=steps("build: recovery"), keep=kept)
     lineage = {
         "chosen_run": chosen or "none: bits given",
         "git_commit": tracking.git_commit(),
