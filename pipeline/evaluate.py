@@ -296,24 +296,16 @@ def score(
                 end += len(own)
             begin += tree.size
     device = model.device
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal.model(
-        input_ids=tokens.to(device),
-        attention_mask=additive(tree_mask(owners, branches), causal.dtype).to(device),
-        position_ids=positions.to(device),
-        use_cache=False,
-    ).last_hidden_state
-    where = torch.tensor(list(places), device=device)
     of, at, targets = torch.tensor(wanted, device=device).unbind(1)
-    scored = hidden[where[:, 0], where[:, 1]]
-    values = torch.empty(len(at), device=device)
-    greedy = torch.empty(len(at), dtype=torch.bool, device=device)
-    for start in range(0, len(scored), HEAD_CHUNK):  # a chunk's logits stay in the cache, all of them would not
-        logits = causal.lm_head(scored[start : start + HEAD_CHUNK]).float()
-        here = (at >= start) & (at < start + HEAD_CHUNK)
-        own = logits[at[here] - start, targets[here]]
-        values[here] = own - logits.logsumexp(-1)[at[here] - start]
-        greedy[here] = own == logits.amax(-1)[at[here] - start]
+    values, greedy = choose(
+        model,
+        tokens.to(device),
+        positions.to(device),
+        additive(tree_mask(owners, branches), model.dtype).to(device),
+        torch.tensor(list(places), device=device),
+        at,
+        targets,
+    )
     totals: dict[int, list[Any]] = {}
     for index, value, best in zip(of.tolist(), values.tolist(), greedy.tolist(), strict=True):
         total = totals.setdefault(index, [0.0, True])
@@ -321,6 +313,41 @@ def score(
         total[1] = total[1] and best
     for index, (value, best) in totals.items():
         yield index, (value, best)
+
+
+def choose(
+    model: Any,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    mask: torch.Tensor,
+    places: torch.Tensor,
+    at: torch.Tensor,
+    targets: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-likelihoods of tokens and whether each is the greedy choice, [n] each.
+
+    Args:
+        model: A causal language model, or one wrapped by PEFT.
+        tokens: Token ids, [B, L].
+        positions: Position ids, [B, L].
+        mask: What is added to the attention scores, [B, 1, L, L].
+        places: Row and column of each position that predicts, [m, 2].
+        at: Which of these positions predicts each token, [n].
+        targets: The tokens, [n].
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = causal.model(
+        input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state[places[:, 0], places[:, 1]]
+    values = torch.empty(len(at), device=tokens.device)
+    greedy = torch.empty(len(at), dtype=torch.bool, device=tokens.device)
+    for start in range(0, len(places), HEAD_CHUNK):  # a chunk's logits stay in the cache, all of them would not
+        logits = causal.lm_head(hidden[start : start + HEAD_CHUNK]).float()
+        here = (at >= start) & (at < start + HEAD_CHUNK)
+        own = logits[at[here] - start, targets[here]]
+        values[here] = own - logits.logsumexp(-1)[at[here] - start]
+        greedy[here] = own == logits.amax(-1)[at[here] - start]
+    return values, greedy
 
 
 def tree_mask(owners: torch.Tensor, branches: torch.Tensor) -> torch.Tensor:
