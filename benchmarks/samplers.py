@@ -242,7 +242,7 @@ SAMPLERS = {
     "random": drawn,
 }
 ARMS = (
-    *("ours:good", "ours:none", "ours:shuffled", "ours:reversed", "gp:good", "gp:none"),
+    *("ours:good", "ours:good:1", "ours:none", "ours:shuffled", "ours:reversed", "gp:good", "gp:none"),
     *("tpe:good", "nsga2:good", "random:good"),
 )
 
@@ -250,28 +250,35 @@ ARMS = (
 COLUMNS = ("landscape", "arm", "seed", "trial", "hypervolume", "longest_ask_s")
 
 
+@dataclass(frozen=True)
 class _Settings:
     """What ``search.seeds`` reads of section ``search``."""
 
+    n_random: int
     seed_bits: tuple[str, ...] = ()
-    n_random = 3
 
 
 def replay(landscape: Landscape, arm: str, seed: int, trials: int) -> tuple[list[float], float]:
     """Run one search; return the hypervolume after each trial and the longest suggestion in seconds.
 
     Every arm starts as the search does: all at 4 bits, the sensitivity allocation if a prior is given, random vectors.
+
+    Args:
+        landscape: What is searched.
+        arm: ``sampler:prior``, or ``sampler:prior:n`` with n random vectors at the start instead of 3.
+        seed: Of the sampler and the noise.
+        trials: Trials to run.
     """
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    name, _, kind = arm.partition(":")
+    name, kind, *starts = arm.split(":")
     priors = priors_of(landscape, kind, seed)
     ask = SAMPLERS[name](landscape.space, priors, seed)
     generator = random.Random(seed)
     noise = np.random.default_rng(seed)
     queue = [
         one.bits
-        for one in seeds(_Settings(), landscape.space, priors, generator)  # type: ignore[arg-type]
+        for one in seeds(_Settings(int(starts[0]) if starts else 3), landscape.space, priors, generator)  # type: ignore[arg-type]
         if not (one.method == "qpruner2" or (kind == "none" and one.method == "sensitivity"))
     ]
     past: list[Observation] = []
