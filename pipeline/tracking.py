@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +151,13 @@ class Run:
         now = int(time.time() * 1000)
         batch = [Metric(key, float(value), now, step) for key, value in values.items() if value is not None]
         client().log_batch(self.run_id, metrics=batch)
+
+    def series(self, key: str, values: Sequence[float]) -> None:
+        """Log a metric's values at steps 0, 1, ... in one call for each thousand of them."""
+        now = int(time.time() * 1000)
+        points = [Metric(key, float(value), now, step) for step, value in enumerate(values)]
+        for start in range(0, len(points), _PAGE):
+            client().log_batch(self.run_id, metrics=points[start : start + _PAGE])
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
