@@ -23,6 +23,9 @@ fmt: setup ## format the code
 	ruff check --fix pipeline tests benchmarks
 	ruff format pipeline tests benchmarks
 
+bench: setup ## what a trial costs beside the plain way; NAMES="evaluation query" measures only those
+	python -m benchmarks.bench $(NAMES)
+
 ui: setup ## the MLflow UI on http://127.0.0.1:5000
 	mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db
 

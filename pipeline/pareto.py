@@ -91,8 +91,12 @@ def dominates(one: Point, other: Point) -> bool:
 
 def front(every: Sequence[Point]) -> list[Point]:
     """Return the points that no other one dominates, lowest memory first; equal points all stay."""
-    members = [one for one in every if not any(dominates(other, one) for other in every)]
-    return sorted(members, key=lambda one: (one.memory, -one.score, one.run_id))
+    members: list[Point] = []
+    for one in sorted(every, key=lambda one: (one.memory, -one.score, one.run_id)):
+        # Nothing that follows needs less memory, so the last member is the only one that can dominate this point.
+        if not members or not dominates(members[-1], one):
+            members.append(one)
+    return members
 
 
 def hypervolume(members: Iterable[tuple[float, float]], worst_score: float, worst_memory: float) -> float:

@@ -302,8 +302,7 @@ def log_result(own: Run, result: Any) -> None:
     from pipeline.report import summary
 
     own.metrics(result.metrics())
-    for step, value in enumerate(result.losses):
-        own.metrics({"loss": value}, step)
+    own.series("loss", result.losses)
     name = tracking.run(own.run_id).info.run_name.partition(":")[0]
     figures = f"{100 * result.accuracy:.1f} %, {result.peak_memory_bytes / 2**30:.3f} GiB, {summary(result.bits)}"
     # The UI's default columns show no metric, so the figures stand in the name.

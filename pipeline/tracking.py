@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import signal
@@ -17,13 +18,14 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+import sqlalchemy
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -31,8 +33,11 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 import mlflow  # noqa: E402
 from mlflow.data.dataset_source_registry import resolve_dataset_source  # noqa: E402
 from mlflow.data.meta_dataset import MetaDataset  # noqa: E402
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunData, RunInfo, RunTag  # noqa: E402
+from mlflow.entities import Run as Entity  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.store.db.db_types import DATABASE_ENGINES  # noqa: E402
+from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlParam, SqlRun, SqlTag  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
 EXPERIMENT = "qpruner"
@@ -151,6 +156,13 @@ class Run:
         now = int(time.time() * 1000)
         batch = [Metric(key, float(value), now, step) for key, value in values.items() if value is not None]
         client().log_batch(self.run_id, metrics=batch)
+
+    def series(self, key: str, values: Sequence[float]) -> None:
+        """Log a metric's values at steps 0, 1, ... in one call for each thousand of them."""
+        now = int(time.time() * 1000)
+        points = [Metric(key, float(value), now, step) for step, value in enumerate(values)]
+        for start in range(0, len(points), _PAGE):
+            client().log_batch(self.run_id, metrics=points[start : start + _PAGE])
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
@@ -286,6 +298,12 @@ def trials(study: str) -> list[Any]:
 
 def tagged(key: str, value: str) -> list[Any]:
     """Return all runs with a tag, newest last."""
+    if store().partition(":")[0].partition("+")[0] in DATABASE_ENGINES:
+        return _read_tagged(key, value)
+    return _search_tagged(key, value)
+
+
+def _search_tagged(key: str, value: str) -> list[Any]:
     found: list[Any] = []
     token = None
     while True:
@@ -300,6 +318,57 @@ def tagged(key: str, value: str) -> list[Any]:
         token = page.token
         if not token:
             return found
+
+
+def _read_tagged(key: str, value: str) -> list[Any]:
+    """Read the same out of the database, a query a table.
+
+    MLflow's search maps every tag, param and metric of every run to an object of its own: seconds for 1,000 runs.
+    """
+    within = [int(one) for one in experiments()]  # first: a store that is new gets its tables here
+    chosen = sqlalchemy.select(SqlTag.run_uuid).where(SqlTag.key == key, SqlTag.value == value)
+    runs = sqlalchemy.select(SqlRun.__table__).where(
+        SqlRun.run_uuid.in_(chosen), SqlRun.experiment_id.in_(within), SqlRun.lifecycle_stage == "active"
+    )
+    engine = sqlalchemy.create_engine(store())
+    try:
+        with engine.connect() as connection:
+
+            def values(table: Any, entity: Any, *columns: Any) -> dict[str, list[Any]]:
+                found: dict[str, list[Any]] = {}
+                wanted = sqlalchemy.select(table.run_uuid, table.key, *columns).where(table.run_uuid.in_(chosen))
+                for run_id, *row in connection.execute(wanted):
+                    found.setdefault(run_id, []).append(entity(*row))
+                return found
+
+            tags = values(SqlTag, RunTag, SqlTag.value)
+            params = values(SqlParam, Param, SqlParam.value)
+            latest = SqlLatestMetric
+            not_a_number = sqlalchemy.case((latest.is_nan, None), else_=latest.value)
+            metrics = values(latest, _metric, not_a_number, latest.timestamp, latest.step)
+            return [
+                Entity(
+                    RunInfo(
+                        run_id=one.run_uuid,
+                        experiment_id=str(one.experiment_id),
+                        user_id=one.user_id,
+                        status=one.status,
+                        start_time=one.start_time,
+                        end_time=one.end_time,
+                        lifecycle_stage=one.lifecycle_stage,
+                        artifact_uri=one.artifact_uri,
+                        run_name=one.name,
+                    ),
+                    RunData(metrics.get(one.run_uuid), params.get(one.run_uuid), tags.get(one.run_uuid)),
+                )
+                for one in connection.execute(runs.order_by(SqlRun.start_time, SqlRun.run_uuid))
+            ]
+    finally:
+        engine.dispose()
+
+
+def _metric(key: str, value: float | None, timestamp: int, step: int) -> Metric:
+    return Metric(key, math.nan if value is None else value, timestamp, step)
 
 
 def run(run_id: str) -> Any:

@@ -1,3 +1,4 @@
+import math
 import os
 import subprocess
 import sys
@@ -118,3 +119,41 @@ def test_store_is_anchored_at_the_project_root(tmp_path, monkeypatch):
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
     assert tracking.store() == f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def test_trials_read_from_the_database_are_those_that_mlflow_finds():
+    experiment = tracking.experiment_id()
+    parent = tracking._create("search", experiment, None, {"stage": "search"})
+    for number, study in enumerate(("one", "two", "one", "one")):
+        own = parent.child(f"trial {number}", {"stage": "trial", "study": study})
+        own.params({"bits": "48" * number, "units": [1, 2]})
+        own.metrics({"accuracy": number / 4, "broken": math.nan, "far": math.inf})
+        own.series("loss", [3.0, 2.5, 2.0 + number])
+        own.finish("FAILED" if number == 3 else "FINISHED")
+    elsewhere = tracking.client().create_experiment("elsewhere")
+    for name in ("kept", "deleted"):
+        other = tracking._create(name, elsewhere, None, {"stage": "reference", "study": "one"})
+        if name == "deleted":
+            tracking.client().delete_run(other.run_id)
+    ours, theirs = tracking.trials("one"), tracking._search_tagged("study", "one")
+    assert [run.info.run_name for run in ours] == ["trial 0", "trial 2", "trial 3", "kept"]
+    assert sorted(map(_plain, ours)) == sorted(map(_plain, theirs))
+    assert ours[1].data.metrics["loss"] == 4.0 and math.isnan(ours[1].data.metrics["broken"])
+    assert tracking.trials("none") == []
+
+
+def _plain(run):
+    """All that a run says, in a form that compares nan as equal."""
+    data = [sorted(part.items()) for part in (run.data.metrics, run.data.params, run.data.tags)]
+    return repr((dict(run.info), data))
+
+
+def test_series_keeps_every_step():
+    run = tracking._create("trial", tracking.experiment_id(), None, {})
+    run.series("loss", [3.0, 2.0, 1.0])
+    history = tracking.client().get_metric_history(run.run_id, "loss")
+    assert [(one.step, one.value) for one in sorted(history, key=lambda one: one.step)] == [
+        (0, 3.0),
+        (1, 2.0),
+        (2, 1.0),
+    ]

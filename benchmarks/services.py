@@ -1,0 +1,264 @@
+"""What surrounds the trials: starting, tracking, querying, suggesting, and a pipeline with nothing to do."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.harness import BAR, Figure, LeftOut, interleaved, less_is_better, timed
+from benchmarks.setup import Setup
+from pipeline import params, pareto, stages, tracking
+from pipeline.trial import Result
+
+STARTUP, NOOP, QUERY, SHARE = 5.0, 3.0, 1.0, 0.02  # bars: seconds, and a share
+LOSSES = 16
+TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+
+# What each command imports before its first line of work, as its shell in stages.py does.
+IMPORTS = {
+    "fetch": "fetch",
+    "prune": "alpaca, checkpoint, prune",
+    "importance": "alpaca, architecture, checkpoint, report, importance",
+    "quantize": "checkpoint, trial, quantize",
+    "search": "checkpoint, trial, search, allocate, importance, memory",
+    "pareto": "pareto",
+    "build": "build, checkpoint, trial, quantize",
+    "evaluate": "checkpoint, tasks, trial, evaluate",
+    "register": "checkpoint",
+    "report": "report, pareto",
+}
+
+
+def startup(setup: Setup) -> dict[str, Figure]:
+    """Measure the seconds from a process's start to a stage's first line of work, caches warm, against a bar of 5 s.
+
+    ``startup_check`` is the whole of ``python -m pipeline check``; the others start Python, import what the stage
+    imports and end.
+    """
+    commands = {"check": ["-m", "pipeline", "check"]}
+    for name, modules in IMPORTS.items():
+        commands[name] = ["-c", f"from pipeline import tracking, stages, {modules}"]
+    found = {}
+    for name, command in commands.items():
+        subprocess.run([sys.executable, *command], check=True, capture_output=True)  # warms the caches
+        (seconds,) = interleaved(lambda command=command: process(command), repeats=setup.options.repeats)
+        found[f"startup_{name}"] = less_is_better(seconds, STARTUP, "s", setup.options.repeats, BAR)
+    return found
+
+
+def process(command: list[str]) -> float:
+    """Return the seconds that a Python process takes."""
+    return timed(lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True))
+
+
+def repro_noop(setup: Setup) -> dict[str, Figure]:
+    """Measure the seconds of ``dvc repro`` with nothing to do, against a bar of 3 s.
+
+    Raises:
+        LeftOut: Something is out of date, and ``dvc repro`` would run it.
+    """
+    status = subprocess.run([sys.executable, "-m", "dvc", "status", "-q"], capture_output=True, check=False)
+    if not Path("dvc.lock").exists() or status.returncode:
+        raise LeftOut("dvc.lock is not in step with the working tree; run: dvc repro")
+    (seconds,) = interleaved(lambda: process(["-m", "dvc", "repro", "-q"]), repeats=setup.options.repeats)
+    return {"repro_noop": less_is_better(seconds, NOOP, "s", setup.options.repeats, BAR)}
+
+
+@contextmanager
+def scratch_store() -> Iterator[None]:
+    """Use an empty MLflow store in a temporary folder."""
+    before = {key: os.environ.get(key) for key in ("MLFLOW_TRACKING_URI", tracking.PARENT)}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.pop(tracking.PARENT, None)
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        try:
+            yield
+        finally:
+            for key, value in before.items():
+                os.environ.pop(key, None)
+                if value is not None:
+                    os.environ[key] = value
+
+
+def outcome(generator: random.Random, units: int = 30) -> Result:
+    """Return a drawn result with as many figures as a trial's, to log; it stands for no trial."""
+    values: dict[str, Any] = {
+        "bits": "".join(generator.choice("48") for _ in range(units)),
+        "accuracy": generator.random(),
+        "accuracy_stderr": 0.03,
+        "tasks": {name: (generator.random(), 0.1) for name in TASKS},
+        "other": {},
+        "gold_logprob": -generator.random(),
+        "validation_loss": generator.random(),
+        "peak_memory_bytes": generator.randrange(2**30),
+        "inference_memory_bytes": 2**28,
+        "memory_source": "predicted",
+        "seconds": {"assemble": 1.0, "recover": 1.0, "evaluate": 1.0},
+        "items": 168,
+        "losses": [generator.random() for _ in range(LOSSES)],
+    }
+    if "gold_logprob_stderr" in Result.__dataclass_fields__:
+        values["gold_logprob_stderr"] = 0.03
+    return Result(**values)
+
+
+def recorder(study: str) -> Any:
+    """Return a search's recorder with its own run in the store."""
+    run = tracking._create("search", tracking.experiment_id(), None, {"stage": "search"})
+    return stages.Recorder(run, study, params.load(), SimpleNamespace())
+
+
+def record(to: Any, number: int, result: Result) -> None:
+    """Track one trial as the search does: open its run, log its figures, end it."""
+    own = to._open(f"trial {number}", "random", result.bits, reference=False)
+    own.tags({"trial": str(number)})
+    to._log(own, result)
+    own.finish()
+
+
+def record_one_by_one(parent: tracking.Run, number: int, result: Result) -> None:
+    """Track the same trial with a call for each value."""
+    client = tracking.client()
+    tags = {"mlflow.parentRunId": parent.run_id, "stage": "trial", "study": "s", "method": "random"}
+    run_id = client.create_run(parent.experiment_id, tags=tags, run_name=f"trial {number}").info.run_id
+    for key, value in {"bits": result.bits, "method": "random", "granularity": "block"}.items():
+        client.log_param(run_id, key, value)
+    for key, value in result.metrics().items():
+        client.log_metric(run_id, key, value)
+    for step, value in enumerate(result.losses):
+        client.log_metric(run_id, "loss", value, step=step)
+    for key, value in {"trial": str(number), "memory_source": "predicted", "mlflow.runName": "trial"}.items():
+        client.set_tag(run_id, key, value)
+    client.set_terminated(run_id)
+
+
+def tracking_share(setup: Setup) -> dict[str, Figure]:
+    """Compare what tracking one trial takes with logging its values one call each: seconds.
+
+    A trial's run with its params, its metrics, 16 losses and its end, in a fresh sqlite store. ``tracking_share`` is
+    that time's share of a whole trial as ``trial`` measured it, against a bar of 2 %.
+    """
+    from benchmarks import costs
+
+    if ("ours", "trial") not in setup.seconds:
+        costs.trial(setup)
+    generator, repeats = random.Random(0), 5 * setup.options.repeats
+    with scratch_store():
+        to, numbers = recorder("s"), iter(range(10**6))
+        sides = (
+            lambda: timed(lambda: record(to, next(numbers), outcome(generator))),
+            lambda: timed(lambda: record_one_by_one(to.run, next(numbers), outcome(generator))),
+        )
+        interleaved(*sides, repeats=1)
+        ours, theirs = interleaved(*sides, repeats=repeats)
+    share = ours / setup.seconds["ours", "trial"]
+    return {
+        "tracking": less_is_better(ours, theirs, "s a trial", repeats),
+        "tracking_share": less_is_better(share, SHARE, "share of a trial", repeats, BAR),
+    }
+
+
+def query(setup: Setup, sizes: tuple[int, ...] = (1000, 2000)) -> dict[str, Figure]:
+    """Measure the seconds from a store of many trials to their Pareto front, against a bar of 1 s.
+
+    ``tracking.trials``, ``pareto.points`` and ``pareto.front`` on a fresh sqlite store of 1,000 and 2,000 runs.
+    """
+    found = {}
+    for size, seconds in query_seconds(sizes, setup.options.repeats).items():
+        found[f"query_{size}"] = less_is_better(seconds[1], QUERY, "s", setup.options.repeats, BAR)
+    return found
+
+
+def query_seconds(sizes: tuple[int, ...], repeats: int) -> dict[int, tuple[float, float]]:
+    """Return for each number of trials: seconds to store the last of them, and to get the front of all."""
+    generator, found, stored = random.Random(0), {}, 0
+
+    def front() -> None:
+        every = pareto.points(tracking.trials("s"), "accuracy")
+        assert len(every) == stored and pareto.front(every)
+
+    with scratch_store():
+        to = recorder("s")
+        for size in sorted(sizes):
+            start, before = time.perf_counter(), stored
+            while stored < size:
+                record(to, stored, outcome(generator))
+                stored += 1
+            each = (time.perf_counter() - start) / (size - before)
+            (seconds,) = interleaved(lambda: timed(front), repeats=repeats)
+            found[size] = (each, seconds)
+    return found
+
+
+def suggestion(setup: Setup) -> dict[str, Figure]:
+    """Compare ``surrogate.propose`` with optuna's GPSampler: seconds a suggestion.
+
+    After 10, 50 and 100 trials of 30, 40 and 120 units, a quarter of them at 8 bits at most; made-up scores.
+
+    Raises:
+        LeftOut: This checkout has no ``pipeline.surrogate``.
+    """
+    found, repeats = {}, setup.options.repeats
+    for units in (30, 40, 120):
+        for done in (10, 50, 100):
+            ours, theirs = suggesters(done, units)
+            seconds = interleaved(lambda: timed(ours), lambda: timed(theirs), repeats=repeats)  # noqa: B023
+            found[f"suggestion_{done}_trials_{units}_units"] = less_is_better(*seconds, "s", repeats)
+    return found
+
+
+def suggesters(done: int, units: int) -> tuple[Any, Any]:
+    """Return (our proposal, GPSampler's) as functions, both after the same made-up trials.
+
+    Raises:
+        LeftOut: This checkout has no ``pipeline.surrogate``.
+    """
+    try:
+        from pipeline import surrogate
+    except ImportError as error:
+        raise LeftOut("pipeline/surrogate.py is not there") from error
+    import optuna
+
+    from pipeline.allocate import Space
+
+    generator = random.Random(units)
+    prior = [generator.random() for _ in range(units)]
+    space = Space(2**29, tuple(generator.randrange(2**20, 2**21) for _ in range(units)), units // 4, None)
+    tried = []
+    while len(tried) < done:
+        if (bits := space.draw(generator)) not in tried:
+            tried.append(bits)
+    scores = [
+        sum(gain for gain, width in zip(prior, bits, strict=True) if width == 8) / units + generator.gauss(0, 0.02)
+        for bits in tried
+    ]
+    observations = [surrogate.Observation(bits, score, 0.02) for bits, score in zip(tried, scores, strict=True)]
+
+    def ours() -> None:
+        surrogate.propose(observations, space, prior, set(tried), random.Random(0))
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    width = optuna.distributions.CategoricalDistribution([4, 8])
+    distributions = {f"bits_{unit}": width for unit in range(units)}
+
+    def theirs() -> None:
+        sampler = optuna.samplers.GPSampler(seed=0, n_startup_trials=1)
+        study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+        for bits, score in zip(tried, scores, strict=True):
+            values = [score, space.memory(bits) / 2**20]
+            given = dict(zip(distributions, bits, strict=True))
+            past = optuna.trial.create_trial(params=given, distributions=distributions, values=values)
+            past.set_constraint("eights", bits.count(8) - space.max_eights)
+            study.add_trial(past)
+        study.ask(distributions)
+
+    return ours, theirs

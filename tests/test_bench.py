@@ -1,0 +1,104 @@
+import json
+
+import pytest
+
+from benchmarks import harness
+from benchmarks.harness import BAR, MEASURED, less_is_better, more_is_better
+
+
+def test_ratio_above_one_means_ours_is_better_whichever_way_the_unit_goes():
+    rate, seconds = more_is_better(30.0, 10.0, "items/s", 3), less_is_better(2.0, 8.0, "s", 3)
+    assert (rate.ratio, seconds.ratio) == (3.0, 4.0)
+    assert more_is_better(10.0, 30.0, "items/s", 3).ratio < 1 and less_is_better(8.0, 2.0, "s", 3).ratio < 1
+    assert "more is better" in rate.unit and "less is better" in seconds.unit
+    assert all("ratio > 1: ours is better" in one.unit for one in (rate, seconds))
+
+
+def test_unit_says_what_is_no_measurement():
+    bar = less_is_better(2.0, 5.0, "s", 3, BAR)
+    assert "theirs is a bar" in bar.unit and bar.against == BAR
+    assert "theirs" not in less_is_better(2.0, 5.0, "s", 3).unit and rate_of(MEASURED) == MEASURED
+
+
+def rate_of(against):
+    return more_is_better(1.0, 2.0, "rows/s", 1, against).against
+
+
+def test_no_difference_at_all_has_no_ratio():
+    assert less_is_better(0.0, 1e-3, "nats", 1).ratio is None
+
+
+def test_sides_take_turns_and_each_gives_its_median():
+    order, values = [], {"ours": iter([5.0, 1.0, 3.0]), "theirs": iter([10.0, 90.0, 20.0])}
+
+    def side(name):
+        def measure():
+            order.append(name)
+            return next(values[name])
+
+        return measure
+
+    assert harness.interleaved(side("ours"), side("theirs"), repeats=3) == [3.0, 20.0]
+    assert order == ["ours", "theirs"] * 3
+
+
+def test_kept_figures_stay_when_others_are_measured(tmp_path):
+    path = tmp_path / "reports" / "bench.json"
+    path.parent.mkdir()
+    first = {"evaluation": more_is_better(2.0, 1.0, "items/s", 3), "query": less_is_better(1.0, 2.0, "s", 3)}
+    harness.keep(path, first)
+    harness.keep(path, {"query": less_is_better(0.5, 2.0, "s", 5)})
+    found = harness.read(path)
+    assert found["evaluation"] == first["evaluation"]
+    assert (found["query"].ours, found["query"].ratio, found["query"].n) == (0.5, 4.0, 5)
+    assert json.loads(path.read_text())["query"]["theirs"] == 2.0
+
+
+def test_write_that_is_interrupted_leaves_the_kept_figures(tmp_path, monkeypatch):
+    path = tmp_path / "bench.json"
+    harness.keep(path, {"query": less_is_better(1.0, 2.0, "s", 3)})
+    before = path.read_text()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", killed)
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        harness.keep(path, {"evaluation": more_is_better(2.0, 1.0, "items/s", 3)})
+    assert path.read_text() == before
+
+
+def test_run_keeps_what_it_measured_before_a_failure_and_shows_it(tmp_path, monkeypatch, capsys):
+    from benchmarks import bench
+    from benchmarks.setup import Options
+
+    def broken(setup):
+        raise FileNotFoundError("artifacts/bank: not there; run: dvc repro quantize")
+
+    def absent(setup):
+        raise harness.LeftOut("no such thing here")
+
+    fakes = {
+        "first": lambda setup: {"first": more_is_better(float(setup.options.repeats), 2.0, "items/s", 1)},
+        "broken": broken,
+        "absent": absent,
+        "last": lambda setup: {"last": less_is_better(1.0, 3.0, "s", 1, BAR)},
+    }
+    monkeypatch.setattr(bench, "MEASUREMENTS", fakes)
+    assert bench.run(list(fakes), Options(repeats=8), tmp_path) == 1
+    said = capsys.readouterr().out
+    assert "run: dvc repro quantize" in said and "absent is left out: no such thing here" in said
+    found = harness.read(tmp_path / "bench.json")
+    assert {name: one.ratio for name, one in found.items()} == {"first": 4.0, "last": 3.0}
+    page = (tmp_path / "bench.md").read_text()
+    assert "| first | 8 | 2 | 4 |" in page and "theirs is a bar" in page
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+
+
+def test_unknown_name_is_refused_with_the_names_there_are(capsys):
+    from benchmarks import bench
+
+    with pytest.raises(SystemExit):
+        bench.main(["evaluatoin"])
+    assert "no measurement is called evaluatoin; there are evaluation, recovery" in capsys.readouterr().err
