@@ -492,16 +492,6 @@ def _enough_tokens(raw: Any) -> str | None:
     return None
 
 
-def _trials_after_random(raw: Any) -> str | None:
-    search = raw["search"]
-    if search["n_random"] > search["n_trials"] > 0:
-        return (
-            f"search.n_random: {search['n_random']} random trials are more than the {search['n_trials']} of n_trials; "
-            "lower it or raise n_trials"
-        )
-    return None
-
-
 _COMBINATIONS = (
     _needs_samples,
     _micro_batches,
@@ -517,7 +507,6 @@ _COMBINATIONS = (
     _surgeon_refits,
     _warmup_ends,
     _enough_tokens,
-    _trials_after_random,
 )
 
 
