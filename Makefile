@@ -12,7 +12,7 @@ search: setup ## the main job: fetch, prune, quantize, search, build, register, 
 	mlflow run . -e search --env-manager=local --experiment-name qpruner -P n_trials=$(N_TRIALS)
 
 test: setup lint ## lint, types and tests (no network, no GPU)
-	python -m pytest -q
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
 
 lint: setup ## ruff and mypy
 	ruff check pipeline tests benchmarks
