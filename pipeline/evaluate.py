@@ -127,6 +127,11 @@ def run(
     )
 
 
+def seen(loaded: Mapping[str, Any], limit: int) -> int:
+    """Return how many first items of each task to leave out because trials chose by them; 0 if none would be left."""
+    return limit if all(len(task.eval_docs) > limit for task in loaded.values()) else 0
+
+
 def items(count: int, limit: int, skip: int = 0) -> range:
     """Return which of ``count`` items are scored: ``limit`` (0: all) of those after the first ``skip``."""
     return range(skip, min(count, skip + limit) if limit else count)

@@ -58,9 +58,9 @@ def dense(config: Any) -> str | None:
 
 def block_range(config: Any, key: str, span: BlockRange) -> str | None:
     """Refuse a block range outside the model."""
-    last = config.num_hidden_layers - 1
-    if span.first > last or span.last > last or (span.last != -1 and span.last < span.first):
-        return f"prune.{key}: {span.first} to {span.last} is no range within blocks 0 to {last}"
+    layers = config.num_hidden_layers
+    if not span.first <= counted(span, layers) < layers:
+        return f"prune.{key}: {span.first} to {span.last} is no range within blocks 0 to {layers - 1}"
     return None
 
 
@@ -90,8 +90,13 @@ def span_of(prune: Prune, kind: str) -> BlockRange:
 
 
 def inside(block: int, span: BlockRange, layers: int) -> bool:
-    """Return whether a block lies in a range whose ``last`` may be -1."""
-    return span.first <= block <= (layers - 1 if span.last == -1 else span.last)
+    """Return whether a block lies in a range."""
+    return span.first <= block <= counted(span, layers)
+
+
+def counted(span: BlockRange, layers: int) -> int:
+    """Return the last block of a range: -1 is the last block of the model, -2 the one before it."""
+    return span.last if span.last >= 0 else layers + span.last
 
 
 def rank(config: Any, quantize: Quantize) -> str | None:

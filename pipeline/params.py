@@ -86,10 +86,10 @@ class Data(Section):
 
 
 class BlockRange(Section):
-    """Blocks ``first`` to ``last``, both included; -1 is the last block of the model."""
+    """Blocks ``first`` to ``last``, both included; -1 is the last block of the model, -2 the one before it."""
 
     first: int = Field(ge=0)
-    last: int = Field(ge=-1)
+    last: int
 
 
 class Prune(Section):
@@ -165,7 +165,9 @@ class Evaluate(Section):
 
     tasks: tuple[Task, ...] = Field(min_length=1, description="lm-eval's tasks by name, averaged equally.")
     limit: int = Field(ge=0, description="Items of a task in a trial; 0: all.")
-    final_limit: int = Field(ge=0, description="Items of a task for the built model; 0: all.")
+    final_limit: int = Field(
+        ge=0, description="Items of a task for the built model, of those that no trial saw; 0: all."
+    )
     batch_tokens: Positive = Field(description="Tokens of one forward pass.")
 
     @field_validator("tasks", mode="before")
@@ -413,8 +415,8 @@ def _mlp_range(raw: Any) -> str | None:
 
 def _ordered(key: str, raw: Any) -> str | None:
     span = raw["prune"][key]
-    if -1 != span["last"] < span["first"]:
-        return f"prune.{key}: first {span['first']} comes after last {span['last']}; swap them (-1 is the last)"
+    if 0 <= span["last"] < span["first"]:
+        return f"prune.{key}: first {span['first']} comes after last {span['last']}; swap them (-1 is the last block)"
     return None
 
 

@@ -398,21 +398,34 @@ def build(params: Params, run: Run) -> None:
 
 @stage
 def evaluate(params: Params, run: Run) -> None:
-    """Score the built checkpoint itself, with bitsandbytes' modules."""
+    """Score the built checkpoint itself, with bitsandbytes' modules, on items that no trial saw."""
     from pipeline import checkpoint, tasks, trial
     from pipeline import evaluate as stage_
 
     checkpoint.verify(FINAL, "build")
     model = checkpoint.load_final(FINAL, trial.device_of(params).type)
+    loaded = tasks.load(params.evaluate.tasks, BENCHMARKS)
+    skip = stage_.seen(loaded, params.evaluate.limit)
+    if not skip:
+        console.note("evaluate: the trials saw every item of a task, so the built model is scored on the same items")
     scores = stage_.run(
         model,
         checkpoint.load_tokenizer(FINAL),
-        tasks.load(params.evaluate.tasks, BENCHMARKS),
+        loaded,
         params.evaluate.final_limit,
         params.evaluate.batch_tokens,
         lambda found: console.progress(found, "evaluate: batches"),
+        skip,
     )
-    figures = {"accuracy": scores.mean, "accuracy_stderr": scores.mean_stderr, "items": scores.items, **scores.accuracy}
+    run.tags({"held_out": str(skip > 0).lower()})
+    figures = {
+        "accuracy": scores.mean,
+        "accuracy_stderr": scores.mean_stderr,
+        "gold_logprob": scores.gold_logprob,
+        "gold_logprob_stderr": scores.gold_logprob_stderr,
+        "items": scores.items,
+        **scores.accuracy,
+    }
     figures |= {f"{task}_stderr": error for task, error in scores.stderr.items()} | scores.other
     for task in params.evaluate.tasks:
         run.dataset(BENCHMARKS / f"{task}.jsonl", task, "evaluation")

@@ -86,14 +86,26 @@ def model_folder(tmp_path_factory, tokenizer):
     return folder
 
 
+WHOLE = {"first": 0, "last": -1}
+PLAIN_PRUNING = {"importance": "taylor1", "text": "rows", "samples": 32, "max_length": 128, "compensate": False} | {
+    "attention_blocks": WHOLE,
+    "mlp_blocks": WHOLE,
+}
+
+
 @pytest.fixture
 def raw_params(monkeypatch):
-    """The default params as a plain dictionary, free to change; whatever was fetched into the checkout is not there."""
+    """The default params as a plain dictionary, free to change, with pruning that fits a model of four blocks.
+
+    Whatever was fetched into the checkout is not there.
+    """
     import yaml
 
     os.chdir(ROOT)
     monkeypatch.setattr(fits, "BASE", Path("nothing/fetched"))
-    return yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["prune"] |= PLAIN_PRUNING
+    return raw
 
 
 @pytest.fixture

@@ -378,3 +378,10 @@ def test_error_of_the_mean_gold_logprob_joins_those_of_the_tasks(model, tokenize
 @pytest.mark.parametrize("values, expected", [([-1.0], 0.0), ([-1.0, -3.0], 1.0), ([1.0, 2.0, 3.0, 4.0], 5 / 12)])
 def test_squared_error_of_a_mean_by_hand(values, expected):
     assert evaluate.squared_error(values) == pytest.approx(expected)
+
+
+def test_items_that_trials_saw_are_left_out_unless_none_would_be_left(loaded):
+    fewest = min(len(task.eval_docs) for task in loaded.values())
+    assert evaluate.seen(loaded, fewest - 1) == fewest - 1
+    assert evaluate.seen(loaded, fewest) == 0
+    assert evaluate.seen(loaded, 0) == 0
