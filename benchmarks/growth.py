@@ -160,7 +160,7 @@ def trials(context: Context, repeats: int) -> list[Series]:
     head = "head and embeddings, the same in all, are not counted"
     return [
         Series("trial", f"parameters of the linears ({head})", tuple(found)),
-        Series("trial without recovery", "items", tuple(items)),
+        Series("trial without training", "items", tuple(items)),
         Series("trial", "tokens trained on", tuple(tokens)),
     ]
 
