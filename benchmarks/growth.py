@@ -150,7 +150,7 @@ def trials(context: Context, repeats: int) -> list[Series]:
     found: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for hidden, layers in MODELS:
-            made, parameters = random_context(context, hidden, layers, Path(scratch) / f"{hidden}")
+            made, parameters = random_context(context, hidden, layers, Path(scratch) / f"{hidden}x{layers}")
             found.append((parameters, trial_seconds(made, SMALL, SMALL, repeats)))
             if (hidden, layers) == MODELS[0]:
                 small = made
@@ -160,7 +160,7 @@ def trials(context: Context, repeats: int) -> list[Series]:
     head = "head and embeddings, the same in all, are not counted"
     return [
         Series("trial", f"parameters of the linears ({head})", tuple(found)),
-        Series("trial without recovery", "items", tuple(items)),
+        Series("trial without training", "items", tuple(items)),
         Series("trial", "tokens trained on", tuple(tokens)),
     ]
 

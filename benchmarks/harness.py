@@ -28,7 +28,7 @@ class Figure:
         theirs: The other side's, or what ours is held against.
         ratio: ours / theirs if more is better, theirs / ours if less is; None where the divisor is zero.
         unit: Of both figures, and which way is better.
-        n: Repeats of each side.
+        n: Repeats of each side; for a share of items, the items.
         against: What ``theirs`` is: ``measured``, ``a bar`` (to be met) or ``a limit`` (nobody passes it).
     """
 
@@ -126,8 +126,11 @@ def _picture(figures: Mapping[str, Figure], path: Path) -> None:
     for kind, color in colors.items():
         group = {name: one for name, one in figures.items() if one.against == kind}
         if group:
-            bars = axes.barh(list(group), [one.ratio for one in group.values()], color=color, label=f"theirs: {kind}")
-            axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
+            ratios = [one.ratio or 1 for one in group.values()]
+            widths = [ratio - 1 for ratio in ratios]
+            axes.barh(list(group), widths, left=1, color=color, label=f"theirs: {kind}")
+            for name, ratio in zip(group, ratios, strict=True):
+                axes.annotate(f"{ratio:.3g}", (max(ratio, 1), name), (3, 0), textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
     axes.axvline(1, color="black", lw=0.8)
     axes.set_xlabel("ratio (above 1: ours is better)")

@@ -10,7 +10,7 @@ import torch
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from pipeline import alpaca, checkpoint, quantize, trial
 from pipeline.alpaca import IGNORED, Example
@@ -130,5 +130,6 @@ def recover(context: Context, model: PeftModel, rows: Sequence[Example], padded:
             eval_dataset=list(context.validation),
             data_collator=_Collator(padding, settings.max_length if padded else None),
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         trainer.evaluate()

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.cluster import MiniBatchKMeans
 from torch.nn import functional as F
 
 from pipeline import architecture
@@ -98,6 +97,8 @@ def mutual_information(model: Any, calibration: Sequence[Batch], settings: Impor
         predictions.append(model.lm_head(last[real]).argmax(-1))
         for block, value in enumerate(found):
             outputs[block].append(value[real].float())
+    from sklearn.cluster import MiniBatchKMeans  # seconds to import, and the search only reads what this wrote
+
     outcome = common_outcomes(torch.cat(predictions).numpy(), settings.outcomes)
     result = []
     for block in progress(range(len(outputs)), "mutual information: codes"):

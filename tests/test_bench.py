@@ -102,3 +102,32 @@ def test_unknown_name_is_refused_with_the_names_there_are(capsys):
     with pytest.raises(SystemExit):
         bench.main(["evaluatoin"])
     assert "no measurement is called evaluatoin; there are evaluation, recovery" in capsys.readouterr().err
+
+
+def test_exponent_is_the_slope_on_logarithmic_axes():
+    from benchmarks.growth import Series
+
+    assert Series("trial", "items", ((1, 3.0), (2, 12.0), (4, 48.0))).exponent == pytest.approx(2.0)
+    assert Series("trial", "items", ((10, 5.0), (1000, 5.0))).exponent == pytest.approx(0.0)
+
+
+def test_search_on_paper_is_the_sum_of_its_phases_by_hand():
+    from benchmarks.growth import Assumptions, on_paper
+
+    assumed = Assumptions(
+        parameters=1e9,
+        layers=32,
+        trials=10,
+        steps=5,
+        batch_size=4,
+        items=50,
+        flops=1e12,
+        training_share=0.5,
+        inference_share=0.25,
+        bytes_per_second=1e9,
+    )
+    found = on_paper(assumed, row_tokens=100.0, item_tokens=20.0, suggestion=0.5)
+    assert found["recovery"] == pytest.approx(10 * (5 * 4 * 100) * 4e9 / 0.5e12)  # 160 s
+    assert found["evaluation"] == pytest.approx(10 * (50 * 20) * 2e9 / 0.25e12)  # 80 s
+    assert found["assembly"] == pytest.approx(5.0) and found["suggestion"] == pytest.approx(5.0)
+    assert found["whole search"] == pytest.approx(160 + 80 + 5 + 5)
