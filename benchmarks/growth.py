@@ -157,9 +157,8 @@ def trials(context: Context, repeats: int) -> list[Series]:
         total = len(small.tasks)
         items = [(limit * total, trial_seconds(small, 0, limit, repeats)) for limit in ITEMS]
         tokens = [(tokens_of(small, steps), trial_seconds(small, steps, SMALL, repeats)) for steps in STEPS]
-    head = "head and embeddings, the same in all, are not counted"
     return [
-        Series("trial", f"parameters of the linears ({head})", tuple(found)),
+        Series("trial", "parameters of the linears (head and embeddings not counted)", tuple(found)),
         Series("trial without training", "items", tuple(items)),
         Series("trial", "tokens trained on", tuple(tokens)),
     ]
