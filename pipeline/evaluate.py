@@ -19,6 +19,7 @@ from lm_eval.api.model import TemplateLM
 from torch.nn import functional as F
 
 from pipeline import tasks
+from pipeline.memory import LOSS_CHUNK
 
 _PREFIX, _PADDING = -1, -2  # branch numbers of tokens that belong to no branch
 
@@ -252,14 +253,14 @@ def score(model: Any, requests: Sequence[Request], batch: Sequence[Tree]) -> Ite
             offset += len(own)
     device = model.device
     mask = None if batch[0].plain else tree_mask(branches)[:, None].to(device)
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal.model(
-        input_ids=tokens.to(device), attention_mask=mask, position_ids=positions.to(device), use_cache=False
-    ).last_hidden_state
-    logits = causal.lm_head(hidden[torch.tensor(rows), torch.tensor(columns)]).float()
-    wanted = torch.tensor(targets, device=device)
-    values = -F.cross_entropy(logits, wanted, reduction="none")
-    greedy = logits.argmax(-1) == wanted
+    values, greedy = choose(
+        model,
+        tokens.to(device),
+        positions.to(device),
+        mask,
+        (torch.tensor(rows), torch.tensor(columns)),
+        torch.tensor(targets, device=device),
+    )
     totals: dict[int, list[Any]] = {}
     for owner, value, best in zip(owners, values.tolist(), greedy.tolist(), strict=True):
         total = totals.setdefault(owner, [0.0, True])
@@ -267,6 +268,38 @@ def score(model: Any, requests: Sequence[Request], batch: Sequence[Tree]) -> Ite
         total[1] = total[1] and best
     for owner, (value, best) in totals.items():
         yield owner, (value, best)
+
+
+def choose(
+    model: Any,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    mask: torch.Tensor | None,
+    where: tuple[torch.Tensor, torch.Tensor],
+    wanted: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-likelihoods of tokens and whether each is the greedy choice; ``memory`` traces it without data.
+
+    The logits of ``LOSS_CHUNK`` positions exist at once: of all of them they would take more than the model.
+
+    Args:
+        model: A causal language model, or one wrapped by PEFT.
+        tokens: Token ids, [B, L].
+        positions: Position ids, [B, L].
+        mask: Which earlier tokens each token sees, [B, 1, L, L]; None: all of them.
+        where: Row and column of each position that predicts, [n] each.
+        wanted: The token that follows each, [n].
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = causal.model(
+        input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state[where]
+    values, greedy = [], []
+    for part, tokens_ in zip(hidden.split(LOSS_CHUNK), wanted.split(LOSS_CHUNK), strict=True):
+        logits = causal.lm_head(part).float()
+        values.append(-F.cross_entropy(logits, tokens_, reduction="none"))
+        greedy.append(logits.argmax(-1) == tokens_)
+    return torch.cat(values), torch.cat(greedy)
 
 
 def tree_mask(branches: torch.Tensor) -> torch.Tensor:

@@ -121,11 +121,23 @@ def response_loss(model: Any, part: Batch) -> tuple[torch.Tensor, int]:
         model: A causal language model, plain or wrapped by PEFT, with a frozen head.
         part: Tokens and labels, on the model's device.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal.model(input_ids=part.tokens, use_cache=False).last_hidden_state[:, :-1]
     labels = part.labels[:, 1:]
     chosen = labels != IGNORED
-    return _ChunkedLoss.apply(hidden[chosen], causal.lm_head.weight, labels[chosen]), int(chosen.sum())
+    return loss_at(model, part.tokens, chosen, labels[chosen]), int(chosen.sum())
+
+
+def loss_at(model: Any, tokens: torch.Tensor, where: Any, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the next-token losses at some positions; ``memory`` traces it on tensors without data.
+
+    Args:
+        model: As for ``response_loss``.
+        tokens: Token ids, [B, L].
+        where: What picks the positions out of [B, L - 1]: a boolean mask, or n rows and n columns.
+        wanted: The token after each of them, [n].
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = causal.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+    return _ChunkedLoss.apply(hidden[where], causal.lm_head.weight, wanted)
 
 
 def run(
