@@ -229,13 +229,12 @@ def score(model: Any, requests: Sequence[Request], batch: Sequence[Tree]) -> Ite
     """Yield (request, (log-likelihood of its continuation, whether it is the greedy choice)) for a batch of trees."""
     length = batch[0].size
     tokens = torch.zeros(len(batch), length, dtype=torch.long)
-    positions = torch.zeros(len(batch), length, dtype=torch.long)
+    positions = torch.arange(length).repeat(len(batch), 1)  # of padding too: a jump would look like packed sequences
     branches = torch.full((len(batch), length), _PADDING, dtype=torch.long)
     rows, columns, targets, owners = [], [], [], []
     for row, tree in enumerate(batch):
         first = requests[tree.requests[0]].tokens
         tokens[row, : tree.prefix] = torch.tensor(first[: tree.prefix])
-        positions[row, : tree.prefix] = torch.arange(tree.prefix)
         branches[row, : tree.prefix] = _PREFIX
         offset = tree.prefix
         for number, index in enumerate(tree.requests):
@@ -252,7 +251,7 @@ def score(model: Any, requests: Sequence[Request], batch: Sequence[Tree]) -> Ite
                 owners.append(index)
             offset += len(own)
     device = model.device
-    mask = None if batch[0].plain else tree_mask(branches)[:, None].to(device)
+    mask = None if batch[0].plain else additive(tree_mask(branches), model.dtype)[:, None].to(device)
     values, greedy = choose(
         model,
         tokens.to(device),
@@ -286,7 +285,7 @@ def choose(
         model: A causal language model, or one wrapped by PEFT.
         tokens: Token ids, [B, L].
         positions: Position ids, [B, L].
-        mask: Which earlier tokens each token sees, [B, 1, L, L]; None: all of them.
+        mask: What is added to the attention scores, [B, 1, L, L]; None: causal attention.
         where: Row and column of each position that predicts, [n] each.
         wanted: The token that follows each, [n].
     """
@@ -315,3 +314,11 @@ def tree_mask(branches: torch.Tensor) -> torch.Tensor:
     earlier = torch.ones(length, length, dtype=torch.bool).tril()
     same = branches[:, :, None] == branches[:, None, :]
     return earlier & (same | (branches[:, None, :] == _PREFIX))
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a boolean mask as what is added to attention scores: 0, or minus infinity where nothing is seen.
+
+    Plain (eager) attention adds whatever it is given, and would add a boolean as 0 and 1.
+    """
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
