@@ -298,6 +298,7 @@ def choose(
         logits = causal.lm_head(part).float()
         values.append(-F.cross_entropy(logits, tokens_, reduction="none"))
         greedy.append(logits.argmax(-1) == tokens_)
+        del logits  # else they live until the next chunk's exist
     return torch.cat(values), torch.cat(greedy)
 
 

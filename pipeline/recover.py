@@ -62,6 +62,13 @@ class ByteDropout(torch.nn.Module):
         return x * (kept.to(x.dtype) * (256 / (256 - self.threshold)))
 
 
+def use_byte_dropout(model: torch.nn.Module, p: float) -> None:
+    """Replace the adapters' dropout by ``ByteDropout``; changes the model."""
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = ByteDropout(p)
+
+
 class _Masters:
     """32-bit copies of low-precision parameters for the optimizer; without them small updates round to nothing."""
 
@@ -105,6 +112,7 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = logits.softmax(-1)
             logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
             gradient[here] = logits.to(hidden.dtype) @ head
+            del logits  # else they live until the next chunk's exist
         ctx.save_for_backward(gradient)
         return total
 
