@@ -198,6 +198,7 @@ def run(
                 value, _ = response_loss(model, Batch(part.tokens.to(device), part.labels.to(device)))
                 (value / count).backward()
                 total += value.item() / count
+                del value  # its graph holds the inputs of 8-bit linears, also after the backward pass
             if not math.isfinite(total):
                 raise RecoverError(
                     f"loss is {total} at step {step}; lower recover.learning_rate ({settings.learning_rate})"

@@ -155,7 +155,8 @@ class Machine:
     Attributes:
         kernels: Operations that are taken apart.
         fused: Whether dropout and attention are CUDA's.
-        fp32_adapters: Whether adapters are 32-bit; else they are 16-bit with 32-bit copies for the optimizer.
+        fp32_adapters: Whether adapters are 32-bit; else only those of 8-bit linears are (PEFT gives adapters the type that
+            a linear computes in, which an 8-bit one does not tell), and the others have 32-bit copies for the optimizer.
         byte_dropout: Whether dropout is ``recover.ByteDropout``.
         attention: Name of the attention in transformers.
         paged: Whether large optimizer states lie outside PyTorch's allocator.
@@ -211,9 +212,9 @@ def model_of(config: Any, bits_of: Mapping[str, int], setting: Setting, machine:
         )
         adapted = get_peft_model(model, adapters)
     if not machine.fp32_adapters:
-        for parameter in adapted.parameters():  # PEFT leaves the dtype of adapters on `meta` as it is
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(machine.dtype)
+        for module in adapted.modules():
+            if hasattr(module, "lora_A") and not isinstance(module.get_base_layer(), bitsandbytes.nn.Linear8bitLt):
+                module.lora_A.to(machine.dtype), module.lora_B.to(machine.dtype)  # PEFT does not, on `meta`
     if machine.byte_dropout:
         recover.use_byte_dropout(adapted, setting.dropout)
     if setting.gradient_checkpointing:
@@ -315,7 +316,7 @@ def inference(model: Any, setting: Setting, machine: Machine = CUDA) -> tuple[in
     weights = ledger.live
     rows, length = setting.inference_rows, setting.inference_tokens // setting.inference_rows
     positions = rows * (length - 1)
-    with machine.running(), ledger, torch.inference_mode():
+    with machine.running(), ledger, torch.no_grad():  # inference mode would hide what functions are made of
         mask = torch.empty(rows, 1, length, length, dtype=machine.dtype, device=META)
         where = _ids(positions), _ids(positions)
         evaluate.choose(model, _ids(rows, length), _ids(rows, length), mask, where, _ids(positions))
