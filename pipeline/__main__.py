@@ -25,8 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     for name in PAPER:
         commands.add_parser(name, help=f"run the paper's {name}; `dvc repro fetch` must have run")
     entry = commands.add_parser("run", help="run an entry point and all that is upstream of it")
-    entry.add_argument("entry", choices=STAGES + PAPER)
+    entry.add_argument("entry", choices=(*STAGES, *PAPER, "plan"))
     entry.add_argument("--n-trials", default="params.yaml")
+    entry.add_argument("--config", default="params.yaml", help="plan: params.yaml, a preset, a folder or a config.json")
+    entry.add_argument("--memory-gib", default="24", help="plan: what must hold the peak")
     commands.add_parser("check", help="check params.yaml")
     asked = parser.parse_args(arguments)
     _quiet_environment()
@@ -39,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         if asked.command == "run":
             from pipeline import project
 
+            if asked.entry == "plan":
+                return project.plan(asked.config, asked.memory_gib)
             return project.run(asked.entry, asked.n_trials)
         return _stage(asked.command, load())
     except ParamsError as error:

@@ -81,6 +81,11 @@ def encode(rows: Sequence[dict[str, str]], tokenizer: Any, max_length: int) -> l
     return examples
 
 
+def padded(length: int) -> int:
+    """Return the length that rows of at most this length are padded to."""
+    return -(-length // ROUND) * ROUND
+
+
 def batch(examples: Sequence[Example], padding: int, whole: bool) -> Batch:
     """Pad examples into one batch.
 
@@ -89,7 +94,7 @@ def batch(examples: Sequence[Example], padding: int, whole: bool) -> Batch:
         padding: Token id for the padded positions.
         whole: Predict every token but the first; else the response only.
     """
-    length = -(-max(len(example.tokens) for example in examples) // ROUND) * ROUND
+    length = padded(max(len(example.tokens) for example in examples))
     tokens = torch.full((len(examples), length), padding, dtype=torch.long)
     labels = torch.full((len(examples), length), IGNORED, dtype=torch.long)
     for row, example in enumerate(examples):

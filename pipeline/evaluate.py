@@ -8,6 +8,7 @@ attention mask keeps them apart. Only positions that predict a scored token reac
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
@@ -18,8 +19,8 @@ from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
 
 from pipeline import definitions
+from pipeline.memory import LOSS_CHUNK
 
-HEAD_CHUNK = 128  # positions whose logits exist at once
 ROW = 256  # tokens of a row that trees are packed into
 _PREFIX, _PADDING = -1, -2  # branch of a prefix; tree of what fills a row up
 
@@ -301,18 +302,16 @@ def score(
                 end += len(own)
             begin += tree.size
     device = model.device
-    of, at, targets = torch.tensor(wanted, device=device).unbind(1)
+    wanted.sort(key=lambda one: one[1])  # by position, so that chunks of positions are chunks of this list
     values, greedy = choose(
         model,
         tokens.to(device),
         positions.to(device),
         additive(tree_mask(owners, branches), model.dtype).to(device),
-        torch.tensor(list(places), device=device),
-        at,
-        targets,
+        list(chunks(list(places), wanted, device)),
     )
     totals: dict[int, list[Any]] = {}
-    for index, value, best in zip(of.tolist(), values.tolist(), greedy.tolist(), strict=True):
+    for index, value, best in zip((one[0] for one in wanted), values.tolist(), greedy.tolist(), strict=True):
         total = totals.setdefault(index, [0.0, True])
         total[0] += value
         total[1] = total[1] and best
@@ -320,39 +319,60 @@ def score(
         yield index, (value, best)
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Positions whose logits exist at once, and the tokens they should predict.
+
+    Attributes:
+        rows: Row of each position, [m].
+        columns: Its column, [m].
+        at: Which of the positions predicts each token, [n].
+        targets: The tokens, [n].
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    at: torch.Tensor
+    targets: torch.Tensor
+
+
+def chunks(
+    places: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int, int]], device: torch.device
+) -> Iterator[Chunk]:
+    """Cut positions and the tokens wanted of them, in the order of the positions, into chunks of ``LOSS_CHUNK``."""
+    begin = 0
+    for start in range(0, len(places), LOSS_CHUNK):
+        end = bisect_left(wanted, start + LOSS_CHUNK, lo=begin, key=lambda one: one[1])
+        rows, columns = torch.tensor(places[start : start + LOSS_CHUNK], device=device).unbind(1)
+        _, at, targets = torch.tensor(wanted[begin:end], device=device).unbind(1)
+        yield Chunk(rows, columns, at - start, targets)
+        begin = end
+
+
 def choose(
-    model: Any,
-    tokens: torch.Tensor,
-    positions: torch.Tensor,
-    mask: torch.Tensor,
-    places: torch.Tensor,
-    at: torch.Tensor,
-    targets: torch.Tensor,
+    model: Any, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, parts: Sequence[Chunk]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the log-likelihoods of tokens and whether each is the greedy choice, [n] each.
+    """Return the log-likelihoods of tokens and whether each is the greedy choice; ``memory`` traces it without data.
 
     Args:
         model: A causal language model, or one wrapped by PEFT.
         tokens: Token ids, [B, L].
         positions: Position ids, [B, L].
         mask: What is added to the attention scores, [B, 1, L, L].
-        places: Row and column of each position that predicts, [m, 2].
-        at: Which of these positions predicts each token, [n].
-        targets: The tokens, [n].
+        parts: What is wanted. All logits at once would take more than the model, and leave the cache.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = causal.model(
         input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
-    ).last_hidden_state[places[:, 0], places[:, 1]]
-    values = torch.empty(len(at), device=tokens.device)
-    greedy = torch.empty(len(at), dtype=torch.bool, device=tokens.device)
-    for start in range(0, len(places), HEAD_CHUNK):  # a chunk's logits stay in the cache, all of them would not
-        logits = causal.lm_head(hidden[start : start + HEAD_CHUNK]).float()
-        here = (at >= start) & (at < start + HEAD_CHUNK)
-        own = logits[at[here] - start, targets[here]]
-        values[here] = own - logits.logsumexp(-1)[at[here] - start]
-        greedy[here] = own == logits.amax(-1)[at[here] - start]
-    return values, greedy
+    ).last_hidden_state
+    values, greedy = [], []
+    for part in parts:
+        logits = causal.lm_head(hidden[part.rows, part.columns]).float()
+        own = logits[part.at, part.targets]
+        values.append(own - logits.logsumexp(-1)[part.at])
+        greedy.append(own == logits.amax(-1)[part.at])
+        del logits  # else they live until the next chunk's exist
+    return torch.cat(values), torch.cat(greedy)
 
 
 def tree_mask(owners: torch.Tensor, branches: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,15 @@
 """Peak memory of training and inference: measured on CUDA, predicted from shapes elsewhere.
 
-The prediction counts what PyTorch's allocator holds at the peak of a training step of ``recover`` on CUDA: weights,
-adapters with their gradients and optimizer states, the activations that backward needs, and the chunked loss. It is
-exactly linear in the bits. It leaves out the CUDA context, cuBLAS workspaces and fragmentation.
+The prediction is the peak of the bytes that PyTorch's allocator is asked for in one step of ``recover`` and in one
+forward pass of ``evaluate`` on CUDA, from a trace of the real modules without data (``traced``). It takes rows to be
+full and every position to be labelled. Left out, and needed on a real GPU: the CUDA context, cuBLAS workspaces, the
+allocator's rounding (to 512 bytes, and up to 1 MiB for large tensors) and fragmentation. Optimizer states that
+bitsandbytes pages are in managed memory, which the allocator does not count. No GPU has confirmed the figures.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,7 +21,7 @@ from pipeline.architecture import ATTENTION, LINEARS, MLP, BlockShape
 from pipeline.quantize import stored_bytes
 
 GIB = 2**30
-LOSS_CHUNK = 256  # positions whose logits exist at once (``recover``)
+LOSS_CHUNK = 256  # positions whose logits exist at once (``recover``, ``evaluate``)
 T = TypeVar("T")
 
 
@@ -28,15 +31,25 @@ class Setting:
 
     Attributes:
         tokens: Tokens of a training micro-batch, padding included.
-        r: LoRA rank; 0: no adapters.
+        r: LoRA rank.
         double_quant: Whether 4-bit scales are quantized.
         inference_tokens: Tokens of an inference batch.
+        rows: Rows of a training micro-batch.
+        inference_rows: Rows of an inference batch.
+        dropout: Of the adapters; with 0 no masks are kept.
+        accumulate: Whether a batch has several micro-batches, so that gradients live through the forward pass.
+        gradient_checkpointing: Whether a block's activations are computed again in the backward pass.
     """
 
     tokens: int
     r: int
     double_quant: bool
     inference_tokens: int
+    rows: int = 1
+    inference_rows: int = 1
+    dropout: float = 0.05
+    accumulate: bool = True
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,53 +64,88 @@ class Peak:
 def predict(config: Any, bits_of: Mapping[str, int], setting: Setting) -> Peak:
     """Predict peak memory on CUDA from shapes alone.
 
-    With H the hidden size, A and K the widths of queries and keys, F the channels, h the heads, V the vocabulary and T
-    the tokens, a block keeps T (33 H + 9 A + 4 K + 11 F + 28 r + 4 h + 8) bytes for backward (bf16 activations, fp32
-    adapters with dropout, memory-efficient attention, no padding) and an 8-bit block T (4 H + 2 F) more for its int8
-    inputs. Checked against the allocations of real training steps to 0.011 %.
+    Training peaks while the loss or the last block is computed, when all that earlier blocks keep is alive. So one
+    trace, with the earlier blocks at 4 bits, serves all bit vectors that agree in the last block; each earlier block
+    adds what its own bits add (``_added``). Inference peaks in the widest block or at the logits; each kind of block
+    is traced apart. Both equal a trace of the whole to the byte, unless the last block is far smaller than others. The
+    first call for a model takes seconds, later ones milliseconds.
 
     Args:
         config: The model's config, pruned or not.
         bits_of: Bits of each linear: 4, 8 or 16.
         setting: Batch and adapter sizes.
     """
-    hidden, vocabulary = config.hidden_size, config.vocab_size
-    tokens, r = setting.tokens, setting.r
-    weights = dense_bytes(config)
-    adapters = activations = widest = 0
-    for index, shape in enumerate(architecture.shapes(config)):
-        for name in LINEARS:
-            outputs, inputs = architecture.linear_shape(config, shape, name)
-            bits = bits_of[architecture.linear_name(index, name)]
-            weights += stored_bytes(outputs, inputs, bits, setting.double_quant)
-            adapters += r * (outputs + inputs)
-            activations += tokens * _int8_inputs(name, hidden, shape) if bits == 8 else 0
-        queries, keys = shape.heads * architecture.head_dim(config), shape.kv_heads * architecture.head_dim(config)
-        activations += tokens * (
-            33 * hidden + 9 * queries + 4 * keys + 11 * shape.channels + 28 * r + 4 * shape.heads + 8
-        )
-        widest = max(widest, 6 * shape.channels, 4 * queries + 4 * keys)
-    chunk = min(LOSS_CHUNK, tokens)
-    loss = 12 * chunk * vocabulary + 4 * tokens * hidden
-    training = weights + 16 * adapters + activations + loss
-    inference = weights + 4 * adapters + setting.inference_tokens * (8 * hidden + widest) + 8 * chunk * vocabulary
-    return Peak(training, inference, "predicted")
+    shapes = architecture.shapes(config)
+    bits = [tuple(bits_of[architecture.linear_name(index, name)] for name in LINEARS) for index in range(len(shapes))]
+    fours = (4,) * len(LINEARS)
+    model = config.to_json_string(use_diff=False)
+    weights, training = _traced(config, model, (*[fours] * (len(shapes) - 1), bits[-1]), setting, "training")
+    widest = 0
+    for index, (shape, own) in enumerate(zip(shapes, bits, strict=True)):
+        if index < len(shapes) - 1:
+            stored, kept = _added(config, index, shape, own, setting)
+            weights += stored
+            training += stored + kept
+        alone = (shape.heads, shape.kv_heads, shape.channels)
+        block_weights, block_peak = _traced(_twice(config, index), (model, alone), (own, own), setting, "inference")
+        widest = max(widest, block_peak - block_weights)
+    return Peak(training, weights + widest, "predicted")
 
 
-def _int8_inputs(name: str, hidden: int, shape: BlockShape) -> int:
-    """Bytes a token that bitsandbytes keeps more for an 8-bit linear than for a 4-bit one.
+def _added(config: Any, block: int, shape: BlockShape, bits: tuple[int, ...], setting: Setting) -> tuple[int, int]:
+    """Return the bytes by which a block stores and keeps for backward more than at 4 bits.
 
-    Known for whole blocks: 4 H + 2 F. The 4 H are shared out evenly among the linears other than down_proj.
+    An 8-bit linear keeps its 16-bit input. Linears that read the same one share it; o_proj's is kept by the attention
+    anyway, and what block 0's attention reads needs no gradient.
     """
-    if name == MLP[2]:
-        return 2 * shape.channels
-    share = 4 * hidden // 6
-    return 4 * hidden - 5 * share if name == ATTENTION[0] else share
+    width = dict(zip(LINEARS, bits, strict=True))
+    stored = 0
+    for name in LINEARS:
+        size = architecture.linear_shape(config, shape, name)
+        stored += _held(size, width[name], setting) - _held(size, 4, setting)
+    tokens = setting.tokens // setting.rows * setting.rows
+    read = {ATTENTION[:3]: config.hidden_size if block else 0, MLP[:2]: config.hidden_size, MLP[2:]: shape.channels}
+    kept = sum(2 * tokens * size for names, size in read.items() if any(width[name] == 8 for name in names))
+    return stored, kept
 
 
 def dense_bytes(config: Any) -> int:
     """Return the bytes of what is never quantized, in 16 bits: embeddings, norms, biases, the head unless tied."""
     return 2 * architecture.dense_parameters(config)
+
+
+def _held(size: tuple[int, int], bits: int, setting: Setting) -> int:
+    offset = 4 if bits == 4 and setting.double_quant else 0  # a checkpoint has it among the settings
+    return stored_bytes(*size, bits, setting.double_quant) + offset
+
+
+def _twice(config: Any, index: int) -> Any:
+    """Return the config of a model that has one of the blocks, twice: only in a first one is the input all there is."""
+    own = copy.deepcopy(config)
+    own.num_hidden_layers = 2
+    for per_block in ("layer_types", "block_shapes"):
+        if getattr(own, per_block, None):
+            setattr(own, per_block, getattr(own, per_block)[index : index + 1] * 2)
+    return own
+
+
+_traces: dict[Any, tuple[int, int]] = {}
+
+
+def _traced(config: Any, model: Any, bits: tuple[tuple[int, ...], ...], setting: Setting, step: str) -> tuple[int, int]:
+    """Return (bytes of the model alone, peak) of a traced step; each is traced once a process."""
+    key = (model, bits, setting, step)
+    if key not in _traces:
+        from pipeline import traced  # transformers, peft and lm-eval take seconds to import
+
+        names = {
+            architecture.linear_name(index, name): width
+            for index, block in enumerate(bits)
+            for name, width in zip(LINEARS, block, strict=True)
+        }
+        run = traced.training if step == "training" else traced.inference
+        _traces[key] = run(traced.model_of(config, names, setting), setting)
+    return _traces[key]
 
 
 def measured(work: Callable[[], T], device: torch.device) -> tuple[T, int | None]:

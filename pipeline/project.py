@@ -65,6 +65,26 @@ def run(entry: str, n_trials: str = "params.yaml") -> int:
     return status
 
 
+def plan(config: str, memory_gib: str) -> int:
+    """Run entry point ``plan``, which needs no stage and no lock; return the exit status.
+
+    Args:
+        config: As for ``plan.asked``.
+        memory_gib: The memory to fit.
+
+    Raises:
+        ParamsError: An argument or ``params.yaml`` has faults.
+    """
+    from pipeline import plan as plan_
+    from pipeline import stages
+
+    asked = plan_.asked(config, memory_gib)
+    tracking.on_termination_interrupt()
+    tracking.adopt_project_run()
+    stages.show_plan(asked)
+    return 0
+
+
 def _finished() -> int:
     from pipeline.stages import REPORTS
 

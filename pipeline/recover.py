@@ -71,6 +71,13 @@ class ByteDropout(torch.nn.Module):
         return x * (kept.to(x.dtype) * (256 / (256 - self.threshold)))
 
 
+def use_byte_dropout(model: torch.nn.Module, p: float) -> None:
+    """Replace the adapters' dropout by ``ByteDropout``; changes the model."""
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = ByteDropout(p)
+
+
 class _Masters:
     """32-bit copies of low-precision parameters for the optimizer; without them small updates round to nothing."""
 
@@ -135,11 +142,23 @@ def response_loss(model: Any, part: Batch) -> tuple[torch.Tensor, int]:
         model: A causal language model, plain or wrapped by PEFT.
         part: Tokens and labels, on the model's device.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal.model(input_ids=part.tokens, use_cache=False).last_hidden_state[:, :-1]
     labels = part.labels[:, 1:]
     chosen = labels != IGNORED
-    return _ChunkedLoss.apply(hidden[chosen], causal.lm_head.weight, labels[chosen]), int(chosen.sum())
+    return loss_at(model, part.tokens, chosen, labels[chosen]), int(chosen.sum())
+
+
+def loss_at(model: Any, tokens: torch.Tensor, where: Any, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the next-token losses at some positions; ``memory`` traces it on tensors without data.
+
+    Args:
+        model: As for ``response_loss``.
+        tokens: Token ids, [B, L].
+        where: What picks the positions out of [B, L - 1]: a boolean mask, or n rows and n columns.
+        wanted: The token after each of them, [n].
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = causal.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+    return _ChunkedLoss.apply(hidden[where], causal.lm_head.weight, wanted)
 
 
 def run(
@@ -259,6 +278,7 @@ class _Training:
             value, _ = response_loss(self.model, Batch(part.tokens.to(device), part.labels.to(device)))
             (value / count).backward()
             total += value.item() / count
+            del value  # its graph holds the inputs of 8-bit linears, also after the backward pass
         if not math.isfinite(total):
             raise RecoverError(
                 f"loss is {total} at step {self.step}; lower recover.learning_rate ({self.settings.learning_rate})"

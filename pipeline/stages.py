@@ -516,6 +516,30 @@ def show_front(params: Params) -> None:
     console.note(f"One page with tables and pictures: {REPORTS / 'report.html'}")
 
 
+def show_plan(asked: Any) -> None:
+    """Print which ratios and bits fit the memory that was asked for; keep tables and picture, tracked as a run."""
+    from pipeline import plan as stage_
+
+    setting = stage_.setting_of(asked.params)
+    shown = {"config": asked.name, "memory_gib": asked.budget_gib, **asdict(setting)}
+    with tracking.stage("plan", shown) as run:
+        found = stage_.table(asked.config, setting, asked.budget_gib)
+        sections = [(f"Peak of {step}, GiB", stage_.summary(found, step)) for step in ("training", "inference")]
+        paper = stage_.beside_paper(asked)
+        if paper is not None:
+            sections.append(("The paper's measured memory of training, GB = 1e9 bytes", paper))
+        for title, (columns, rows) in sections:
+            console.table(title, columns, rows)
+        for fact in stage_.facts(asked):
+            console.note(fact)
+        written = stage_.write(asked, found, sections, REPORTS)
+        for path in written:
+            run.artifact(path)
+        fitting = found[found["training_fits"]]
+        run.metrics({"fitting": len(fitting), "smallest_training_gib": float(found["training_gib"].min())})
+    console.note(f"Written: {', '.join(map(str, written))}")
+
+
 def _figures(run: Run, name: str, figures: Mapping[str, float]) -> None:
     """Keep a stage's figures as its DVC metrics and its MLflow metrics."""
     from pipeline import checkpoint

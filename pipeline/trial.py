@@ -54,13 +54,7 @@ class Context:
     @property
     def memory_setting(self) -> memory.Setting:
         """Return the batch and adapter sizes that peak memory depends on."""
-        settings = self.params.recover
-        return memory.Setting(
-            tokens=settings.micro_batch_size * settings.max_length,
-            r=self.bank.settings.r,
-            double_quant=self.bank.settings.double_quant,
-            inference_tokens=self.params.evaluate.batch_tokens,
-        )
+        return memory_setting(self.params, self.bank.settings)
 
     def bits_of(self, bits: Sequence[int]) -> dict[str, int]:
         """Return each linear's bits."""
@@ -139,6 +133,28 @@ class Result:
         """Return the result that ``as_json`` was made from."""
         pairs = {task: (float(pair[0]), float(pair[1])) for task, pair in values["tasks"].items()}
         return Result(**{**values, "tasks": pairs})
+
+
+def memory_setting(params: Params, bank: Any) -> memory.Setting:
+    """Return the batch and adapter sizes that peak memory depends on.
+
+    Args:
+        params: Sections ``recover`` and ``evaluate`` are read.
+        bank: Section ``quantize`` that the adapters come from.
+    """
+    settings = params.recover
+    length = alpaca.padded(settings.max_length)
+    rows = max(1, params.evaluate.batch_tokens // evaluate.ROW)
+    return memory.Setting(
+        tokens=settings.micro_batch_size * length,
+        r=bank.r,
+        double_quant=bank.double_quant,
+        inference_tokens=rows * evaluate.ROW,
+        rows=settings.micro_batch_size,
+        inference_rows=rows,
+        dropout=settings.dropout,
+        accumulate=settings.batch_size > settings.micro_batch_size,
+    )
 
 
 def load(params: Params, pruned: Path, bank: Path, rows: Path, items: Path) -> Context:
@@ -323,7 +339,7 @@ def assemble(context: Context, bits: Sequence[int], *, real: bool | None = None)
     config = lora_config(context.params, context.bank.settings)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=not on_cpu)
     if on_cpu:
-        use_byte_dropout(adapted, config.lora_dropout)
+        recover.use_byte_dropout(adapted, config.lora_dropout)
         model.set_attn_implementation("eager")
     set_adapters(adapted, context.bank, bits_of)
     if context.params.recover.train == "full":
@@ -350,13 +366,6 @@ def mixed_model(context: Context, bits_of: Mapping[str, int]) -> Any:
         mixed = checkpoint.MixedBitsConfig(named, settings.four_bit, settings.double_quant)
         config.quantization_config = mixed.to_dict()
     return checkpoint.from_state(config, quantize.quantized(context.state, context.bank, bits_of))
-
-
-def use_byte_dropout(model: PeftModel, p: float) -> None:
-    """Replace the adapters' dropout by ``recover.ByteDropout``; changes the model."""
-    for module in model.modules():
-        if hasattr(module, "lora_dropout"):
-            module.lora_dropout["default"] = recover.ByteDropout(p)
 
 
 def lora_config(params: Params, settings: Any) -> LoraConfig:

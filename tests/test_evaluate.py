@@ -85,6 +85,15 @@ def test_loglikelihoods_agree_for_every_family(tokenizer, loaded, family):
     assert_same(SharedPrefixLM(other, tokenizer, 512).loglikelihood(requests), expected)
 
 
+@pytest.mark.parametrize("name", ["hellaswag", "boolq"])
+def test_loglikelihoods_do_not_depend_on_how_attention_is_computed(tokenizer, loaded, name):
+    plain = tiny_model()
+    plain.set_attn_implementation("eager")  # what trials on a CPU use
+    requests = instances(loaded[name], 3)
+    expected = reference(tiny_model(), tokenizer).loglikelihood(requests, disable_tqdm=True)
+    assert_same(SharedPrefixLM(plain, tokenizer, 512).loglikelihood(requests), expected)
+
+
 def test_texts_longer_than_the_model_lose_their_beginning(tokenizer, loaded):
     short = tiny_model(max_position_embeddings=40)
     requests = instances(loaded["boolq"], 3) + instances(loaded["piqa"], 3)

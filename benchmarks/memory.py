@@ -1,0 +1,203 @@
+"""The memory predictor against the allocations of real steps on a CPU, as PyTorch's profiler records them.
+
+    python -m benchmarks.memory
+
+Random weights in bitsandbytes' own modules. Training: two optimizer steps of ``recover.run``, two micro-batches each.
+Inference: one tree-masked batch of ``evaluate.score``. The prediction is the CPU's trace (``traced.CPU``); with CUDA's
+kernels in place of the CPU's (``traced.CUDA``) the same trace is what ``memory.predict`` returns. Two minutes; the
+last row has the shapes of ``artifacts/base``.
+"""
+
+import logging
+import random
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from torch.profiler import ProfilerActivity, profile
+
+from pipeline import architecture, checkpoint, evaluate, params, quantize, recover, traced, trial
+from pipeline.alpaca import Example
+from pipeline.architecture import BlockShape
+from pipeline.evaluate import Request
+from pipeline.memory import Setting
+
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 2048,
+    "head_dim": 32,
+}
+FAMILIES = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a model's shapes, its bits (``mixed``: random), batch shapes and adapter sizes."""
+
+    name: str
+    bits: str = "mixed"
+    family: str = "llama"
+    shapes: tuple[tuple[int, int, int], ...] = ()
+    rows: int = 4
+    length: int = 128
+    inference: tuple[int, int] = (4, 128)
+    r: int = 8
+    double_quant: bool = False
+    gradient_checkpointing: bool = False
+
+    @property
+    def setting(self) -> Setting:
+        """Return what the predictor takes."""
+        return Setting(
+            self.rows * self.length, self.r, self.double_quant, self.inference[0] * self.inference[1],
+            self.rows, self.inference[0], gradient_checkpointing=self.gradient_checkpointing,
+        )  # fmt: skip
+
+    def config(self) -> Any:
+        """Return the model's config, as a pruned one."""
+        if self.name == "SmolLM2's shapes":
+            config = checkpoint.load_config("artifacts/base")
+        else:
+            config = FAMILIES[self.family](**SMALL, tie_word_embeddings=self.family != "llama")
+        shapes = [BlockShape(*shape) for shape in self.shapes] or architecture.shapes(config)
+        return checkpoint.pruned_config(config, shapes)
+
+
+PRUNED = ((8, 4, 700), (4, 2, 333), (2, 1, 704), (6, 3, 512))
+CASES = [
+    Case("dense", "16"),
+    Case("all 4", "4"),
+    Case("all 8", "8"),
+    Case("mixed"),
+    Case("mixed, scales quantized", double_quant=True),
+    Case("pruned, a shape a block", shapes=PRUNED),
+    Case("pruned, 16-bit", "16", shapes=PRUNED),
+    Case("mistral", family="mistral"),
+    Case("qwen2, pruned", family="qwen2", shapes=PRUNED),
+    Case("qwen3", family="qwen3"),
+    Case("rank 2", r=2),
+    Case("rank 64", r=64),
+    Case("one long row", rows=1, length=512, inference=(1, 512)),
+    Case("many short rows", rows=16, length=32, inference=(32, 32)),
+    Case("gradient checkpointing", gradient_checkpointing=True),
+    Case("SmolLM2's shapes", rows=2, length=64, inference=(2, 128)),
+]
+
+
+def peak_of(work: Callable[[], Any]) -> int:
+    """Return the most bytes that some work holds above what was there before, by the allocator's record."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    events = [one for one in record.profiler.kineto_results.events() if one.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda one: one.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def context_of(case: Case, folder: Path) -> trial.Context:
+    """Return what a trial needs: random weights and their layer bank."""
+    raw = params.parse(yaml.safe_load(Path("params.yaml").read_text()))
+    settings = raw.quantize.model_copy(update={"init": "gaussian", "r": case.r, "double_quant": case.double_quant})
+    torch.manual_seed(0)
+    config = case.config()
+    state = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
+    quantize.run(state, quantize.names_of(config), settings, 0, folder)
+    batch = {"batch_size": 2 * case.rows, "micro_batch_size": case.rows, "max_length": case.length}
+    chosen = raw.model_copy(update={"recover": raw.recover.model_copy(update=batch)})
+    units = architecture.units(config, "group")
+    bank = quantize.Bank(folder)
+    return trial.Context(config, state, bank, None, units, {}, [], [], chosen, torch.device("cpu"))
+
+
+def bytes_of(model: Any) -> int:
+    """Return the bytes of a real model's storages."""
+    held = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in every(model)}
+    return sum(held.values())
+
+
+def every(model: Any) -> list[torch.Tensor]:
+    """Return all tensors of a real model, the scales that 8-bit modules keep aside included."""
+    aside = [getattr(module, "state", None) for module in model.modules()]
+    kept = [getattr(state, name, None) for state in aside for name in ("CB", "SCB")]
+    return [one for one in [*traced.tensors(model), *kept] if isinstance(one, torch.Tensor)]
+
+
+def real(case: Case, context: trial.Context, bits: tuple[int, ...]) -> tuple[int, int]:
+    """Return the peaks of real training and real inference."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 1000, (4 * case.rows, case.length), generator=generator).tolist()
+    examples = [Example(tuple(row), 1) for row in ids]
+    model = trial.assemble(context, bits, real=True)
+    if case.gradient_checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    settings = context.params.recover
+    base = bytes_of(model)
+    training = peak_of(lambda: recover.run(model, examples, examples[: case.rows], settings, 2, 0, 0))
+
+    fresh = trial.assemble(context, bits, real=True).eval()
+    rows, length = case.inference
+    half = length // 2  # a shared half and two branches of a quarter each
+    requests = []
+    for row in torch.randint(2, 1000, (rows, length + 2), generator=generator).tolist():
+        shared, rest = row[:half], row[half:]
+        middle = len(rest) // 2
+        requests += [Request((*shared, *part), 1) for part in (rest[:middle], rest[middle:])]
+    batch = evaluate.trees(requests)
+    assert {tree.size for tree in batch} == {length}
+    with torch.inference_mode():
+        inference = peak_of(lambda: list(evaluate.score(fresh, requests, length, [[tree] for tree in batch])))
+    return base + training, base + inference
+
+
+def predicted(case: Case, config: Any, bits_of: dict[str, int]) -> tuple[int, int]:
+    """Return the peaks that the trace gives for a CPU."""
+
+    def trace(step: Callable[..., tuple[int, int]]) -> int:
+        return step(traced.model_of(config, bits_of, case.setting, traced.CPU), case.setting, traced.CPU)[1]
+
+    return trace(traced.training), trace(traced.inference)
+
+
+def compare(case: Case) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (real, predicted) peaks of training and inference."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = context_of(case, Path(folder))
+        draw = random.Random(1)
+        widths = tuple(draw.choice((4, 8)) if case.bits == "mixed" else int(case.bits) for _ in context.units)
+        return real(case, context, widths), predicted(case, context.config, context.bits_of(widths))
+
+
+def main() -> None:
+    """Print predicted and real peaks of all cases as a Markdown table."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    checkpoint._quiet()
+    print("| case | training, MB | predicted | error | inference, MB | predicted | error |")
+    print("|---|---|---|---|---|---|---|")
+    for case in CASES:
+        cells = [
+            f"{found / 1e6:.2f} | {guess / 1e6:.2f} | {100 * (guess / found - 1):+.3f} %"
+            for found, guess in zip(*compare(case), strict=True)
+        ]
+        print(f"| {case.name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
