@@ -56,7 +56,7 @@ class Trials:
     broken: object = None  # bits whose cell fails
     killed_at: int = 0  # number of the call that a kill ends
 
-    def run(self, context, bits, *, steps=None, limit=None, skip=0, progress=iter, trained=True):
+    def run(self, context, bits, *, steps=None, limit=None, skip=0, progress=iter, trained=True, keep=None):
         if len(self.calls) + 1 == self.killed_at:
             self.killed_at = 0
             raise KeyboardInterrupt
