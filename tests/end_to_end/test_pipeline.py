@@ -208,7 +208,7 @@ def test_interrupted_search_leaves_killed_runs(project):
     process = start(project, "-P", "n_trials=11")
     wait_for_trials(project, before)
     os.killpg(process.pid, signal.SIGINT)
-    process.wait(timeout=60)
+    process.wait(timeout=240)
     limit = time.time() + 30
     while True:
         ended = [run for run in runs(project) if run.data.tags.get("stage") in ("project", "search", "trial")][-3:]
