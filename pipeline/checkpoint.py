@@ -55,7 +55,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
-from pipeline.architecture import BlockShape, shapes
+from pipeline.architecture import BlockShape, head_dim, shapes
 
 CHECKSUMS = "checksums.json"
 ADAPTER = "adapter"
@@ -145,6 +145,8 @@ _PRUNED: dict[str, type[PreTrainedModel]] = {
 def pruned_config(config: PretrainedConfig, block_shapes: list[BlockShape]) -> PretrainedConfig:
     """Return the ``pruned_*`` config of a model whose blocks have these shapes."""
     fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    # Qwen2 has no such field and takes hidden size / heads, which is wrong for a block that has lost heads.
+    fields["head_dim"] = head_dim(config)
     fields["block_shapes"] = [[shape.heads, shape.kv_heads, shape.channels] for shape in block_shapes]
     return _PRUNED[config.model_type.removeprefix("pruned_")].config_class(**fields)
 
