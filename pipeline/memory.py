@@ -95,8 +95,8 @@ def predict(config: Any, bits_of: Mapping[str, int], setting: Setting) -> Peak:
 def _added(config: Any, block: int, shape: BlockShape, bits: tuple[int, ...], setting: Setting) -> tuple[int, int]:
     """Return the bytes by which a block stores and keeps for backward more than at 4 bits.
 
-    An 8-bit linear keeps its 16-bit input. Linears that read the same one share it; o_proj's is kept by the attention
-    anyway, and what block 0's attention reads needs no gradient.
+    An 8-bit linear keeps its 16-bit input, also under gradient checkpointing. Linears that read the same one share it.
+    Without checkpointing the attention keeps o_proj's anyway, and what block 0's attention reads needs no gradient.
     """
     width = dict(zip(LINEARS, bits, strict=True))
     stored = 0
@@ -104,7 +104,14 @@ def _added(config: Any, block: int, shape: BlockShape, bits: tuple[int, ...], se
         size = architecture.linear_shape(config, shape, name)
         stored += _held(size, width[name], setting) - _held(size, 4, setting)
     tokens = setting.tokens // setting.rows * setting.rows
-    read = {ATTENTION[:3]: config.hidden_size if block else 0, MLP[:2]: config.hidden_size, MLP[2:]: shape.channels}
+    queries, hidden = shape.heads * architecture.head_dim(config), config.hidden_size
+    again = setting.gradient_checkpointing  # frees what autograd saved, which these inputs are not
+    read = {
+        ATTENTION[:3]: hidden if block or again else 0,
+        ATTENTION[3:]: queries if again else 0,
+        MLP[:2]: hidden,
+        MLP[2:]: shape.channels,
+    }
     kept = sum(2 * tokens * size for names, size in read.items() if any(width[name] == 8 for name in names))
     return stored, kept
 

@@ -130,6 +130,7 @@ def asked(config: str, memory_gib: str) -> Asked:
 
 
 def _config(values: dict[str, Any], origin: str) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     from pipeline import checkpoint  # noqa: F401  (registers the pruned types)
@@ -141,7 +142,7 @@ def _config(values: dict[str, Any], origin: str) -> Any:
         raise ParamsError(f"config: {origin} has model_type {kind!r}; supported families are {families}")
     try:
         return AutoConfig.for_model(kind, **plain)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise ParamsError(f"config: {origin} is no valid config of {kind}: {error}") from None
 
 
@@ -164,7 +165,7 @@ def parameters(config: Any) -> int:
 def uniform(config: Any, ratio: float) -> Any:
     """Return the config of a model whose blocks each lose the same heads and channels.
 
-    As near to the same share of both as whole key/value heads allow; channels then make up the ratio.
+    Heads go as far as whole key/value heads allow, channels make up the ratio.
 
     Args:
         config: The model's config.
@@ -175,19 +176,21 @@ def uniform(config: Any, ratio: float) -> Any:
     """
     from pipeline import checkpoint
 
-    shapes = []
     before = architecture.shapes(config)
     share = ratio * parameters(config) / sum(_removable(config, shape) for shape in before)
-    if share >= 1:
-        raise ValueError(f"ratio {ratio} is more than the blocks hold")
-    for shape in before:
-        goal = share * _removable(config, shape)
-        heads = min(round(share * shape.kv_heads), shape.kv_heads - 1)
-        left = goal - heads * architecture.group_parameters(config, shape, "attention")
-        channels = min(max(round(left / architecture.group_parameters(config, shape, "mlp")), 0), shape.channels - 1)
-        queries = shape.heads // shape.kv_heads
-        shapes.append(BlockShape(shape.heads - heads * queries, shape.kv_heads - heads, shape.channels - channels))
+    shapes = [_smaller(config, shape, share) for shape in before] if share < 1 else []
+    if not shapes or any(shape.channels < 1 for shape in shapes):
+        raise ValueError(f"ratio {ratio} is more than the blocks hold; give a smaller one")
     return checkpoint.pruned_config(config, shapes)
+
+
+def _smaller(config: Any, shape: BlockShape, share: float) -> BlockShape:
+    """Return a block without a share of what can be removed from it: whole heads up to it, the rest in channels."""
+    heads = min(int(share * shape.kv_heads + 1e-9), shape.kv_heads - 1)
+    left = share * _removable(config, shape) - heads * architecture.group_parameters(config, shape, "attention")
+    channels = round(left / architecture.group_parameters(config, shape, "mlp"))
+    queries = shape.heads // shape.kv_heads
+    return BlockShape(shape.heads - heads * queries, shape.kv_heads - heads, shape.channels - channels)
 
 
 def _removable(config: Any, shape: BlockShape) -> int:

@@ -136,9 +136,15 @@ def _int8_cpu(
     bias: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> torch.Tensor:
-    """Multiply into int32, scale in fp32, cast."""
+    """Multiply into int32, scale in fp32, cast; a CPU converts an operand of another type first."""
     product = torch.empty(*x.shape[:-1], codes.shape[0], dtype=torch.int32, device=META)
-    return (product * (rows[:, None] * columns) * 1.0).to(dtype)
+    return (product.float() * (rows[:, None] * columns) * 1.0).to(dtype)
+
+
+def _int8_rows_cpu(x: torch.Tensor, threshold: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """Scale in fp32, round, cast."""
+    largest = x.abs().amax(1).float()
+    return torch.round(x.float() * (127.0 / largest[:, None])).to(torch.int8), largest, None
 
 
 _COMMON: Kernels = {
@@ -182,7 +188,11 @@ CUDA = Machine(
     fused=True, fp32_adapters=True, byte_dropout=False, attention="sdpa", paged=True,
 )  # fmt: skip
 CPU = Machine(
-    kernels={**_COMMON, torch.ops.bitsandbytes.int8_scaled_mm.default: _int8_cpu},
+    kernels={
+        **_COMMON,
+        torch.ops.bitsandbytes.int8_scaled_mm.default: _int8_cpu,
+        torch.ops.bitsandbytes.int8_vectorwise_quant.default: _int8_rows_cpu,
+    },
     fused=False, fp32_adapters=False, byte_dropout=True, attention="eager", paged=False,
 )  # fmt: skip
 
