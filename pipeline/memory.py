@@ -39,6 +39,7 @@ class Setting:
         dropout: Of the adapters; with 0 no masks are kept.
         accumulate: Whether a batch has several micro-batches, so that gradients live through the forward pass.
         gradient_checkpointing: Whether a block's activations are computed again in the backward pass.
+        full: Whether all that is not quantized is trained, not only the adapters.
     """
 
     tokens: int
@@ -50,6 +51,7 @@ class Setting:
     dropout: float = 0.05
     accumulate: bool = True
     gradient_checkpointing: bool = False
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,12 @@ def predict(config: Any, bits_of: Mapping[str, int], setting: Setting) -> Peak:
     bits = [tuple(bits_of[architecture.linear_name(index, name)] for name in LINEARS) for index in range(len(shapes))]
     fours = (4,) * len(LINEARS)
     model = config.to_json_string(use_diff=False)
-    weights, training = _traced(config, model, (*[fours] * (len(shapes) - 1), bits[-1]), setting, "training")
+    # In full training the widths of a block say what it trains, so all blocks are traced as they are.
+    earlier = bits[:-1] if setting.full else [fours] * (len(shapes) - 1)
+    weights, training = _traced(config, model, (*earlier, bits[-1]), setting, "training")
     widest = 0
     for index, (shape, own) in enumerate(zip(shapes, bits, strict=True)):
-        if index < len(shapes) - 1:
+        if index < len(shapes) - 1 and not setting.full:
             stored, kept = _added(config, index, shape, own, setting)
             weights += stored
             training += stored + kept

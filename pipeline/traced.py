@@ -222,6 +222,8 @@ def model_of(config: Any, bits_of: Mapping[str, int], setting: Setting, machine:
             task_type="CAUSAL_LM",
         )
         adapted = get_peft_model(model, adapters)
+    if setting.full:
+        recover.train_in_full(adapted, {name for name, bits in bits_of.items() if bits != 16})
     if not machine.fp32_adapters:
         for module in adapted.modules():
             if hasattr(module, "lora_A") and not isinstance(module.get_base_layer(), bitsandbytes.nn.Linear8bitLt):

@@ -154,6 +154,7 @@ def memory_setting(params: Params, bank: Any) -> memory.Setting:
         inference_rows=rows,
         dropout=settings.dropout,
         accumulate=settings.batch_size > settings.micro_batch_size,
+        full=settings.train == "full",
     )
 
 

@@ -239,3 +239,14 @@ def test_nothing_is_measured_without_a_gpu():
     model, (part,) = tiny_model(), batches(1)
     result, found = memory.measured(lambda: model(part.tokens).logits.shape, torch.device("cpu"))
     assert (result, found) == ((2, 12, 512), None)
+
+
+def test_full_training_adds_gradients_copies_and_states_of_all_that_is_not_quantized():
+    config = pruned()
+    bits_of = {name: 8 if "down_proj" in name else 4 for name in architecture.linears(config)}
+    adapters, everything = (memory.predict(config, bits_of, setting(full=full)) for full in (False, True))
+    assert everything.inference == adapters.inference
+    dense = architecture.dense_parameters(config)
+    # bf16 gradients; fp32 copies and two states, of which the paged ones lie elsewhere
+    least = dense * (2 + 4)
+    assert least <= everything.training - adapters.training <= dense * (2 + 4 + 8) + 2**20
