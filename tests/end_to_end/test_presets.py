@@ -132,7 +132,7 @@ def test_papers_preset_holds_the_papers_values(name, monkeypatch):
     assert found.prune.ratio in (0.2, 0.3, 0.5)
     assert (found.quantize.r, found.quantize.lora_alpha, found.quantize.init) == (8, 16, "loftq")
     assert (found.search.granularity, found.search.max_8bit_fraction) == ("block", 0.25)
-    assert found.evaluate.tasks == params.TASKS and found.evaluate.limit == 0
+    assert found.evaluate.tasks == params.TASKS and found.table.limit == 0
     assert not found.prune.compensate and found.prune.scope == "local"
 
 
