@@ -1,16 +1,16 @@
 """Peak memory of training and inference: measured on CUDA, predicted from shapes elsewhere.
 
 The prediction is the peak of the bytes that PyTorch's allocator is asked for in one step of ``recover`` and in one
-forward pass of ``evaluate`` on CUDA, from a trace of the real modules without data (``traced``). It takes rows to be full
-and every position to be labelled. Left out, and needed on a real GPU: the CUDA context, cuBLAS workspaces, the allocator's
-rounding (to 512 bytes, and up to 1 MiB for large tensors) and fragmentation. Optimizer states that bitsandbytes
-pages are in managed memory, which the allocator does not count. No GPU has confirmed the figures.
+forward pass of ``evaluate`` on CUDA, from a trace of the real modules without data (``traced``). It takes rows to be
+full and every position to be labelled. Left out, and needed on a real GPU: the CUDA context, cuBLAS workspaces, the
+allocator's rounding (to 512 bytes, and up to 1 MiB for large tensors) and fragmentation. Optimizer states that
+bitsandbytes pages are in managed memory, which the allocator does not count. No GPU has confirmed the figures.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -77,9 +77,8 @@ def predict(config: Any, bits_of: Mapping[str, int], setting: Setting) -> Peak:
     """
     shapes = architecture.shapes(config)
     bits = [tuple(bits_of[architecture.linear_name(index, name)] for name in LINEARS) for index in range(len(shapes))]
-    fours = (4,) * len(LINEARS)
     model = config.to_json_string(use_diff=False)
-    weights, training = _traced(config, model, (*[fours] * (len(shapes) - 1), bits[-1]), setting, "training")
+    weights, training = _last_block_at(config, model, bits[-1], setting)
     widest = 0
     for index, (shape, own) in enumerate(zip(shapes, bits, strict=True)):
         if index < len(shapes) - 1:
@@ -87,7 +86,8 @@ def predict(config: Any, bits_of: Mapping[str, int], setting: Setting) -> Peak:
             weights += stored
             training += stored + kept
         alone = (shape.heads, shape.kv_heads, shape.channels)
-        block_weights, block_peak = _traced(_twice(config, index), (model, alone), (own, own), setting, "inference")
+        twice = _of_blocks(config, [index, index])  # only a first block's input is all that lives
+        block_weights, block_peak = _traced(twice, (model, alone), (own, own), setting, "inference")
         widest = max(widest, block_peak - block_weights)
     return Peak(training, weights + widest, "predicted")
 
@@ -121,14 +121,33 @@ def _held(size: tuple[int, int], bits: int, setting: Setting) -> int:
     return stored_bytes(*size, bits, setting.double_quant) + offset
 
 
-def _twice(config: Any, index: int) -> Any:
-    """Return the config of a model that has one of the blocks, twice: only in a first one is the input all there is."""
+def _of_blocks(config: Any, indices: Sequence[int]) -> Any:
+    """Return the config of a model that consists of some of the blocks."""
     own = copy.deepcopy(config)
-    own.num_hidden_layers = 2
-    for per_block in ("layer_types", "block_shapes"):
-        if getattr(own, per_block, None):
-            setattr(own, per_block, getattr(own, per_block)[index : index + 1] * 2)
+    own.num_hidden_layers = len(indices)
+    for name in ("layer_types", "block_shapes"):
+        if per_block := getattr(own, name, None):
+            setattr(own, name, [per_block[index] for index in indices])
     return own
+
+
+def _last_block_at(config: Any, model: str, bits: tuple[int, ...], setting: Setting) -> tuple[int, int]:
+    """Return (bytes of the model alone, peak of training) with the last block at ``bits`` and the others at 4.
+
+    Where all blocks between the first and the last are alike, each adds the same: two of them tell about all.
+    """
+    count = config.num_hidden_layers
+    kinds = zip(architecture.shapes(config), getattr(config, "layer_types", None) or [None] * count, strict=True)
+    alike = len(set(list(kinds)[1:-1])) == 1
+    fours = (4,) * len(LINEARS)
+    if count < 5 or not alike:
+        return _traced(config, model, (*[fours] * (count - 1), bits), setting, "training")
+    found = []
+    for middle in ([1], [1, 1]):
+        own = _of_blocks(config, [0, *middle, count - 1])
+        found.append(_traced(own, (model, len(middle)), (*[fours] * (len(middle) + 1), bits), setting, "training"))
+    (weights, peak), (more_weights, more_peak) = found
+    return weights + (count - 3) * (more_weights - weights), peak + (count - 3) * (more_peak - peak)
 
 
 _traces: dict[Any, tuple[int, int]] = {}
