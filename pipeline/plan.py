@@ -314,8 +314,8 @@ def facts(asked_: Asked) -> list[str]:
     """Return what the figures rest on, a Markdown item each."""
     setting = setting_of(asked_.params)
     return [
-        f"- predicted peak of what PyTorch allocates on CUDA, in GiB; a star: fits {asked_.budget_gib:g} GiB; leave about "
-        "1 GiB for the context, workspaces and fragmentation",
+        f"- predicted peak of what PyTorch allocates on CUDA, in GiB; a star: fits {asked_.budget_gib:g} GiB; leave "
+        "about 1 GiB for the context, workspaces and fragmentation",
         f"- training: {setting.rows} rows of {setting.tokens // setting.rows} tokens, LoRA rank {setting.r}; "
         f"inference: {setting.inference_rows} rows of {setting.inference_tokens // setting.inference_rows} tokens",
         "- every block loses the same share of heads and channels; a real pruning differs by a few per cent",
