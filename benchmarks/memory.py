@@ -3,9 +3,9 @@
     python -m benchmarks.memory
 
 Random weights in bitsandbytes' own modules. Training: two optimizer steps of ``recover.run``, two micro-batches each.
-Inference: one tree-masked batch of ``evaluate.score``. The prediction is the CPU's trace (``traced.CPU``); with CUDA's
-kernels in place of the CPU's (``traced.CUDA``) the same trace is what ``memory.predict`` returns. Two minutes; the
-last row has the shapes of ``artifacts/base``.
+Inference: one tree-masked batch of ``evaluate.score``. The prediction is the CPU's trace (``traced.CPU``); with
+CUDA's kernels in place of the CPU's (``traced.CUDA``) the same trace is what ``memory.predict`` returns. Takes two
+minutes; the last row has the shapes of ``artifacts/base``.
 """
 
 import logging

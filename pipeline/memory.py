@@ -10,7 +10,7 @@ bitsandbytes pages are in managed memory, which the allocator does not count. No
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -79,11 +79,11 @@ def predict(config: Any, bits_of: Mapping[str, int], setting: Setting) -> Peak:
     """
     shapes = architecture.shapes(config)
     bits = [tuple(bits_of[architecture.linear_name(index, name)] for name in LINEARS) for index in range(len(shapes))]
-    fours = (4,) * len(LINEARS)
     model = config.to_json_string(use_diff=False)
-    # In full training the widths of a block say what it trains, so all blocks are traced as they are.
-    earlier = bits[:-1] if setting.full else [fours] * (len(shapes) - 1)
-    weights, training = _traced(config, model, (*earlier, bits[-1]), setting, "training")
+    if setting.full:  # a block's widths say what it trains, so each is traced as it is
+        weights, training = _traced(config, model, tuple(bits), setting, "training")
+    else:
+        weights, training = _last_block_at(config, model, bits[-1], setting)
     widest = 0
     for index, (shape, own) in enumerate(zip(shapes, bits, strict=True)):
         if index < len(shapes) - 1 and not setting.full:
@@ -91,7 +91,8 @@ def predict(config: Any, bits_of: Mapping[str, int], setting: Setting) -> Peak:
             weights += stored
             training += stored + kept
         alone = (shape.heads, shape.kv_heads, shape.channels)
-        block_weights, block_peak = _traced(_twice(config, index), (model, alone), (own, own), setting, "inference")
+        twice = _of_blocks(config, [index, index])  # only a first block's input is all that lives
+        block_weights, block_peak = _traced(twice, (model, alone), (own, own), setting, "inference")
         widest = max(widest, block_peak - block_weights)
     return Peak(training, weights + widest, "predicted")
 
@@ -130,14 +131,33 @@ def _held(size: tuple[int, int], bits: int, setting: Setting) -> int:
     return stored_bytes(*size, bits, setting.double_quant) + offset
 
 
-def _twice(config: Any, index: int) -> Any:
-    """Return the config of a model that has one of the blocks, twice: only in a first one is the input all there is."""
+def _of_blocks(config: Any, indices: Sequence[int]) -> Any:
+    """Return the config of a model that consists of some of the blocks."""
     own = copy.deepcopy(config)
-    own.num_hidden_layers = 2
-    for per_block in ("layer_types", "block_shapes"):
-        if getattr(own, per_block, None):
-            setattr(own, per_block, getattr(own, per_block)[index : index + 1] * 2)
+    own.num_hidden_layers = len(indices)
+    for name in ("layer_types", "block_shapes"):
+        if per_block := getattr(own, name, None):
+            setattr(own, name, [per_block[index] for index in indices])
     return own
+
+
+def _last_block_at(config: Any, model: str, bits: tuple[int, ...], setting: Setting) -> tuple[int, int]:
+    """Return (bytes of the model alone, peak of training) with the last block at ``bits`` and the others at 4.
+
+    Where all blocks between the first and the last are alike, each adds the same: two of them tell about all.
+    """
+    count = config.num_hidden_layers
+    kinds = zip(architecture.shapes(config), getattr(config, "layer_types", None) or [None] * count, strict=True)
+    alike = len(set(list(kinds)[1:-1])) == 1
+    fours = (4,) * len(LINEARS)
+    if count < 5 or not alike:
+        return _traced(config, model, (*[fours] * (count - 1), bits), setting, "training")
+    found = []
+    for middle in ([1], [1, 1]):
+        own = _of_blocks(config, [0, *middle, count - 1])
+        found.append(_traced(own, (model, len(middle)), (*[fours] * (len(middle) + 1), bits), setting, "training"))
+    (weights, peak), (more_weights, more_peak) = found
+    return weights + (count - 3) * (more_weights - weights), peak + (count - 3) * (more_peak - peak)
 
 
 _traces: dict[Any, tuple[int, int]] = {}

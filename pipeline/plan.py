@@ -301,7 +301,7 @@ def write(asked_: Asked, found: pd.DataFrame, sections: Sequence[tuple[str, Any]
     from pipeline.report import _line
 
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"# Plan: {asked_.name}", "", *facts(asked_), ""]
+    lines = [f"# Plan: {asked_.source}", "", *facts(asked_), ""]
     for title, (columns, rows) in sections:
         lines += [f"## {title}", "", _line(columns), _line(["---"] * len(columns)), *map(_line, rows), ""]
     checkpoint.write_text(folder / "plan.md", "\n".join(lines))
@@ -314,8 +314,8 @@ def facts(asked_: Asked) -> list[str]:
     """Return what the figures rest on, a Markdown item each."""
     setting = setting_of(asked_.params)
     return [
-        f"- predicted peak of what PyTorch allocates on CUDA, in GiB; \\* fits {asked_.budget_gib:g} GiB; leave about "
-        "1 GiB for the context, workspaces and fragmentation",
+        f"- predicted peak of what PyTorch allocates on CUDA, in GiB; a star: fits {asked_.budget_gib:g} GiB; leave "
+        "about 1 GiB for the context, workspaces and fragmentation",
         f"- training: {setting.rows} rows of {setting.tokens // setting.rows} tokens, LoRA rank {setting.r}; "
         f"inference: {setting.inference_rows} rows of {setting.inference_tokens // setting.inference_rows} tokens",
         "- every block loses the same share of heads and channels; a real pruning differs by a few per cent",
@@ -340,7 +340,7 @@ def _picture(asked_: Asked, found: pd.DataFrame, path: Path) -> None:
     panels[0].set_ylabel("predicted peak, GiB")
     panels[0].set_ylim(bottom=0)
     panels[1].legend(frameon=False, fontsize=8)
-    figure.suptitle(asked_.name, fontsize=11)
+    figure.suptitle(asked_.source, fontsize=11)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

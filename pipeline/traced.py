@@ -162,8 +162,7 @@ class Machine:
         kernels: Operations that are taken apart.
         fused: Whether dropout and attention are CUDA's.
         fp32_adapters: Whether adapters are 32-bit; else only those of 8-bit linears are (PEFT gives adapters the type
-            that a linear computes in, which an 8-bit one does not tell), and the others have 32-bit copies for the
-            optimizer.
+            that a linear computes in, which an 8-bit one does not tell); others have 32-bit copies for the optimizer.
         byte_dropout: Whether dropout is ``recover.ByteDropout``.
         attention: Name of the attention in transformers.
         paged: Whether large optimizer states lie outside PyTorch's allocator.

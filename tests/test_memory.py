@@ -56,6 +56,13 @@ def test_prediction_of_mixed_linears_equals_a_trace_of_the_whole_to_the_byte(fam
         assert (found.training, found.inference) == whole(config, bits_of, setting())
 
 
+def test_prediction_of_many_equal_blocks_equals_a_trace_of_the_whole():
+    config, generator = tiny_config("qwen3", num_hidden_layers=7), random.Random(2)
+    bits_of = {name: generator.choice((4, 8, 16)) for name in architecture.linears(config)}
+    found = memory.predict(config, bits_of, setting())
+    assert (found.training, found.inference) == whole(config, bits_of, setting())
+
+
 @pytest.mark.parametrize("changes", [{"double_quant": True}, {"gradient_checkpointing": True},
                                      {"dropout": 0.0, "accumulate": False},
                                      {"tokens": 2048, "inference_tokens": 2048}])  # fmt: skip
