@@ -36,8 +36,11 @@ def methods(every: Sequence[Point], members: Sequence[Point]) -> list[tuple[str,
 
 
 def method_table(rows: Sequence[tuple[str, Point]], tasks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Return (columns, rows) of the table of methods: accuracies in per cent with standard errors, memory in GiB."""
-    columns = ["method", *tasks, "mean", "memory, GiB", "bits"]
+    """Return (columns, rows) of the table of methods, with standard errors.
+
+    Accuracies in per cent, the gold answer's log-probability in nats, memory in GiB.
+    """
+    columns = ["method", *tasks, "mean", "gold log-prob.", "memory, GiB", "bits"]
     body = []
     for label, one in rows:
         cells = [_percent(one.metrics[task], one.metrics[f"{task}_stderr"]) for task in tasks]
@@ -45,15 +48,18 @@ def method_table(rows: Sequence[tuple[str, Point]], tasks: Sequence[str]) -> tup
         memory = (
             "-" if one.method == UNTOUCHED else f"{one.memory / GIB:.3f}"
         )  # it is not trained, as in the paper's tables
-        body.append([label, *cells, mean, memory, summary(one.bits)])
+        gold = f"{one.metrics['gold_logprob']:.3f} ± {one.metrics['gold_logprob_stderr']:.3f}"
+        body.append([label, *cells, mean, gold, memory, summary(one.bits)])
     return columns, body
 
 
 def front_table(members: Sequence[Point], objective: str) -> tuple[list[str], list[list[str]]]:
     """Return (columns, rows) of the front: the objective and accuracy, and how probably the member belongs there."""
     factor, label = scale(objective)
-    digits = 1 if factor == 100 else 4
-    columns = ["trial", "method", label, "expected", "accuracy, %", "on the front", "memory, GiB", "bits"]
+    if objective == "gold_logprob":
+        label = "gold log-prob."  # the whole name would not leave the bits their room
+    digits = 1 if factor == 100 else 3
+    columns = ["trial", "method", label, "expected", "mean acc., %", "P(front)", "GiB", "bits"]
     body = [
         [
             one.name.partition(":")[0],

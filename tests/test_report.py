@@ -12,7 +12,10 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def point(method, score=0.5, memory=GIB, bits="4484", stderr=0.025):
-    metrics = {"boolq": 0.6, "boolq_stderr": 0.04, "accuracy": score, "accuracy_stderr": stderr}
+    metrics = {"boolq": 0.6, "boolq_stderr": 0.04, "accuracy": score, "accuracy_stderr": stderr} | {
+        "gold_logprob": -1.5,
+        "gold_logprob_stderr": 0.125,
+    }
     return Point("a" * 32, f"trial {method}", method, bits, score, stderr, memory, "predicted", False, metrics)
 
 
@@ -54,21 +57,21 @@ def test_methods_of_an_empty_front_have_no_qpruner3():
 
 def test_method_table_by_hand():
     columns, rows = report.method_table([("QPruner1", point("qpruner1", 0.5125, 3 * GIB // 2))], ["boolq"])
-    assert columns == ["method", "boolq", "mean", "memory, GiB", "bits"]
-    assert rows == [["QPruner1", "60.0 ± 4.0", "51.2 ± 2.5", "1.500", "1 of 4 at 8"]]
+    assert columns == ["method", "boolq", "mean", "gold log-prob.", "memory, GiB", "bits"]
+    assert rows == [["QPruner1", "60.0 ± 4.0", "51.2 ± 2.5", "-1.500 ± 0.125", "1.500", "1 of 4 at 8"]]
 
 
 def test_method_table_without_tasks_has_no_task_columns():
     columns, rows = report.method_table([("x", point("dense", bits="16"))], ())
-    assert columns == ["method", "mean", "memory, GiB", "bits"]
-    assert rows == [["x", "50.0 ± 2.5", "-", "16"]]
+    assert columns == ["method", "mean", "gold log-prob.", "memory, GiB", "bits"]
+    assert rows == [["x", "50.0 ± 2.5", "-1.500 ± 0.125", "-", "16"]]
 
 
 def test_front_table_by_hand():
     member = dataclasses.replace(point("random", 0.25, GIB // 4, "4488"), expected=0.24, probability=0.876)
     columns, rows = report.front_table([member], "accuracy")
     assert columns == [
-        "trial", "method", "mean accuracy, %", "expected", "accuracy, %", "on the front", "memory, GiB", "bits"
+        "trial", "method", "mean accuracy, %", "expected", "mean acc., %", "P(front)", "GiB", "bits"
     ]  # fmt: skip
     assert rows == [["trial random", "random", "25.0 ± 2.5", "24.0", "25.0 ± 2.5", "0.88", "0.2500", "4488"]]
 
@@ -76,8 +79,8 @@ def test_front_table_by_hand():
 def test_front_table_of_log_probabilities_is_in_nats_with_accuracy_beside():
     member = dataclasses.replace(point("random"), score=-1.23456, stderr=0.05, expected=-1.3)
     columns, rows = report.front_table([member], "gold_logprob")
-    assert columns[2] == "log-probability of the gold answer, nats"
-    assert rows[0][2:6] == ["-1.2346 ± 0.0500", "-1.3000", "50.0 ± 2.5", "-"]
+    assert columns[2] == "gold log-prob."
+    assert rows[0][2:6] == ["-1.235 ± 0.050", "-1.300", "50.0 ± 2.5", "-"]
 
 
 @pytest.mark.parametrize(
