@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from benchmarks import plain
 from benchmarks.harness import BAR, LIMIT, Figure, interleaved, less_is_better, more_is_better, timed
 from benchmarks.setup import Setup
-from pipeline import architecture, checkpoint, evaluate, quantize, recover, tasks
+from pipeline import architecture, checkpoint, definitions, evaluate, quantize, recover
 from pipeline import trial as trials
 from pipeline.params import Quantize
 
@@ -81,7 +81,7 @@ def _values(sample: Mapping[str, Any]) -> list[float]:
 def _choice(task: Any, sample: Mapping[str, Any], name: str) -> int:
     """Return the answer that the task's own metric takes as chosen."""
     values = _values(sample)
-    if tasks.METRIC[name] == "acc_norm":
+    if definitions.metric(name) == "acc_norm":
         choices = task.doc_to_choice(sample["doc"])
         values = [value / len(choice) for value, choice in zip(values, choices, strict=True)]
     return max(range(len(values)), key=lambda index: values[index])

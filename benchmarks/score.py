@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from pipeline import checkpoint, console, definitions, evaluate, tasks
+from pipeline.params import TASKS
 
 
 def main(folder: Path, items: Path, limit: int) -> None:
     """Print accuracy, standard error and chance of each task as a Markdown table."""
     model = checkpoint.load_model(folder, dtype=torch.bfloat16)
     tokenizer = checkpoint.load_tokenizer(folder)
-    scores = evaluate.run(model, tokenizer, tasks.load(tasks.FIELDS, items), limit, 1024)
+    scores = evaluate.run(model, tokenizer, tasks.load(TASKS, items), limit, 1024)
     print(f"{scores.items} items\n\n| task | metric | accuracy, % | chance, % |\n|---|---|---|---|")
     for task, value in scores.accuracy.items():
         error = 100 * scores.stderr[task]
