@@ -21,7 +21,6 @@ from pipeline.trial import Result
 
 STARTUP, NOOP, QUERY, SHARE = 5.0, 3.0, 1.0, 0.02  # bars: seconds, and a share
 LOSSES = 16
-TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
 # What each command imports before its first line of work, as its shell in stages.py does.
 IMPORTS = {
@@ -95,7 +94,7 @@ def outcome(generator: random.Random, units: int = 30) -> Result:
         "bits": "".join(generator.choice("48") for _ in range(units)),
         "accuracy": generator.random(),
         "accuracy_stderr": 0.03,
-        "tasks": {name: (generator.random(), 0.1) for name in TASKS},
+        "tasks": {name: (generator.random(), 0.1) for name in params.TASKS},
         "other": {},
         "gold_logprob": -generator.random(),
         "validation_loss": generator.random(),
