@@ -57,7 +57,7 @@ def _stage(name: str, params: object) -> int:
     from pipeline import tracking
 
     if name in PAPER:
-        from pipeline.paper import STAGES as shells
+        from pipeline.paper import COMMANDS as shells
     else:
         from pipeline.stages import STAGES as shells
 

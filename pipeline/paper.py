@@ -23,13 +23,12 @@ from pipeline.stages import (
     BASE,
     BENCHMARKS,
     REPORTS,
-    STAGES,
     Recorder,
     log_result,
     say,
-    stage,
     steps,
     study_name,
+    tracked,
     unfinished,
     write_bank,
     write_priors,
@@ -38,14 +37,13 @@ from pipeline.stages import (
 from pipeline.tracking import Run
 
 KEPT = Path("artifacts/table")
-__all__ = ["STAGES"]  # with the two commands below among them
 
 
 class CellsFailed(RuntimeError):
     """Some cells failed: which, why, and what to do."""
 
 
-@stage
+@tracked
 def table(params: Params, run: Run) -> None:
     """Every method at every ratio: table 1, or table 3 with a 13B model, and figure 1."""
     from pipeline import cells
@@ -71,7 +69,7 @@ def table(params: Params, run: Run) -> None:
     _end(run, outcomes, paths)
 
 
-@stage
+@tracked
 def ablation(params: Params, run: Run) -> None:
     """One setting varied at a time under QPruner3's bits: table 2."""
     from pipeline import cells
@@ -106,6 +104,7 @@ def ablation(params: Params, run: Run) -> None:
     _end(run, outcomes, write(outcomes))
 
 
+COMMANDS = {"table": table, "ablation": ablation}
 _AGAIN = "Mend the cause and run the same command: finished cells and trials are kept"
 
 

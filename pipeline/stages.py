@@ -25,18 +25,23 @@ REPORTS = Path("reports")
 STAGES: dict[str, Callable[[Params], None]] = {}
 
 
-def stage(run: Callable[[Params, Run], None]) -> Callable[[Params], None]:
-    """Register a shell under its name and track it, with the params of its own section."""
+def tracked(run: Callable[[Params, Run], None]) -> Callable[[Params], None]:
+    """Track a shell under its name, with the params of its own section."""
     name = run.__name__.rstrip("_")
 
-    def tracked(params: Params) -> None:
+    def shell(params: Params) -> None:
         section = getattr(params, "register_" if name == "register" else name, None)
         shown = flatten(section, f"{name}.") if section is not None else {}
         with tracking.stage(name, {"seed": params.seed, **shown}) as own:
             run(params, own)
 
-    STAGES[name] = tracked
-    return tracked
+    return shell
+
+
+def stage(run: Callable[[Params, Run], None]) -> Callable[[Params], None]:
+    """Track a shell and register it as a stage."""
+    STAGES[run.__name__.rstrip("_")] = shell = tracked(run)
+    return shell
 
 
 @stage

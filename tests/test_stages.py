@@ -72,3 +72,11 @@ def test_reference_is_measured_once_and_stands_outside_the_trials(tmp_path, sett
     searched(tmp_path, settings, monkeypatch)
     (reference,) = found(stage="reference")
     assert reference.data.params["bits"] == "8" * UNITS
+
+
+def test_commands_of_the_paper_are_no_stages():
+    from pipeline import __main__ as command
+    from pipeline import paper, stages
+
+    assert tuple(stages.STAGES) == command.STAGES
+    assert tuple(paper.COMMANDS) == command.PAPER
