@@ -25,9 +25,10 @@ def evaluation(setup: Setup) -> dict[str, Figure]:
     """Compare ``evaluate.run`` with lm-eval's HFLM at 16 requests a batch: items a second.
 
     The same items and the same pruned model without adapters in bf16; plain attention on our side as in a trial, SDPA,
-    its default, on the other. ``evaluation_same_choice`` is the share of items on which both choose the same answer;
-    ``evaluation_fp32_difference`` the largest difference of a log-likelihood when both compute in fp32, on the first
-    items of each task.
+    its default, on the other. ``evaluation_same_choice`` is the share of items on which both choose the same answer,
+    both with plain attention; ``evaluation_fp32_choice`` the share on which each side, as it was timed, chooses as the
+    model does in fp32; ``evaluation_fp32_difference`` the largest difference of a log-likelihood when both compute in
+    fp32, on the first items of each task.
     """
     context, limit = setup.context, setup.options.limit
     ours, theirs = _models(setup, float32=False)
@@ -53,15 +54,19 @@ def evaluation(setup: Setup) -> dict[str, Figure]:
     )
     setup.seconds["ours", "evaluate"], setup.seconds["theirs", "evaluate"] = seconds
     setup.work["evaluation_tokens"], setup.work["evaluation_heads"] = sum(fed), sum(heads)
-    same = sum(
-        _choice(context.tasks[name], one, name) == _choice(context.tasks[name], other, name)
-        for name, found in mine.items()
-        for one, other in zip(found, reference[name], strict=True)
+    theirs.set_attn_implementation("eager")
+    alike = _agreement(
+        setup, mine, plain.samples(plain.language_model(theirs, context.tokenizer), context.tasks, limit)
     )
+    exact_model, _ = _models(setup, float32=True)
+    exact_lm = evaluate.SharedPrefixLM(exact_model, context.tokenizer, batch_tokens)
+    exact = plain.samples(exact_lm, context.tasks, limit)
+    shares = _agreement(setup, mine, exact), _agreement(setup, reference, exact)
     difference = _fp32_difference(setup, min(SUBSET, limit or SUBSET))
     return {
         "evaluation": more_is_better(items / seconds[0], items / seconds[1], "items/s", setup.options.repeats),
-        "evaluation_same_choice": more_is_better(same / items, SAME_CHOICE, "share of items", items, BAR),
+        "evaluation_same_choice": more_is_better(alike, SAME_CHOICE, "share of items", items, BAR),
+        "evaluation_fp32_choice": more_is_better(*shares, "share of items", items),
         "evaluation_fp32_difference": less_is_better(difference, FP32_DIFFERENCE, "nats, the largest", 1, BAR),
     }
 
@@ -76,6 +81,16 @@ def _models(setup: Setup, float32: bool) -> tuple[Any, Any]:
 
 def _values(sample: Mapping[str, Any]) -> list[float]:
     return [response[0] for response in sample["filtered_resps"]]
+
+
+def _agreement(setup: Setup, first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
+    """Return the share of items on which two records choose the same answer."""
+    pairs = [
+        _choice(setup.context.tasks[name], one, name) == _choice(setup.context.tasks[name], other, name)
+        for name, found in first.items()
+        for one, other in zip(found, second[name], strict=True)
+    ]
+    return sum(pairs) / len(pairs)
 
 
 def _choice(task: Any, sample: Mapping[str, Any], name: str) -> int:

@@ -3,32 +3,35 @@
     python -m benchmarks.record 400 [with_recovery 40]
 
 Needs the stages up to ``quantize`` (``mlflow run . -e quantize``) and ``importance``. Writes
-``benchmarks/landscape/table.csv``, a row a vector and recipe, and ``landscape.json`` beside it. A row is kept as soon
-as it is measured; the same command goes on where it was. ``with_recovery`` measures the first vectors once more with
-the params' own recovery and prints how well the cheap recipe ranks them.
+``benchmarks/landscape/table.csv``, a row a vector and recipe, ``items.parquet``, each item's scores, and
+``landscape.json``. A row is kept as soon as it is measured; the same command goes on where it was. ``with_recovery``
+measures the first vectors once more with the params' own recovery, on every item there is, and prints how well the
+cheap recipe ranks them. The table holds the means of the first ``evaluate.limit`` items of each task in both recipes.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
-from pipeline import checkpoint, console, params, stages, trial
+from pipeline import checkpoint, console, evaluate, params, stages, trial
 from pipeline.allocate import Bits, Space
 from pipeline.importance import Priors
 from pipeline.quantize import write_bits
 from pipeline.trial import Context, Result
 
 FOLDER = Path("benchmarks/landscape")
-KEPT = ("bits", "accuracy", "accuracy_stderr", "gold_logprob", "gold_logprob_stderr", "validation_loss")
+Items = dict[str, list[tuple[float, float]]]  # task -> of each item (its metric, its gold choice's log-probability)
 
 
 def vectors(space: Space, priors: Priors, count: int, seed: int) -> list[Bits]:
@@ -85,11 +88,25 @@ def _random(space: Space, generator: random.Random) -> Iterator[Bits]:
         yield space.draw(generator)
 
 
-def row(result: Result, steps: int) -> dict[str, Any]:
-    """Return a result as a row of the table."""
-    tasks = {task: value for task, (value, _) in result.tasks.items()}
-    kept = {key: getattr(result, key) for key in KEPT}
-    return kept | {"steps": steps, "peak_memory_bytes": result.peak_memory_bytes, **tasks}
+def row(result: Result, items: Items, limit: int, steps: int) -> dict[str, Any]:
+    """Return a result as a row of the table, with the means of each task's first items (0: all)."""
+    first = {task: list(zip(*values[: limit or None], strict=True)) for task, values in items.items()}
+    found: dict[str, Any] = {"bits": result.bits, "steps": steps}
+    for place, name in enumerate(("accuracy", "gold_logprob")):
+        values = [columns[place] for columns in first.values()]
+        found[name] = fmean(map(fmean, values))
+        found[f"{name}_stderr"] = math.sqrt(sum(map(evaluate.squared_error, values))) / len(values)
+    found |= {"validation_loss": result.validation_loss, "peak_memory_bytes": result.peak_memory_bytes}
+    return found | {task: fmean(columns[0]) for task, columns in first.items()}
+
+
+def long(bits: str, steps: int, items: Items) -> list[dict[str, Any]]:
+    """Return a row for each item."""
+    return [
+        {"bits": bits, "steps": steps, "task": task, "item": index, "metric": metric, "gold_logprob": logprob}
+        for task, values in items.items()
+        for index, (metric, logprob) in enumerate(values)
+    ]
 
 
 def record(context: Context, space: Space, priors: Priors, count: int, recovered: int, folder: Path) -> pd.DataFrame:
@@ -108,26 +125,32 @@ def record(context: Context, space: Space, priors: Priors, count: int, recovered
         "deltas": list(space.deltas),
         "sensitivity": list(priors.sensitivity),
     }
-    about, path = folder / "landscape.json", folder / "table.csv"
+    about, path, scratch = folder / "landscape.json", folder / "table.csv", folder / "items.partial"
     folder.mkdir(parents=True, exist_ok=True)
     if about.exists() and json.loads(about.read_text()) != facts:
         raise ValueError(f"{folder} holds a landscape of another model or other settings; move it away")
     checkpoint.write_text(about, json.dumps(facts, indent=1))
     rows = pd.read_csv(path, dtype={"bits": str}).to_dict("records") if path.exists() else []
+    every = pd.read_parquet(folder / "items.parquet").to_dict("records") if path.exists() else []
     done = {(one["bits"], one["steps"]) for one in rows}
     chosen = vectors(space, priors, count, settings.seed)
     jobs = [(bits, 0) for bits in chosen] + [(bits, settings.recover.steps) for bits in chosen[:recovered]]
     jobs = [(bits, steps) for bits, steps in jobs if (write_bits(bits), steps) not in done]
     start = time.monotonic()
     for index, (bits, steps) in enumerate(jobs, 1):
-        result, _ = trial.run(context, bits, steps=steps)
-        rows.append(row(result, steps))
+        scores: list[evaluate.Scores] = []
+        limit = settings.evaluate.limit
+        result, _ = trial.run(context, bits, steps=steps, limit=0 if steps else limit, listen=scores.append)
+        every += long(result.bits, steps, scores[0].by_item)
+        rows.append(row(result, scores[0].by_item, limit, steps))
+        pd.DataFrame(every).to_parquet(scratch, index=False)
+        scratch.replace(folder / "items.parquet")  # before the row, which says that it is there
         text = io.StringIO()
         pd.DataFrame(rows).to_csv(text, index=False)
         checkpoint.write_text(path, text.getvalue())
         left = (time.monotonic() - start) / index * (len(jobs) - index)
         console.note(
-            f"{index}/{len(jobs)}: {steps} steps, gold answer {result.gold_logprob:.4f}; {left / 60:.0f} min left"
+            f"{index}/{len(jobs)}: {steps} steps, gold answer {rows[-1]['gold_logprob']:.4f}; {left / 60:.0f} min left"
         )
     return pd.DataFrame(rows)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,11 +133,24 @@ def windows(path: str | Path, tokenizer: Any, held_out: int, samples: int, lengt
     The prompt's fixed words are nearly half of a short row's tokens; calibration on them fits little else.
     """
     train, _ = split(read(path), held_out, seed)
+    texts = ("\n".join(part for part in (row["instruction"], row["input"], row["output"]) if part) for row in train)
+    return _windows(texts, tokenizer, samples, length)
+
+
+def responses(path: str | Path, tokenizer: Any, held_out: int, samples: int, length: int, seed: int) -> list[Example]:
+    """Return windows as ``windows`` does, of the training rows' longest responses.
+
+    They are running prose; the short ones are names, numbers and lists, and most instructions are alike.
+    """
+    train, _ = split(read(path), held_out, seed)
+    return _windows(sorted((row["output"] for row in train), key=len, reverse=True), tokenizer, samples, length)
+
+
+def _windows(texts: Iterable[str], tokenizer: Any, samples: int, length: int) -> list[Example]:
     tokens: list[int] = []
-    for row in train:
+    for text in texts:
         if len(tokens) >= samples * length:
             break
-        parts = [part for part in (row["instruction"], row["input"], row["output"]) if part]
-        tokens += tokenizer.encode("\n".join(parts) + "\n\n", add_special_tokens=False)
+        tokens += tokenizer.encode(f"{text}\n\n", add_special_tokens=False)
     starts = range(0, min(len(tokens), samples * length) - 1, length)
     return [Example(tuple(tokens[start : start + length]), 1) for start in starts]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, variance
 from typing import Any
 
@@ -18,10 +18,11 @@ import torch
 from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
 
-from pipeline import definitions
+from pipeline import definitions, tasks
 from pipeline.memory import LOSS_CHUNK
 
-ROW = 256  # tokens of a row that trees are packed into
+ROW = 128  # tokens of a row that trees are packed into
+_CACHED = 16  # rows of logits that a CPU's cache holds
 _PREFIX, _PADDING = -1, -2  # branch of a prefix; tree of what fills a row up
 
 
@@ -40,6 +41,7 @@ class Scores:
             the mean log-likelihood of its target. In nats, below zero.
         gold_logprob_stderr: Its standard error over the items.
         items: Items scored.
+        by_item: Task -> of each item its own metric and the log-probability of its gold choice.
     """
 
     accuracy: dict[str, float]
@@ -50,6 +52,7 @@ class Scores:
     gold_logprob: float
     gold_logprob_stderr: float
     items: int
+    by_item: dict[str, list[tuple[float, float]]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,10 @@ def run(
     for task in loaded.values():
         task._instances = None
     lm = SharedPrefixLM(model, tokenizer, batch_tokens, progress)
-    found = evaluator.evaluate(
-        lm, {"tasks": dict(loaded), "groups": {}, "group_map": {}}, samples=chosen, bootstrap_iters=1
-    )
-    accuracy, stderr, other, logprobs = {}, {}, {}, []
+    asked = {"tasks": dict(loaded), "groups": {}, "group_map": {}}
+    with tasks.compiled_templates():
+        found = evaluator.evaluate(lm, asked, samples=chosen, bootstrap_iters=1)
+    accuracy, stderr, other, by_item = {}, {}, {}, {}
     for name in loaded:
         result, metric = found["results"][name], definitions.metric(name)
         accuracy[name] = result[f"{metric},none"]
@@ -113,8 +116,10 @@ def run(
         for extra in ("acc", "acc_norm"):
             if extra != metric and f"{extra},none" in result:
                 other[f"{name}_{extra}"] = result[f"{extra},none"]
-        samples = found["samples"][name]
-        logprobs.append([gold_logprob(loaded[name], sample, metric) for sample in samples])
+        by_item[name] = [
+            (float(sample[metric]), gold_logprob(loaded[name], sample, metric)) for sample in found["samples"][name]
+        ]
+    logprobs = [[logprob for _, logprob in values] for values in by_item.values()]
     count = len(accuracy)
     return Scores(
         accuracy,
@@ -124,7 +129,8 @@ def run(
         mean_stderr=math.sqrt(sum(error**2 for error in stderr.values())) / count,
         gold_logprob=fmean(map(fmean, logprobs)),
         gold_logprob_stderr=math.sqrt(sum(squared_error(values) for values in logprobs)) / count,
-        items=sum(len(samples) for samples in found["samples"].values()),
+        items=sum(map(len, logprobs)),
+        by_item=by_item,
     )
 
 
@@ -367,12 +373,18 @@ def choose(
     ).last_hidden_state
     values, greedy = [], []
     for part in parts:
-        logits = causal.lm_head(hidden[part.rows, part.columns]).float()
-        own = logits[part.at, part.targets]
-        values.append(own - logits.logsumexp(-1)[part.at])
-        greedy.append(own == logits.amax(-1)[part.at])
+        logits = causal.lm_head(hidden[part.rows, part.columns])
+        own = logits[part.at, part.targets].float()
+        norms, tops = zip(*map(_norm_and_top, logits.split(_CACHED)), strict=True)
         del logits  # else they live until the next chunk's exist
+        values.append(own - torch.cat(norms)[part.at])
+        greedy.append(own == torch.cat(tops)[part.at])
     return torch.cat(values), torch.cat(greedy)
+
+
+def _norm_and_top(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    exact = logits.float()
+    return exact.logsumexp(-1), exact.amax(-1)
 
 
 def tree_mask(owners: torch.Tensor, branches: torch.Tensor) -> torch.Tensor:

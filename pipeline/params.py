@@ -107,8 +107,10 @@ class Prune(Section):
     structures: tuple[Literal["attention", "mlp"], ...] = Field(min_length=1, description="Which structures may go.")
     attention_blocks: BlockRange
     mlp_blocks: BlockRange
-    text: Literal["rows", "packed"] = Field(description="Alpaca rows in their prompts, or their texts end to end.")
-    samples: int = Field(ge=0, description="Calibration rows, or packed windows of max_length tokens.")
+    text: Literal["rows", "packed", "responses"] = Field(
+        description="Alpaca rows in their prompts; their texts end to end; or the longest responses end to end."
+    )
+    samples: int = Field(ge=0, description="Calibration rows, or windows of max_length tokens of the texts.")
     max_length: Positive = Field(description="Tokens of a calibration row.")
     steps: Positive = Field(description="1: one shot; more: score again after each part of the removal.")
     compensate: bool = Field(description="Refit down_proj and o_proj to the dense outputs by least squares.")

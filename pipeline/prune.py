@@ -27,7 +27,10 @@ _FROM_GRAMS = ("activation", "surgeon")
 _READER = {"attention": ATTENTION[3], "mlp": MLP[2]}  # the linear that reads a kind's structures
 _HEAD_FACTOR = 10.0
 _ENERGY_BATCHES = 3  # batches that the gradient's energy is measured on: it varies far more by block than by row
-_DAMPING = 1e-2  # of the mean of the Gram matrix's diagonal, added to it in the least-squares fit
+_ENERGY_POWER = 0.7  # below 1: the error of an early block fades on its way
+# Of the median of the Gram matrix's diagonal, added to it: the mean may be that of one massive activation.
+_DAMPING = 1e-2  # while choosing
+_REFIT_DAMPING = 1.0  # in the fit that is kept, which has to hold on other text too
 
 
 @dataclass(frozen=True)
@@ -283,10 +286,10 @@ def activation(model: Any, grams: Grams) -> Scores:
 def surgeon(model: Any, calibration: Sequence[Batch], grams: Grams) -> Scores:
     """Return what removing each structure costs after the rest was refitted to make up for it.
 
-    The rise of a reading linear's squared output error (``surgeon_order``), times the mean square of the loss's
-    gradient at its block's output: together, to first order, the scale of the rise of the loss, so that blocks compare.
-    Meant for ``compensate: true``. A head's error is multiplied by ``_HEAD_FACTOR``: what it moves to other tokens is
-    felt beyond its own output.
+    The rise of a reading linear's squared output error (``surgeon_order``), times a power of the mean square of the
+    loss's gradient at its block's output: the scale of the rise of the loss, so that blocks compare. Meant for
+    ``compensate: true``. A head's error is multiplied by ``_HEAD_FACTOR``: what it moves to other tokens is felt beyond
+    its own output.
     """
     energy = gradient_energy(model, calibration[:: max(len(calibration) // _ENERGY_BATCHES, 1)])
     found: Scores = []
@@ -296,7 +299,7 @@ def surgeon(model: Any, calibration: Sequence[Batch], grams: Grams) -> Scores:
             weight = model.get_submodule(architecture.linear_name(index, name)).weight.detach()
             width = architecture.group_width(model.config, architecture.shapes(model.config)[index], name)
             factor = _HEAD_FACTOR if kind == "attention" else 1.0
-            scores[kind] = surgeon_order(weight, block[kind], width) * energy[index] * factor
+            scores[kind] = surgeon_order(weight, block[kind], width) * energy[index] ** _ENERGY_POWER * factor
         found.append(scores)
     return found
 
@@ -319,7 +322,7 @@ def surgeon_order(weight: torch.Tensor, gram: torch.Tensor, width: int, chunk: i
     """
     count = gram.shape[0] // width
     chunk = max(count // 100, 1) if chunk is None else chunk
-    damped = gram.double() + torch.eye(len(gram), dtype=torch.float64) * _DAMPING * gram.diagonal().double().mean()
+    damped = gram.double() + torch.eye(len(gram), dtype=torch.float64) * _DAMPING * gram.diagonal().double().median()
     inverse, rest = torch.linalg.inv(damped).float(), weight.float().clone()
     alive = torch.ones(count, dtype=torch.bool)
     costs, highest = torch.full((count,), float("inf")), torch.tensor(0.0)
@@ -501,8 +504,8 @@ def refit(weight: torch.Tensor, gram: torch.Tensor, columns: torch.Tensor) -> to
         columns: S, [kept].
     """
     inner = gram[columns][:, columns].double()
-    inner += torch.eye(len(columns), dtype=torch.float64) * _DAMPING * inner.diagonal().mean()
     outer = weight.double() @ gram[:, columns].double()
-    # Damp towards the unchanged columns, not towards zero.
-    outer += weight[:, columns].double() * _DAMPING * gram[columns][:, columns].double().diagonal().mean()
+    pull = _REFIT_DAMPING * gram.diagonal().double().median()
+    inner += torch.eye(len(columns), dtype=torch.float64) * pull
+    outer += weight[:, columns].double() * pull  # towards the unchanged columns, not towards zero
     return torch.linalg.solve(inner, outer.T).T.to(weight.dtype)

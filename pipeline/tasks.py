@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval.tasks
+import lm_eval.utils
 import yaml
 
 from pipeline import definitions
@@ -89,6 +92,20 @@ def load(names: Iterable[str], folder: str | Path) -> dict[str, Any]:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         manager = lm_eval.tasks.TaskManager(include_path=scratch, include_defaults=False)
         return manager.load(list(names))["tasks"]
+
+
+@contextmanager
+def compiled_templates() -> Iterator[None]:
+    """Compile each of lm-eval's templates once for a while; it compiles one for every item and field."""
+    environment = lm_eval.utils.env
+    environment.from_string = _compiled
+    try:
+        yield
+    finally:
+        del environment.from_string  # the method is the class's again
+
+
+_compiled = lru_cache(1024)(lm_eval.utils.env.from_string)
 
 
 def check_items(name: str, items: Iterable[Mapping[str, Any]]) -> None:

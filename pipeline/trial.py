@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from pipeline import alpaca, architecture, checkpoint, evaluate, memory, quantize, recover, tasks
@@ -247,6 +249,7 @@ def run(
     progress: Callable[[Any], Any] = iter,
     trained: bool = True,
     keep: Path | None = None,
+    listen: Callable[[evaluate.Scores], object] = lambda _: None,
 ) -> tuple[Result, PeftModel]:
     """Assemble, recover and evaluate one bit vector.
 
@@ -259,6 +262,7 @@ def run(
         progress: Wraps the recovery's steps.
         trained: False leaves recovery out and reports inference memory as the peak (the untouched model).
         keep: Where an unfinished recovery is kept (``recover.run``).
+        listen: Is told the scores with each item's, which the result leaves out.
 
     Returns:
         The result and the recovered model.
@@ -292,10 +296,14 @@ def run(
         ),
     )
     model.eval()
-    scores = timed(
-        "evaluate",
-        lambda: evaluate.run(model, context.tokenizer, context.tasks, limit, params.evaluate.batch_tokens, skip=skip),
-    )
+
+    def evaluated() -> evaluate.Scores:
+        # On a GPU the adapters stay beside bitsandbytes' modules, as they will be served.
+        with nullcontext() if context.device.type == "cuda" else merged(model):
+            return evaluate.run(model, context.tokenizer, context.tasks, limit, params.evaluate.batch_tokens, skip=skip)
+
+    scores = timed("evaluate", evaluated)
+    listen(scores)
     predicted = context.predict(bits)
     on_gpu = peaks["recover"] is not None and peaks["evaluate"] is not None
     training = peaks["recover"] if on_gpu else predicted.training
@@ -346,6 +354,24 @@ def assemble(context: Context, bits: Sequence[int], *, real: bool | None = None)
     if context.params.recover.train == "full":
         recover.train_in_full(adapted, {name for name, width in bits_of.items() if width != 16})
     return adapted
+
+
+@contextmanager
+def merged(model: PeftModel) -> Iterator[None]:
+    """Add the adapters to 16-bit weights for a while: two thirds of the matrix products go, the sum is the same.
+
+    The weights are put back as they were, to the bit.
+    """
+    weights = [layer.get_base_layer().weight for layer in model.modules() if isinstance(layer, LoraLayer)]
+    before = [weight.detach().clone() for weight in weights]
+    model.merge_adapter()
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()
+        with torch.no_grad():
+            for weight, old in zip(weights, before, strict=True):
+                weight.copy_(old)
 
 
 def trained_state(model: PeftModel, bits_of: Mapping[str, int]) -> dict[str, torch.Tensor]:

@@ -171,3 +171,14 @@ def test_windows_of_too_few_texts_are_fewer(tmp_path, tokenizer):
     text = tokenizer.encode("Add one and one.\nTwo.\n\n") * 2
     assert [token for one in every for token in one.tokens][: len(text) - 1] == text[: len(text) - 1]
     assert len(every) in (len(text) // 5, len(text) // 5 + 1)
+
+
+def test_responses_are_the_longest_ones_end_to_end(tmp_path, tokenizer):
+    rows = [{"instruction": "Count.", "input": "", "output": f"{i} " * i} for i in range(1, 9)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    train, _ = alpaca.split(rows, 2, 3)
+    outputs = sorted((row["output"] for row in train), key=len, reverse=True)
+    text = "".join(f"{one}\n\n" for one in outputs)
+    found = alpaca.responses(tmp_path / "rows.jsonl", tokenizer, 2, 3, 7, 3)
+    assert [len(one.tokens) for one in found] == [7, 7, 7]
+    assert text.startswith(tokenizer.decode([token for one in found for token in one.tokens]))

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import random
 from itertools import product
+from types import SimpleNamespace
 
 import banks
 import numpy as np
@@ -75,9 +76,13 @@ def context(default):
 
 
 def fake(calls):
-    def run(context, bits, steps):
+    def run(context, bits, steps, limit, listen):
         calls.append((tuple(bits), steps))
-        return dataclasses.replace(result(bits), gold_logprob=result(bits).gold_logprob + steps / 10), None
+        count = limit or 3 * context.params.evaluate.limit  # later items are no part of the means
+        good = result(bits).gold_logprob + steps / 10
+        items = [(index % 2, good if index < context.params.evaluate.limit else 9.0) for index in range(count)]
+        listen(SimpleNamespace(by_item={"piqa": items, "boolq": items}))
+        return result(bits), None
 
     return run
 
@@ -102,6 +107,12 @@ def test_recording_goes_on_where_it_was(tmp_path, context, monkeypatch):
     assert kept["bits"].tolist() == table["bits"].tolist() == ["".join(map(str, bits)) for bits, _ in calls]
     assert {"gold_logprob", "gold_logprob_stderr", "accuracy", "piqa", "peak_memory_bytes"} <= set(kept.columns)
     assert "on 4 vectors: 1.00" in record.agreement(table)
+    first = table.iloc[0]
+    assert first["gold_logprob"] == pytest.approx(result(calls[0][0]).gold_logprob)
+    assert first["accuracy"] == first["piqa"] == 0.5
+    limit = context.params.evaluate.limit
+    counts = pd.read_parquet(tmp_path / "items.parquet").groupby(["bits", "steps"], sort=False).size()
+    assert counts.tolist() == [2 * limit] * 8 + [6 * limit] * 4
 
 
 def test_landscapes_of_other_settings_do_not_mix(tmp_path, context, monkeypatch):

@@ -12,11 +12,12 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import definitions, evaluate, tasks
+from pipeline import definitions, evaluate, tasks, trial
 from pipeline.evaluate import Request, SharedPrefixLM, Tree
 from pipeline.params import TASKS
 
 LIMIT = 6
+WEIGHT = "base_model.model.model.layers.0.mlp.down_proj.base_layer.weight"
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +233,32 @@ def test_adapters_count(model, tokenizer, loaded):
     assert abs(evaluate.run(adapted, tokenizer, one, LIMIT, 512).gold_logprob - plain.gold_logprob) > 1e-3
 
 
+def test_merged_adapters_score_alike_and_leave_the_weights_as_they_were(tokenizer, loaded):
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        tiny_model(), LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj", "down_proj"])
+    ).eval()
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    before = {name: weight.clone() for name, weight in adapted.state_dict().items()}
+    apart = evaluate.run(adapted, tokenizer, {"piqa": loaded["piqa"]}, LIMIT, 512)
+    with trial.merged(adapted):
+        together = evaluate.run(adapted, tokenizer, {"piqa": loaded["piqa"]}, LIMIT, 512)
+        assert not torch.equal(adapted.state_dict()[WEIGHT], before[WEIGHT])
+    assert together.gold_logprob == pytest.approx(apart.gold_logprob, abs=1e-5)
+    assert all(torch.equal(weight, before[name]) for name, weight in adapted.state_dict().items())
+    assert evaluate.run(adapted, tokenizer, {"piqa": loaded["piqa"]}, LIMIT, 512).gold_logprob == apart.gold_logprob
+
+
+def test_every_item_is_told(model, tokenizer, loaded, scores):
+    for name, values in scores.by_item.items():
+        assert len(values) == len(evaluate.items(len(loaded[name].eval_docs), LIMIT))
+        assert scores.accuracy[name] == pytest.approx(sum(metric for metric, _ in values) / len(values))
+    means = [sum(logprob for _, logprob in values) / len(values) for values in scores.by_item.values()]
+    assert scores.gold_logprob == pytest.approx(sum(means) / len(means))
+
+
 @pytest.mark.parametrize("method", ["generate_until", "loglikelihood_rolling"])
 def test_other_kinds_of_tasks_are_refused(model, tokenizer, method):
     with pytest.raises(NotImplementedError, match="multiple-choice"):
@@ -314,9 +341,9 @@ def test_batches_pack_each_tree_once_into_rows_that_hold_it(batch_tokens):
     found = list(evaluate.batches(every, batch_tokens))
     assert sorted(tree.requests[0] for _, rows in found for row in rows for tree in row) == list(range(60))
     for length, rows in found:
-        assert length in (256, 512, 1024)
+        assert length in (128, 256, 512, 1024)
         assert len(rows) == 1 or len(rows) * length <= batch_tokens
-        assert all(length // 2 < max(tree.size for tree in row) or length == 256 for row in rows)
+        assert all(length // 2 < max(tree.size for tree in row) or length == 128 for row in rows)
         assert all(sum(tree.size for tree in row) <= length for row in rows)
 
 

@@ -152,3 +152,14 @@ def test_loads_in_a_process_that_imports_nothing_else():
     code = f"from pipeline import tasks; assert list(tasks.load(['piqa'], {str(SAMPLE)!r})) == ['piqa']"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_templates_are_compiled_once_for_a_while():
+    from lm_eval import utils
+
+    plain = utils.env.from_string
+    with tasks.compiled_templates():
+        assert utils.env.from_string("{{a}} and {{b}}") is utils.env.from_string("{{a}} and {{b}}")
+        assert [utils.apply_template("{{a}}!", {"a": value}) for value in (1, 2)] == ["1!", "2!"]
+    assert utils.env.from_string == plain
+    assert utils.env.from_string("{{a}}") is not utils.env.from_string("{{a}}")
