@@ -1,0 +1,91 @@
+"""Blocks or finer units: models of equal memory, recovered and judged on items that no search sees.
+
+    python -m benchmarks.granularity [granularities=block,group] [text=FILE] [limit=0]
+
+For each granularity and each of five memory budgets: the greedy allocation by sensitivity per byte, which every search
+starts from, as a whole trial. Needs the stages up to ``quantize``. Writes ``reports/granularity.csv``; a line a model,
+then the mean paired difference to the first granularity, over items and budgets, with its standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.perplexity import perplexity
+from pipeline import console, evaluate, params, stages, trial
+
+BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25)  # of what raising every unit would take
+Values = dict[float, np.ndarray]  # budget -> the gold choice's log-probability of each item
+
+
+def measure(settings: params.Params, text: str, limit: int) -> tuple[list[dict], Values]:
+    """Return a row for each budget, and each item's score."""
+    context = trial.load(settings, stages.PRUNED, stages.BANK, stages.ALPACA, stages.BENCHMARKS)
+    with tempfile.TemporaryDirectory() as scratch:
+        priors = stages.write_priors(settings, stages.PRUNED, Path(scratch) / "importance.json")
+    space = replace(trial.space(context), max_eights=len(context.units))
+    rows, items = [], {}
+    for share in BUDGETS:
+        within = replace(space, budget=space.base + int(share * sum(space.deltas)))
+        bits = within.allocate([value / delta for value, delta in zip(priors.sensitivity, space.deltas, strict=True)])
+        heard: list[evaluate.Scores] = []
+        skip = evaluate.seen(context.tasks, settings.evaluate.limit)
+        result, model = trial.run(context, bits, limit=limit, skip=skip, listen=heard.append)
+        items[share] = np.array([logprob for task in heard[0].by_item.values() for _, logprob in task])
+        row = {
+            "granularity": settings.search.granularity,
+            "budget": share,
+            "raised": bits.count(8),
+            "peak_memory_mib": result.peak_memory_bytes / 2**20,
+            "accuracy": result.accuracy,
+            "gold_logprob": result.gold_logprob,
+            "validation_loss": result.validation_loss,
+        }
+        if text:
+            row["perplexity"] = perplexity(model.merge_and_unload().float(), context.tokenizer, text)
+        rows.append(row)
+        console.note(
+            ", ".join(
+                f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
+    return rows, items
+
+
+def difference(one: Values, other: Values) -> tuple[float, float]:
+    """Return (mean, standard error over items) of one's scores minus the other's, averaged over the budgets first."""
+    each = np.mean([one[share] - other[share] for share in BUDGETS], axis=0)
+    return float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each)))
+
+
+def main(granularities: list[str], text: str, limit: int) -> None:
+    """Measure, write and print."""
+    given, rows, found = params.load(), [], {}
+    for name in granularities:
+        search = given.search.model_copy(update={"granularity": name, "seed_bits": ()})
+        more, found[name] = measure(given.model_copy(update={"search": search}), text, limit)
+        rows += more
+        pd.DataFrame(rows).to_csv(stages.REPORTS / "granularity.csv", index=False)
+    first, *others = granularities
+    losses = {
+        name: fmean(row["validation_loss"] for row in rows if row["granularity"] == name) for name in granularities
+    }
+    for name in others:
+        mean, error = difference(found[name], found[first])
+        print(
+            f"{name} minus {first}: gold log-probability {mean:+.4f} ± {error:.4f} on held-out items, "
+            f"validation loss {losses[name] - losses[first]:+.4f}"
+        )
+
+
+if __name__ == "__main__":
+    options = dict(item.split("=") for item in sys.argv[1:])
+    words = Path(options["text"]).read_text(encoding="utf-8") if "text" in options else ""
+    main(options.get("granularities", "block,group").split(","), words, int(options.get("limit", 0)))
