@@ -6,7 +6,7 @@ A cell is one model to train and judge: a method at a ratio, or a variant of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,17 +118,6 @@ def definition(cell: Cell, origin: Mapping[str, Any]) -> dict[str, Any]:
 def key(cell: Cell, origin: Mapping[str, Any]) -> str:
     """Return twelve hex digits that name a cell by all that defines it."""
     return digest(definition(cell, origin))
-
-
-def best(results: Sequence[Result], objective: str) -> Result:
-    """Return the result of a search that becomes QPruner3: the front's highest objective; of equals, least memory.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if not results:
-        raise ValueError("no trial of the search has finished, so there is no QPruner3; see the trials' errors")
-    return max(results, key=lambda one: (getattr(one, objective), -one.peak_memory_bytes))
 
 
 # --- the ablation ------------------------------------------------------------------------------------------------

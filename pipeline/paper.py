@@ -320,9 +320,8 @@ def _owner(cell: Cell) -> str:
 
 def _searched(supplies: Supplies, own: Run) -> tuple[tuple[int, ...], str]:
     """Hold QPruner3's search below its cell's run; return the best vector and the study's name."""
-    from pipeline import cells, search
+    from pipeline import cells, pareto, search
     from pipeline.quantize import read_bits
-    from pipeline.trial import Result
 
     params = cells.changed(supplies.params, "search", n_trials=supplies.params.table.n_trials)
     context = supplies.context
@@ -332,7 +331,8 @@ def _searched(supplies: Supplies, own: Run) -> tuple[tuple[int, ...], str]:
     recorder = Recorder(own, name, params, context)
     recorder.agree(study)
     search.run(study, params.search, supplies.space, supplies.priors, params.seed, recorder.attempt(study))
-    found = cells.best([Result.from_json(one["result"]) for one in study.finished()], params.search.objective)
+    trials = pareto.points(tracking.trials(name), params.search.objective)
+    found = pareto.best(pareto.judge(pareto.front(trials), trials, supplies.priors.sensitivity))  # as ``build`` chooses
     return read_bits(found.bits, context.units), name
 
 

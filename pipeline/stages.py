@@ -311,7 +311,8 @@ def log_result(own: Run, result: Any) -> None:
     own.metrics(result.metrics())
     own.series("loss", result.losses)
     name = tracking.run(own.run_id).info.run_name.partition(":")[0]
-    figures = f"{100 * result.accuracy:.1f} %, {result.peak_memory_bytes / 2**30:.3f} GiB, {summary(result.bits)}"
+    quality = f"{result.gold_logprob:.3f} nats, {100 * result.accuracy:.1f} %"
+    figures = f"{quality}, {result.peak_memory_bytes / 2**30:.3f} GiB, {summary(result.bits)}"
     # The UI's default columns show no metric, so the figures stand in the name.
     own.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {figures}"})
 

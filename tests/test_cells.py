@@ -1,5 +1,4 @@
 import pytest
-from test_search import result
 
 from pipeline import cells
 from pipeline.cells import FACTORS, ROWS, VARIANT, Cell
@@ -108,20 +107,3 @@ def test_iterations_are_varied_under_loftq_whatever_the_default_is(params):
     default = cells.qpruner3(cells.changed(params, "quantize", init="gaussian"))
     found = [cell.params.quantize for factor, _, cell in cells.variants(default, "44") if factor == FACTORS[2]]
     assert [(one.init, one.iterations) for one in found] == [("loftq", 1), ("loftq", 2), ("loftq", 4)]
-
-
-def test_best_has_the_highest_log_probability_and_of_equals_the_least_memory():
-    import dataclasses
-
-    def one(bits, logprob):
-        return dataclasses.replace(result(bits), gold_logprob=logprob)
-
-    low, high, cheap = one((8,) * 8, -2.0), one((8, 8) + (4,) * 6, -1.0), one((8,) + (4,) * 7, -1.0)
-    assert low.accuracy > high.accuracy > cheap.accuracy
-    assert cells.best([low, high, cheap], "gold_logprob") is cheap
-    assert cells.best([low, high, cheap], "accuracy") is low
-
-
-def test_best_of_no_trial_is_refused():
-    with pytest.raises(ValueError, match="no trial of the search has finished"):
-        cells.best([], "accuracy")
