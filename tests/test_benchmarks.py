@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from test_search import PRIORS, SPACE, UNITS, result
 
-from benchmarks import record, samplers
+from benchmarks import evidence, granularity, record, samplers
 from pipeline import alpaca, architecture, params, surrogate, tasks, trial
 from pipeline.allocate import raised_of
 
@@ -185,3 +185,52 @@ def test_recording_a_tiny_model_runs_its_trials(tmp_path, tokenizer, raw_params)
     )
     with pytest.raises(ValueError, match="search.seed_bits: '8848' is beyond .* average_bits"):
         trial.space(forbidden)
+
+
+def items_of(quality, memory, noise=0.5, tasks=2, count=24):
+    """Scores of vectors whose log-probability is their quality and whose accuracy is drawn."""
+    generator = np.random.default_rng(0)
+    shared = generator.normal(0, 3, (1, tasks, count))  # what an item costs every vector alike
+    shape = (len(quality), tasks, count)
+    logprob = np.reshape(quality, (-1, 1, 1)) + shared + generator.normal(0, noise, shape)
+    return evidence.Items(generator.integers(0, 2, shape).astype(float), logprob, np.array(memory, dtype=float))
+
+
+def gained(table):
+    return {line.split(" | ")[0].strip("| "): line.split(" | ") for line in table.splitlines()[2:]}
+
+
+def test_the_objective_that_tells_more_gains_more_on_held_out_items():
+    found = gained(evidence.objective(items_of(np.linspace(-1, 0, 10), range(10)), 8, 50))
+    assert float(found["gold_logprob"][2]) > float(found["accuracy"][2]) + 0.1
+    assert float(found["gold_logprob"][4].strip(" |")) > 0.8 > 0.5 > abs(float(found["accuracy"][4].strip(" |")))
+
+
+def test_only_vectors_that_are_worse_and_no_smaller_are_stopped():
+    good = items_of([-1.0, -1.0, -1.0], [3, 2, 1])  # the smaller, the more pointless the others
+    line = gained(evidence.hopeless(good, 20))["3"]
+    assert float(line[1]) == 0 and float(line[2]) == 0
+    bad = items_of([0.0, -5.0, -5.0], [1, 2, 3])
+    line = gained(evidence.hopeless(bad, 50))["3"]
+    assert 0.8 < float(line[1]) < 1.2  # (a bad vector is stopped if the good one came before: 2 x 1/2)
+    assert line[3].strip(" |") == "0.00 %"
+
+
+def test_items_are_read_as_they_were_recorded(tmp_path):
+    rows = record.long("48", 0, {"a": [(1.0, -1.0), (0.0, -2.0)], "b": [(1.0, -3.0), (1.0, -4.0)]})
+    rows += record.long("84", 0, {"a": [(0.0, -5.0), (0.0, -6.0)], "b": [(0.0, -7.0), (1.0, -8.0)]})
+    rows += record.long("84", 6, {"a": [(1.0, -9.0)], "b": [(1.0, -9.5)]})
+    pd.DataFrame(rows).to_parquet(tmp_path / "items.parquet")
+    table = pd.DataFrame({"bits": ["84", "48", "84"], "peak_memory_bytes": [7, 5, 7]})
+    table.to_csv(tmp_path / "table.csv", index=False)
+    cheap, recovered = (evidence.Items.read(tmp_path, one) for one in (False, True))
+    assert cheap.gold_logprob.tolist() == [[[-1, -2], [-3, -4]], [[-5, -6], [-7, -8]]]
+    assert cheap.metric.tolist() == [[[1, 0], [1, 1]], [[0, 0], [0, 1]]] and cheap.memory.tolist() == [5, 7]
+    assert recovered.gold_logprob.tolist() == [[[-9.0], [-9.5]]]
+
+
+def test_difference_of_granularities_is_paired_over_items():
+    first = {share: np.array([-1.0, -2.0, -3.0]) for share in granularity.BUDGETS}
+    second = {share: values + np.array([0.1, 0.2, 0.3]) for share, values in first.items()}
+    mean, error = granularity.difference(second, first)
+    assert mean == pytest.approx(0.2) and error == pytest.approx(0.1 / 3**0.5)
