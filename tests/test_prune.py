@@ -6,7 +6,7 @@ import torch
 import transformers
 from conftest import FAMILIES, batches, tiny_config, tiny_model
 
-from pipeline import alpaca, architecture, checkpoint, prune
+from pipeline import alpaca, architecture, checkpoint, prune, saliency
 from pipeline.alpaca import IGNORED, Batch
 from pipeline.architecture import COUPLED, BlockShape
 from pipeline.params import BlockRange
@@ -338,7 +338,7 @@ def test_ratio_too_large_names_what_is_possible(settings):
 
 
 def test_run_refuses_before_it_scores(settings, monkeypatch):
-    monkeypatch.setattr(prune, "importance", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(saliency, "importance", lambda *_: pytest.fail("scored"))
     with pytest.raises(ValueError, match="attention_blocks"):
         prune.run(tiny_model(), batches(), settings(attention_blocks=span(4, 4)), 0)
 
@@ -348,8 +348,8 @@ def test_run_refuses_before_it_scores(settings, monkeypatch):
 
 def test_taylor1_is_the_slope_of_the_loss_when_a_weight_is_scaled(settings):
     model, parts = tiny_model(), ragged()
-    first, second = prune.gradients(model, parts, "taylor1")
-    scores = prune.weight_scores(model, first, second, "taylor1")
+    first, second = saliency.gradients(model, parts, "taylor1")
+    scores = saliency.weight_scores(model, first, second, "taylor1")
     step = 0.05
     for name in (
         architecture.linear_name(0, "self_attn.k_proj"),
@@ -372,8 +372,8 @@ def test_taylor1_is_the_slope_of_the_loss_when_a_weight_is_scaled(settings):
 @pytest.mark.parametrize("kind", ["taylor1", "taylor2", "taylor_mix"])
 def test_taylor_scores_equal_their_formulas_from_gradients_of_rows(kind):
     model, parts = tiny_model(), ragged()
-    first, second = prune.gradients(model, parts, kind)
-    found = prune.weight_scores(model, first, second, kind)
+    first, second = saliency.gradients(model, parts, kind)
+    found = saliency.weight_scores(model, first, second, kind)
     names = list(architecture.linears(model.config))
     weights = [model.get_submodule(name).weight for name in names]
     gradients = list(zip(*row_gradients(model, parts, weights), strict=True))
@@ -390,7 +390,7 @@ def test_taylor_scores_equal_their_formulas_from_gradients_of_rows(kind):
 @pytest.mark.parametrize("kind", ["taylor1", "taylor2", "fisher_mask", "activation"])
 def test_importance_leaves_no_gradients_behind(kind, settings):
     model = tiny_model()
-    prune.importance(model, batches(), settings(importance=kind))
+    saliency.importance(model, batches(), settings(importance=kind))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -420,7 +420,7 @@ def masked_gradients(model, parts):
 @pytest.mark.parametrize("parts", [batches(), ragged()], ids=["even", "ragged"])
 def test_fisher_mask_is_the_mean_square_of_each_rows_mask_gradient(family, parts):
     model = tiny_model(family)
-    found = prune.fisher_mask(model, parts)
+    found = saliency.fisher_mask(model, parts)
     for (block, kind), of_rows in masked_gradients(model, parts).items():
         expected = mean(one.square() for one in of_rows)
         torch.testing.assert_close(found[block][kind], expected, rtol=1e-3, atol=1e-9)
@@ -430,7 +430,7 @@ def test_fisher_mask_is_the_mean_square_of_each_rows_mask_gradient(family, parts
 def test_scores_do_not_depend_on_how_rows_are_batched(kind, settings):
     model, parts = tiny_model(), ragged()
     alone = [Batch(part.tokens[i : i + 1], part.labels[i : i + 1]) for part in parts for i in range(len(part.tokens))]
-    found, expected = (prune.importance(model, one, settings(importance=kind)) for one in (parts, alone))
+    found, expected = (saliency.importance(model, one, settings(importance=kind)) for one in (parts, alone))
     for here, there in zip(found, expected, strict=True):
         for structures in COUPLED:
             torch.testing.assert_close(here[structures], there[structures], rtol=1e-3, atol=1e-9)
@@ -442,7 +442,7 @@ def test_padding_does_not_change_scores(kind, settings):
     rows = [alpaca.Example(tuple(part.tokens[0].tolist()), 3) for part in batches(4)]
     short = [alpaca.Example(row.tokens[: 6 + i], 3) for i, row in enumerate(rows)]
     padded = [alpaca.batch(short, padding, True) for padding in (1, 7)]
-    found, expected = (prune.importance(model, [one], settings(importance=kind)) for one in padded)
+    found, expected = (saliency.importance(model, [one], settings(importance=kind)) for one in padded)
     for here, there in zip(found, expected, strict=True):
         for structures in COUPLED:
             torch.testing.assert_close(here[structures], there[structures], rtol=1e-4, atol=1e-9)
@@ -450,7 +450,7 @@ def test_padding_does_not_change_scores(kind, settings):
 
 def test_activation_is_the_share_of_energy_written_into_the_residual_stream(settings):
     model, parts = tiny_model(), batches()
-    found = prune.importance(model, parts, settings(importance="activation"))
+    found = saliency.importance(model, parts, settings(importance="activation"))
     tokens = torch.cat([part.tokens for part in parts])
     inputs = {}
     handles = [
@@ -480,7 +480,7 @@ def test_activation_is_the_share_of_energy_written_into_the_residual_stream(sett
 def test_random_importance_is_seeded_and_leaves_the_global_generator_alone(settings):
     model = tiny_model()
     state = torch.get_rng_state()
-    found = [prune.importance(model, [], settings(importance="random"), seed) for seed in (3, 3, 4)]
+    found = [saliency.importance(model, [], settings(importance="random"), seed) for seed in (3, 3, 4)]
     assert torch.equal(torch.get_rng_state(), state)
     for kind, size in (("attention", 2), ("mlp", 96)):
         once, again, other = (one[1][kind] for one in found)
@@ -503,12 +503,12 @@ def test_random_importance_is_seeded_and_leaves_the_global_generator_alone(setti
 )
 def test_members_become_one_score_by_hand(how, expected):
     members = torch.tensor([[1.0, 6.0], [2.0, 8.0], [3.0, 1.0]])
-    torch.testing.assert_close(prune.aggregated(members, how), torch.tensor(expected))
+    torch.testing.assert_close(saliency.aggregated(members, how), torch.tensor(expected))
 
 
 def test_product_of_tiny_scores_does_not_underflow():
     members = torch.tensor([[1.0, 2.0], [4.0, 3.0], [1.0, 5.0], [1.0, 1.0]]) * 1e-15
-    found = prune.aggregated(members, "prod")
+    found = saliency.aggregated(members, "prod")
     assert float(found[1] / found[0]) == pytest.approx((30 / 4) ** (1 / 4), rel=1e-4)
 
 
@@ -523,7 +523,7 @@ def test_product_of_tiny_scores_does_not_underflow():
 def test_level_takes_absolute_values_before_or_after_the_sum(level, member):
     model = tiny_model()
     scores = {name: model.get_submodule(name).weight.detach() for name in architecture.linears(model.config)}
-    found = prune.structure_scores(model, scores, level, "sum")
+    found = saliency.structure_scores(model, scores, level, "sum")
     rows = {
         "attention": (
             ("q_proj", (slice(32, 64),), 1),
@@ -550,7 +550,7 @@ def test_level_by_hand(level, expected):
     scores = {name: torch.zeros(2, 2) for name in architecture.linears(config)}
     scores |= {architecture.linear_name(0, f"mlp.{name}_proj"): torch.zeros(1, 2) for name in ("gate", "up")}
     scores[architecture.linear_name(0, "mlp.down_proj")] = torch.tensor([[3.0], [-2.0]])
-    found = prune.structure_scores(SimpleNamespace(config=config), scores, level, "sum")
+    found = saliency.structure_scores(SimpleNamespace(config=config), scores, level, "sum")
     assert found[0]["mlp"].tolist() == [expected]
 
 
@@ -605,7 +605,7 @@ def test_refit_keeps_the_type_of_the_weight():
 
 def test_input_grams_are_those_of_the_reading_linears():
     model, parts = tiny_model(), batches()
-    grams = prune.input_grams(model, parts)
+    grams = saliency.input_grams(model, parts)
     seen = []
     handle = reader(model, 2, "mlp").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
     with torch.no_grad():
@@ -642,7 +642,7 @@ def test_surgeon_cost_is_the_least_error_of_any_refit(width):
     inputs = torch.randn(200, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
     weight = torch.randn(5, 12, generator=generator)
     gram = inputs.T @ inputs
-    damped = gram + torch.eye(12) * prune._DAMPING * gram.diagonal().median()
+    damped = gram + torch.eye(12) * saliency._DAMPING * gram.diagonal().median()
     errors = []
     for structure in range(12 // width):
         gone = list(range(structure * width, (structure + 1) * width))
@@ -651,7 +651,7 @@ def test_surgeon_cost_is_the_least_error_of_any_refit(width):
         refitted[:, kept] = torch.linalg.solve(damped[kept][:, kept], (weight @ damped[:, kept]).T).T
         change = weight - refitted
         errors.append(float((change @ damped * change).sum()))
-    costs = prune.surgeon_order(weight, gram, width, chunk=1)
+    costs = saliency.surgeon_order(weight, gram, width, chunk=1)
     first = int(costs.argmin())
     assert first == errors.index(min(errors))
     assert float(costs[first]) == pytest.approx(min(errors), rel=1e-3)
@@ -662,8 +662,8 @@ def test_surgeon_costs_follow_from_removing_and_refitting_again():
     inputs = torch.randn(300, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
     weight = torch.randn(4, 6, generator=generator)
     gram = inputs.T @ inputs
-    damped = gram + torch.eye(6) * prune._DAMPING * gram.diagonal().median()
-    costs = prune.surgeon_order(weight, gram, 1, chunk=1)
+    damped = gram + torch.eye(6) * saliency._DAMPING * gram.diagonal().median()
+    costs = saliency.surgeon_order(weight, gram, 1, chunk=1)
     order = costs.argsort().tolist()
     highest, before = 0.0, 0.0
     for place in range(1, 6):
@@ -680,7 +680,7 @@ def test_surgeon_costs_follow_from_removing_and_refitting_again():
 def test_gradient_energy_is_the_mean_squared_gradient_at_each_blocks_output():
     model = tiny_model()
     (part,) = batches(count=1)
-    found = prune.gradient_energy(model, [part])
+    found = saliency.gradient_energy(model, [part])
     for block in range(4):
         leaves = []
 
