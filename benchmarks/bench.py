@@ -22,7 +22,7 @@ from benchmarks import costs, harness, services
 from benchmarks.harness import LeftOut
 from benchmarks.setup import Options, Setup
 from pipeline import console
-from pipeline.stages import REPORTS
+from pipeline.paths import REPORTS
 
 # In this order `trial` and `tracking` find what they need measured already.
 MEASUREMENTS = {

@@ -25,7 +25,7 @@ from benchmarks import services
 from benchmarks.harness import LeftOut, interleaved, markdown, timed
 from benchmarks.setup import Options, Setup
 from pipeline import architecture, checkpoint, console, evaluate, quantize, trial
-from pipeline.stages import REPORTS
+from pipeline.paths import REPORTS
 from pipeline.trial import Context
 
 MODELS = ((128, 4), (256, 6), (384, 8))  # hidden size and blocks; MLPs are three times as wide

@@ -16,7 +16,8 @@ from typing import Any
 
 from benchmarks.harness import BAR, Figure, LeftOut, interleaved, less_is_better, timed
 from benchmarks.setup import Setup
-from pipeline import params, pareto, stages, tracking
+from pipeline import params, pareto, tracking
+from pipeline.recorder import Recorder
 from pipeline.trial import Result
 
 STARTUP, NOOP, QUERY, SHARE = 5.0, 3.0, 1.0, 0.02  # bars: seconds, and a share
@@ -113,7 +114,7 @@ def outcome(generator: random.Random, units: int = 30) -> Result:
 def recorder(study: str) -> Any:
     """Return a search's recorder with its own run in the store."""
     run = tracking._create("search", tracking.experiment_id(), None, {"stage": "search"})
-    return stages.Recorder(run, study, params.load(), SimpleNamespace())
+    return Recorder(run, study, params.load(), SimpleNamespace())
 
 
 def record(to: Any, number: int, result: Result) -> None:

@@ -18,22 +18,9 @@ from typing import Any
 from pipeline import console, definitions, tracking
 from pipeline.cells import VARIANT, Cell, Outcome
 from pipeline.params import Params, digest, flatten
-from pipeline.stages import (
-    ALPACA,
-    BASE,
-    BENCHMARKS,
-    REPORTS,
-    Recorder,
-    log_result,
-    say,
-    steps,
-    study_name,
-    tracked,
-    unfinished,
-    write_bank,
-    write_priors,
-    write_pruned,
-)
+from pipeline.paths import ALPACA, BASE, BENCHMARKS, REPORTS
+from pipeline.recorder import Recorder, log_result, say, steps, study_name, unfinished
+from pipeline.stages import tracked, write_bank, write_priors, write_pruned
 from pipeline.tracking import Run
 
 KEPT = Path("artifacts/table")

@@ -58,7 +58,7 @@ def run(entry: str, n_trials: str = "params.yaml") -> int:
 
             show_front(checked)
         if status == 0 and entry in ("search", "register"):
-            from pipeline.stages import REPORTS
+            from pipeline.paths import REPORTS
 
             found = json.loads((REPORTS / "register.json").read_text())
             console.note(f"In the registry: {found['model']}, alias {found['alias']}")
@@ -86,7 +86,7 @@ def plan(config: str, memory_gib: str) -> int:
 
 
 def _finished() -> int:
-    from pipeline.stages import REPORTS
+    from pipeline.paths import REPORTS
 
     return int(json.loads((REPORTS / "search.json").read_text())["finished"])
 

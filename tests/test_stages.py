@@ -5,6 +5,7 @@ import torch
 from test_search import PRIORS, SPACE, UNITS, result
 
 from pipeline import search, stages, tracking, trial
+from pipeline.recorder import Recorder
 from pipeline.search import Study
 
 
@@ -29,7 +30,7 @@ def searched(folder, settings, monkeypatch, broken=None):
     context = types.SimpleNamespace(units=[None] * UNITS)
     study = Study(folder, "study", UNITS)
     with tracking.stage("search", {}) as run:
-        recorder = stages.Recorder(run, "study", settings, context)
+        recorder = Recorder(run, "study", settings, context)
         recorder.agree(study)
         recorder.references(study)
         search.run(study, settings.search, SPACE, PRIORS, 0, recorder.attempt(study))
@@ -76,7 +77,7 @@ def test_reference_is_measured_once_and_stands_outside_the_trials(tmp_path, sett
 
 def test_commands_of_the_paper_are_no_stages():
     from pipeline import __main__ as command
-    from pipeline import paper, stages
+    from pipeline import paper
 
     assert tuple(stages.STAGES) == command.STAGES
     assert tuple(paper.COMMANDS) == command.PAPER

@@ -1,0 +1,9 @@
+"""Where things lie, relative to the project's root."""
+
+from pathlib import Path
+
+BASE, PRUNED, BANK, FINAL = (Path("artifacts") / name for name in ("base", "pruned", "bank", "final"))
+STUDY = Path("artifacts/study")
+UNFINISHED = Path("artifacts/unfinished")  # recoveries that were interrupted, with `recover.save_every`
+ALPACA, BENCHMARKS = Path("data/alpaca.jsonl"), Path("data/benchmarks")
+REPORTS = Path("reports")

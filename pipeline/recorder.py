@@ -1,0 +1,138 @@
+"""What is noted of trials: their MLflow runs, in step with the study's journal, their names, a line in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline import console, tracking
+from pipeline.params import Params, digest
+from pipeline.paths import ALPACA, BASE, BENCHMARKS, UNFINISHED
+from pipeline.tracking import Run
+
+
+def study_name(params: Params, pruned: Path, bank: Path) -> str:
+    """Name a study by all that defines it: the models, the data, how a trial is run, the space that is searched."""
+    from pipeline import checkpoint
+
+    parts = [checkpoint.sha256(folder / checkpoint.CHECKSUMS) for folder in (pruned, bank)]
+    data = [tracking.md5(ALPACA), *(tracking.md5(BENCHMARKS / f"{task}.jsonl") for task in params.evaluate.tasks)]
+    space = params.search.model_dump(
+        include={"granularity", "objective", "max_8bit_fraction", "memory_budget_gib", "average_bits"}
+    )
+    return digest(parts, data, params.recover, params.evaluate, params.data.validation_rows, space, params.seed)
+
+
+class Recorder:
+    """Runs trials and keeps their MLflow runs in step with the study."""
+
+    def __init__(self, run: Run, study: str, params: Params, context: Any):
+        self.run, self.study, self.params, self.context = run, study, params, context
+
+    def agree(self, study: Any) -> None:
+        """Give every finished trial its finished run below this search, whatever a killed process left of it."""
+        from pipeline.trial import Result
+
+        known = {run.data.tags.get("journal_run_id", run.info.run_id): run for run in tracking.trials(self.study)}
+        for record in [*study.finished(), *study.references().values()]:
+            result = Result.from_json(record["result"])
+            found = known.get(record["run_id"])
+            if found is None:  # the store was lost or is another one
+                own = self._open(record["method"], record["method"], result.bits, "number" not in record)
+                own.tags({"journal_run_id": record["run_id"]})
+            else:
+                own = Run(found.info.run_id, found.info.experiment_id)
+                tracking.move(own.run_id, self.run)
+            if found is None or found.info.status != "FINISHED":
+                log_result(own, result)
+                own.finish()
+
+    def references(self, study: Any) -> None:
+        """Measure the reference rows that the study lacks."""
+        from pipeline import trial
+
+        done = study.references()
+        widths = {"dense": 16, "llm_pruner": 16, "uniform8": 8}
+        for name in self.params.search.references:
+            if name in done:
+                continue
+            context = trial.untouched(self.context, BASE) if name == "dense" else self.context
+            bits = (widths[name],) * len(context.units)
+            own = self._open(name, name, "16" if widths[name] == 16 else "8" * len(bits), reference=True)
+            try:
+                result, _ = trial.run(
+                    context, bits, progress=steps(name), trained=name != "dense", keep=unfinished(self.study, name)
+                )
+            except Exception as error:
+                own.finish("FAILED", error)
+                console.note(f"reference {name} failed: {error}")
+                continue
+            log_result(own, result)
+            study.record_reference(name, own.run_id, result)
+            own.finish()
+
+    def attempt(self, study: Any) -> Callable[[Any, Any, int], Any]:
+        """Return what runs one trial for ``search.run``: tracked, recorded, its failure returned."""
+        from pipeline import trial
+        from pipeline.quantize import write_bits
+
+        def run(opened: Any, candidate: Any, done: int) -> Any:
+            text = write_bits(candidate.bits)
+            own = self._open(f"trial {opened.number}", candidate.method, text, reference=False)
+            own.tags({"trial": str(opened.number)})
+            label = f"trial {done + 1}/{self.params.search.n_trials} ({candidate.method})"
+            try:
+                result, _ = trial.run(
+                    self.context, candidate.bits, progress=steps(label), keep=unfinished(self.study, text)
+                )
+                log_result(own, result)
+            except Exception as error:
+                study.fail(opened, error)
+                own.finish("FAILED", error)
+                console.note(f"{label} failed: {type(error).__name__}: {error}")
+                return error
+            study.complete(opened, own.run_id, result)
+            own.finish()
+            say(label, result)
+            return result
+
+        return run
+
+    def _open(self, name: str, method: str, bits: str, reference: bool) -> Run:
+        kind = "reference" if reference else "trial"
+        own = self.run.child(name, {"stage": kind, "study": self.study, "method": method})
+        own.params({"bits": bits, "method": method, "granularity": self.params.search.granularity})
+        return own
+
+
+def log_result(own: Run, result: Any) -> None:
+    """Log what a trial measured into its run."""
+    from pipeline.report import summary
+
+    own.metrics(result.metrics())
+    own.series("loss", result.losses)
+    name = tracking.run(own.run_id).info.run_name.partition(":")[0]
+    quality = f"{result.gold_logprob:.3f} nats, {100 * result.accuracy:.1f} %"
+    figures = f"{quality}, {result.peak_memory_bytes / 2**30:.3f} GiB, {summary(result.bits)}"
+    # The UI's default columns show no metric, so the figures stand in the name.
+    own.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {figures}"})
+
+
+def say(label: str, result: Any) -> None:
+    """Print what a trial measured."""
+    console.note(
+        f"{label}: accuracy {100 * result.accuracy:.1f} ± {100 * result.accuracy_stderr:.1f} %, gold answer "
+        f"{result.gold_logprob:.4f} ± {result.gold_logprob_stderr:.4f} nats, "
+        f"{result.peak_memory_bytes / 2**30:.4f} GiB, {sum(result.seconds.values()):.0f} s, bits {result.bits}"
+    )
+
+
+def unfinished(*parts: Any) -> Path:
+    """Return where the state of a recovery is kept until it ends, by all that defines it."""
+    return UNFINISHED / f"{digest(*parts)}.safetensors"
+
+
+def steps(label: str) -> Callable[[Any], Any]:
+    """Return what shows the progress of a recovery under a label."""
+    return lambda items: console.progress(items, label)
