@@ -265,14 +265,16 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
     for one in every:
         if one.method == UNTOUCHED:  # never trained, so it has no place on the axis of training memory
             axes.axhline(factor * one.score, color="#2f6fbb", lw=1, ls="--", label=LABELS[UNTOUCHED])
-        elif one.reference or one.method in ("qpruner1", "qpruner2"):
-            axes.annotate(
-                LABELS.get(one.method, one.method),
-                (one.memory / GIB, factor * one.score),
-                xytext=(5, 5),
-                textcoords="offset points",
-                fontsize=8,
-            )
+    named = [one for one in every if one.method in LABELS and one.method != UNTOUCHED]
+    for place, one in enumerate(sorted(named, key=lambda one: one.memory)):
+        axes.annotate(
+            LABELS[one.method],
+            (one.memory / GIB, factor * one.score),
+            xytext=(-5 if one.reference else 5, (5, -18)[place % 2]),  # neighbours above and below
+            ha="right" if one.reference else "left",
+            textcoords="offset points",
+            fontsize=8,
+        )
     source = members[0].source if members else "predicted"
     axes.set_xlabel(f"peak memory of recovery, GiB ({source})")
     axes.set_ylabel(f"{label_of_score} (± 1 standard error)")
