@@ -31,33 +31,38 @@ class Items:
         metric: Each task's own metric, [vectors, tasks, items].
         gold_logprob: Log-probability of the gold choice, [vectors, tasks, items].
         memory: Peak bytes, [vectors].
+        validation_loss: Nats a token of held-out rows, [vectors].
     """
 
     metric: np.ndarray
     gold_logprob: np.ndarray
     memory: np.ndarray
+    validation_loss: np.ndarray
 
     @staticmethod
     def read(folder: Path, recovered: bool) -> Items:
         """Return the vectors measured with recovery, or those without."""
         rows = pd.read_parquet(folder / "items.parquet")
         rows = rows[(rows["steps"] > 0) == recovered]
-        table = pd.read_csv(folder / "table.csv", dtype={"bits": str}).drop_duplicates("bits").set_index("bits")
+        table = pd.read_csv(folder / "table.csv", dtype={"bits": str})
+        table = table[(table["steps"] > 0) == recovered].set_index("bits")
         wide = rows.pivot_table(index="bits", columns=["task", "item"], values=["metric", "gold_logprob"])
         tasks = rows["task"].nunique()
         metric, logprob = (wide[name].to_numpy().reshape(len(wide), tasks, -1) for name in ("metric", "gold_logprob"))
-        return Items(metric, logprob, table.loc[wide.index, "peak_memory_bytes"].to_numpy(float))
+        own = table.loc[wide.index]
+        return Items(metric, logprob, own["peak_memory_bytes"].to_numpy(float), own["validation_loss"].to_numpy(float))
 
 
 def objective(items: Items, limit: int, seeds: int) -> str:
-    """Compare choosing by accuracy with choosing by the gold answer's log-probability, judged on held-out items.
+    """Compare choosing by accuracy, by the gold answer's log-probability and by text, judged on held-out items.
 
     Each time, ``limit`` items of a task are for the search, drawn at random, the others for judging; a search is
     ``TRIALS`` of the vectors, and its pick the one with the highest score. Gains are over the mean of those vectors.
     """
     generator = np.random.default_rng(0)
     vectors, _, count = items.metric.shape
-    names, tables = ("accuracy", "gold_logprob"), (items.metric, items.gold_logprob)
+    names = ("accuracy", "gold_logprob", "validation_loss")
+    tables = (items.metric, items.gold_logprob)
     gains: dict[str, list[list[float]]] = {name: [] for name in names}
     agreement: dict[str, list[list[float]]] = {name: [] for name in names}
     for _ in range(seeds):
@@ -65,8 +70,8 @@ def objective(items: Items, limit: int, seeds: int) -> str:
         seen, held = order[:limit], order[limit:]
         judged = [table[:, :, held].mean((1, 2)) for table in tables]
         trials = generator.choice(vectors, min(TRIALS, vectors), replace=False)
-        for name, table in zip(names, tables, strict=True):
-            score = table[:, :, seen].mean((1, 2))
+        scores = [*(table[:, :, seen].mean((1, 2)) for table in tables), -items.validation_loss]
+        for name, score in zip(names, scores, strict=True):
             pick = trials[score[trials].argmax()]
             gains[name].append([one[pick] - one[trials].mean() for one in judged])
             agreement[name].append([spearmanr(score, one).statistic for one in judged])

@@ -193,7 +193,8 @@ def items_of(quality, memory, noise=0.5, tasks=2, count=24):
     shared = generator.normal(0, 3, (1, tasks, count))  # what an item costs every vector alike
     shape = (len(quality), tasks, count)
     logprob = np.reshape(quality, (-1, 1, 1)) + shared + generator.normal(0, noise, shape)
-    return evidence.Items(generator.integers(0, 2, shape).astype(float), logprob, np.array(memory, dtype=float))
+    metric = generator.integers(0, 2, shape).astype(float)
+    return evidence.Items(metric, logprob, np.array(memory, dtype=float), -np.array(quality, dtype=float))
 
 
 def gained(table):
@@ -203,6 +204,7 @@ def gained(table):
 def test_the_objective_that_tells_more_gains_more_on_held_out_items():
     found = gained(evidence.objective(items_of(np.linspace(-1, 0, 10), range(10)), 8, 50))
     assert float(found["gold_logprob"][2]) > float(found["accuracy"][2]) + 0.1
+    assert float(found["validation_loss"][2]) >= float(found["gold_logprob"][2])  # here it is the quality itself
     assert float(found["gold_logprob"][4].strip(" |")) > 0.8 > 0.5 > abs(float(found["accuracy"][4].strip(" |")))
 
 
@@ -221,11 +223,13 @@ def test_items_are_read_as_they_were_recorded(tmp_path):
     rows += record.long("84", 0, {"a": [(0.0, -5.0), (0.0, -6.0)], "b": [(0.0, -7.0), (1.0, -8.0)]})
     rows += record.long("84", 6, {"a": [(1.0, -9.0)], "b": [(1.0, -9.5)]})
     pd.DataFrame(rows).to_parquet(tmp_path / "items.parquet")
-    table = pd.DataFrame({"bits": ["84", "48", "84"], "peak_memory_bytes": [7, 5, 7]})
+    table = pd.DataFrame({"bits": ["84", "48", "84"], "steps": [0, 0, 6], "peak_memory_bytes": [7, 5, 7]})
+    table["validation_loss"] = [1.0, 2.0, 3.0]
     table.to_csv(tmp_path / "table.csv", index=False)
     cheap, recovered = (evidence.Items.read(tmp_path, one) for one in (False, True))
     assert cheap.gold_logprob.tolist() == [[[-1, -2], [-3, -4]], [[-5, -6], [-7, -8]]]
     assert cheap.metric.tolist() == [[[1, 0], [1, 1]], [[0, 0], [0, 1]]] and cheap.memory.tolist() == [5, 7]
+    assert cheap.validation_loss.tolist() == [2.0, 1.0] and recovered.validation_loss.tolist() == [3.0]
     assert recovered.gold_logprob.tolist() == [[[-9.0], [-9.5]]]
 
 
