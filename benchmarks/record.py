@@ -5,7 +5,7 @@
 Needs the stages up to ``quantize`` (``mlflow run . -e quantize``) and ``importance``. Writes
 ``benchmarks/landscape/table.csv``, a row a vector and recipe, ``items.parquet``, each item's scores, and
 ``landscape.json``. A row is kept as soon as it is measured; the same command goes on where it was. ``with_recovery``
-measures the first vectors once more with the params' own recovery, on every item there is, and prints how well the
+measures the first vectors once more with the params' own recovery, on twice the items, and prints how well the
 cheap recipe ranks them. The table holds the means of the first ``evaluate.limit`` items of each task in both recipes.
 """
 
@@ -140,7 +140,7 @@ def record(context: Context, space: Space, priors: Priors, count: int, recovered
     for index, (bits, steps) in enumerate(jobs, 1):
         scores: list[evaluate.Scores] = []
         limit = settings.evaluate.limit
-        result, _ = trial.run(context, bits, steps=steps, limit=0 if steps else limit, listen=scores.append)
+        result, _ = trial.run(context, bits, steps=steps, limit=2 * limit if steps else limit, listen=scores.append)
         every += long(result.bits, steps, scores[0].by_item)
         rows.append(row(result, scores[0].by_item, limit, steps))
         pd.DataFrame(every).to_parquet(scratch, index=False)

@@ -22,7 +22,7 @@ from pipeline.architecture import FAMILIES
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 Granularity = Literal["block", "group", "linear"]
-Objective = Literal["accuracy", "gold_logprob"]
+Objective = Literal["accuracy", "gold_logprob", "response_logprob"]
 SOURCES = {
     "hub:": (re.compile(r"^hub:[\w.-]+/[\w.-]+@[\w./-]+$"), "hub:<org>/<name>@<revision>"),
     "package:": (re.compile(r"^package:[\w.-]+==[\w.]+$"), "package:<name>==<version>"),
@@ -190,8 +190,8 @@ class Search(Section):
 
     granularity: Granularity = Field(description="What one bit choice covers; block is the paper's.")
     objective: Objective = Field(
-        description="What the search raises: the mean accuracy, or the mean log-probability of the gold answer, which "
-        "tells vectors apart with far fewer items."
+        description="What the search raises: the mean accuracy; the mean log-probability of the gold answer; that of a "
+        "response token on held-out rows."
     )
     n_trials: Positive = Field(description="Finished trials that the study should hold.")
     n_random: int = Field(ge=0, description="Random feasible vectors before the sampler takes over.")
@@ -241,7 +241,7 @@ class Pareto(Section):
     """The front, queried from the MLflow runs."""
 
     objective: str = Field(
-        description="`gold_logprob`, `accuracy` (the mean) or one of evaluate.tasks: what the front and `best` go by."
+        description="An objective as of section `search`, or one of evaluate.tasks: what the front and `best` go by."
     )
 
 
@@ -347,7 +347,7 @@ def _objective_is_measured(raw: Any) -> str | None:
     if isinstance(objective, str) and objective not in (*get_args(Objective), *tasks):
         return (
             f"pareto.objective: {objective!r} is not among evaluate.tasks, so nothing measures it; "
-            f"use gold_logprob, accuracy or one of {', '.join(tasks)}"
+            f"use one of {', '.join((*get_args(Objective), *tasks))}"
         )
     return None
 

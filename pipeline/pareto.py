@@ -59,7 +59,7 @@ def points(runs: Sequence[Any], objective: str) -> list[Point]:
 
     Args:
         runs: As ``tracking.trials`` returns them.
-        objective: ``gold_logprob``, ``accuracy`` or a benchmark's name.
+        objective: An objective of section ``search``, or a benchmark's name.
     """
     found = []
     for run in runs:
@@ -214,8 +214,8 @@ def write(every: Sequence[Point], members: Sequence[Point], objective: str, fold
 
 def scale(objective: str) -> tuple[float, str]:
     """Return by what an objective is multiplied to be shown, and its name with the unit."""
-    if objective == "gold_logprob":
-        return 1.0, "log-probability of the gold answer, nats"
+    if objective in LOGPROBS:
+        return 1.0, f"log-probability of {LOGPROBS[objective]}, nats"
     return 100.0, f"{'mean accuracy' if objective == 'accuracy' else objective}, %"
 
 
@@ -287,6 +287,7 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
 
 
 UNTOUCHED = "dense"
+LOGPROBS = {"gold_logprob": "the gold answer", "response_logprob": "a held-out response token"}
 LABELS = {
     "dense": "untouched",
     "llm_pruner": "LLM-Pruner (16-bit)",

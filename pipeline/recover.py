@@ -42,12 +42,14 @@ class Recovered:
     Attributes:
         losses: Mean response loss of each step, in nats a token.
         validation_loss: The same on held-out rows, of the model as it is left.
+        validation_stderr: Its standard error.
         validation_losses: Step -> the same after so many steps, where ``validate_every`` asks for it.
         tokens: Tokens trained on, padding left out.
     """
 
     losses: tuple[float, ...]
     validation_loss: float
+    validation_stderr: float
     validation_losses: dict[int, float]
     tokens: int
 
@@ -199,11 +201,11 @@ def run(
                 "raise recover.max_length or name other rows in data.alpaca"
             )
 
-    def held_out() -> float:
+    def held_out() -> tuple[float, float]:
         return validation_loss(model, validation, settings.micro_batch_size, padding)
 
     if not steps:
-        return Recovered((), held_out(), {}, 0)
+        return Recovered((), *held_out(), {}, 0)
     torch.manual_seed(seed)
     training = _Training(model, settings, steps)
     rows = endless(train, settings.batch_size, seed)
@@ -215,7 +217,7 @@ def run(
         model.train()
         training.take_step([batch(part, padding, False) for part in _parts(next(rows), settings.micro_batch_size)])
         if settings.validate_every and (training.step % settings.validate_every == 0 or training.step == steps):
-            training.judge(held_out())
+            training.judge(*held_out())
             if settings.patience and training.worse >= settings.patience:
                 break
         if keep is not None and settings.save_every and (step + 1) % settings.save_every == 0:
@@ -223,8 +225,8 @@ def run(
     training.take_best()
     if keep is not None:
         keep.unlink(missing_ok=True)
-    loss = min(training.validation.values()) if training.validation else held_out()
-    return Recovered(tuple(training.losses), loss, training.validation, training.tokens)
+    loss = (min(training.validation.values()), training.stderr) if training.validation else held_out()
+    return Recovered(tuple(training.losses), *loss, training.validation, training.tokens)
 
 
 def train_in_full(model: Any, quantized: Container[str]) -> None:
@@ -259,7 +261,7 @@ class _Training:
         self.masters = _Masters([weight for weight in model.parameters() if weight.requires_grad])
         self.optimizer = adamw(self.masters.copies, settings.learning_rate, model.device)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.step, self.tokens, self.worse = 0, 0, 0
+        self.step, self.tokens, self.worse, self.stderr = 0, 0, 0, 0.0
         self.losses: list[float] = []
         self.validation: dict[int, float] = {}
         self.best: list[torch.Tensor] | None = None
@@ -292,10 +294,11 @@ class _Training:
         self.tokens += sum(part.length for part in parts)
         self.step += 1
 
-    def judge(self, loss: float) -> None:
+    def judge(self, loss: float, stderr: float) -> None:
         """Note a validation loss; keep the weights if it is the lowest."""
         if loss < min(self.validation.values(), default=math.inf):
             self.best, self.worse = [copy.detach().clone() for copy in self.masters.copies], 0
+            self.stderr = stderr
         else:
             self.worse += 1
         self.validation[self.step] = loss
@@ -317,7 +320,7 @@ class _Training:
         tensors["random"] = torch.get_rng_state()
         if self.model.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state(self.model.device)
-        plain = {key: getattr(self, key) for key in ("step", "tokens", "worse", "losses", "validation")}
+        plain = {key: getattr(self, key) for key in ("step", "tokens", "worse", "stderr", "losses", "validation")}
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".partial")
         save_file({key: value.contiguous() for key, value in tensors.items()}, scratch, {"state": json.dumps(plain)})
@@ -343,7 +346,8 @@ class _Training:
         torch.set_rng_state(tensors["random"].cpu())
         if "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"].cpu(), self.model.device)
-        self.step, self.tokens, self.worse, self.losses = (plain[key] for key in ("step", "tokens", "worse", "losses"))
+        for key in ("step", "tokens", "worse", "stderr", "losses"):
+            setattr(self, key, plain[key])
         self.validation = {int(step): loss for step, loss in plain["validation"].items()}
 
 
@@ -377,13 +381,18 @@ def endless(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[
         yield from found
 
 
-def validation_loss(model: Any, examples: Sequence[Example], size: int, padding: int) -> float:
-    """Return the mean loss of a response token on held-out rows, in nats."""
+def validation_loss(model: Any, examples: Sequence[Example], size: int, padding: int) -> tuple[float, float]:
+    """Return the mean loss of a response token on held-out rows, in nats, and its standard error over the batches.
+
+    The error is that of a ratio, as batches differ in tokens; of a single batch, which tells nothing of it, 0.
+    """
     model.eval()
-    total, count = 0.0, 0
+    found: list[tuple[float, int]] = []
     with torch.no_grad():
         for part in batches(examples, size, padding, False):
             value, positions = response_loss(model, Batch(part.tokens.to(model.device), part.labels.to(model.device)))
-            total += value.item()
-            count += positions
-    return total / count
+            found.append((value.item(), positions))
+    count = sum(positions for _, positions in found)
+    mean = sum(value for value, _ in found) / count
+    squares = sum((value - mean * positions) ** 2 for value, positions in found)
+    return mean, math.sqrt(squares * len(found) / max(len(found) - 1, 1)) / count

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.memory import GIB
-from pipeline.pareto import LABELS, UNTOUCHED, Point, best, front, scale
+from pipeline.pareto import LABELS, LOGPROBS, UNTOUCHED, Point, best, front, scale
 
 COMPARED = ("llm_pruner", "qpruner1", "qpruner3")  # figure 1's LoRA (16-bit), LoftQ (4-bit), LoftQ* (mixed)
 _COLORS = ("#9aa5b1", "#2f6fbb", "#c8442c")
@@ -56,8 +56,8 @@ def method_table(rows: Sequence[tuple[str, Point]], tasks: Sequence[str]) -> tup
 def front_table(members: Sequence[Point], objective: str) -> tuple[list[str], list[list[str]]]:
     """Return (columns, rows) of the front: the objective and accuracy, and how probably the member belongs there."""
     factor, label = scale(objective)
-    if objective == "gold_logprob":
-        label = "gold log-prob."  # the whole name would not leave the bits their room
+    if objective in LOGPROBS:
+        label = objective.replace("_logprob", " log-prob.")  # the whole name would not leave the bits their room
     digits = 1 if factor == 100 else 3
     columns = ["trial", "method", label, "expected", "mean acc., %", "P(front)", "GiB", "bits"]
     body = [

@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 from optuna.distributions import CategoricalDistribution
@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 from pipeline import surrogate
 from pipeline.allocate import Bits, Space
 from pipeline.importance import Priors
-from pipeline.params import Search, read_history
+from pipeline.params import Objective, Search, read_history
 from pipeline.quantize import write_bits
 from pipeline.surrogate import Observation
 from pipeline.trial import Result
@@ -63,7 +63,7 @@ class Study:
         folder: Where the journal is.
         name: The digest of all that defines the study.
         units: Length of a bit vector.
-        objective: ``gold_logprob`` or ``accuracy``: the study's first value.
+        objective: As section ``search`` has it: the study's first value.
     """
 
     def __init__(self, folder: Path, name: str, units: int, objective: str = "gold_logprob"):
@@ -182,7 +182,8 @@ def import_history(path: str, units: int, objective: str) -> list[Observation]:
 
 def export_history(study: str, finished: Sequence[Result]) -> dict[str, Any]:
     """Return what ``reports/history.json`` holds: the study's digest and each result's bits, objectives and memory."""
-    kept = ("bits", "accuracy", "accuracy_stderr", "gold_logprob", "gold_logprob_stderr", "peak_memory_bytes")
+    objectives = [f"{name}{ending}" for name in get_args(Objective) for ending in ("", "_stderr")]
+    kept = ("bits", *objectives, "peak_memory_bytes")
     return {"study": study, "results": [{key: getattr(one, key) for key in kept} for one in finished]}
 
 

@@ -80,6 +80,7 @@ class Result:
         gold_logprob: See ``evaluate.Scores``.
         gold_logprob_stderr: Its standard error.
         validation_loss: Nats a response token on held-out rows.
+        validation_loss_stderr: Its standard error.
         peak_memory_bytes: Of training.
         inference_memory_bytes: Of inference.
         memory_source: ``measured`` or ``predicted``.
@@ -96,12 +97,23 @@ class Result:
     gold_logprob: float
     gold_logprob_stderr: float
     validation_loss: float
+    validation_loss_stderr: float
     peak_memory_bytes: int
     inference_memory_bytes: int
     memory_source: str
     seconds: dict[str, float]
     items: int
     losses: list[float] = field(default_factory=list)
+
+    @property
+    def response_logprob(self) -> float:
+        """Return the mean log-probability of a response token on held-out rows, in nats: higher is better."""
+        return -self.validation_loss
+
+    @property
+    def response_logprob_stderr(self) -> float:
+        """Return its standard error."""
+        return self.validation_loss_stderr
 
     def metrics(self) -> dict[str, float]:
         """Return the figures by their names in MLflow."""
@@ -111,6 +123,8 @@ class Result:
             "gold_logprob": self.gold_logprob,
             "gold_logprob_stderr": self.gold_logprob_stderr,
             "validation_loss": self.validation_loss,
+            "response_logprob": self.response_logprob,
+            "response_logprob_stderr": self.response_logprob_stderr,
             "peak_memory_bytes": float(self.peak_memory_bytes),
             "peak_memory_gib": self.peak_memory_bytes / memory.GIB,
             "inference_memory_bytes": float(self.inference_memory_bytes),
@@ -123,7 +137,7 @@ class Result:
         return found | {f"seconds_{phase}": value for phase, value in self.seconds.items()}
 
     def score(self, objective: str) -> tuple[float, float]:
-        """Return the objective, ``accuracy`` or ``gold_logprob``, and its standard error."""
+        """Return an objective of section ``search`` by its name, and its standard error."""
         return getattr(self, objective), getattr(self, f"{objective}_stderr")
 
     def as_json(self) -> dict[str, Any]:
@@ -317,6 +331,7 @@ def run(
         gold_logprob=scores.gold_logprob,
         gold_logprob_stderr=scores.gold_logprob_stderr,
         validation_loss=recovered.validation_loss,
+        validation_loss_stderr=recovered.validation_stderr,
         peak_memory_bytes=int((training if trained else inference) or 0),
         inference_memory_bytes=int(inference or 0),
         memory_source="measured" if on_gpu else "predicted",

@@ -115,7 +115,11 @@ def test_preset_parses(path, monkeypatch):
         ("search__max_8bit_fraction", 1.5, ["search.max_8bit_fraction", "1.5", "equal to 1"]),
         ("search__memory_budget_gib", -1.0, ["search.memory_budget_gib", "-1.0", "greater than 0"]),
         ("search__memory_budget_gib", float("inf"), ["search.memory_budget_gib", "inf"]),
-        ("search__objective", "boolq", ["search.objective", "'boolq'", "'accuracy' or 'gold_logprob'"]),
+        (
+            "search__objective",
+            "boolq",
+            ["search.objective", "'boolq'", "'accuracy', 'gold_logprob' or 'response_logprob'"],
+        ),
         ("search__average_bits", 3.9, ["search.average_bits", "3.9", "equal to 4"]),
         ("search__average_bits", 8.1, ["search.average_bits", "8.1", "equal to 8"]),
         ("search__average_bits", 4.0, ["search.average_bits", "leaves no unit at 8 bits", "max_8bit_fraction is 0.25"]),
@@ -124,7 +128,7 @@ def test_preset_parses(path, monkeypatch):
         ("search__history", "no/such.json", ["search.history", "no/such.json cannot be read", "No such file"]),
         ("search__history", "params.yaml", ["search.history", "params.yaml is no history", "JSON"]),
         ("search__history", "reports/history.json", ["search.history", "own output", "copy it elsewhere"]),
-        ("pareto__objective", "trivia", ["pareto.objective", "'trivia'", "use gold_logprob, accuracy"]),
+        ("pareto__objective", "trivia", ["pareto.objective", "'trivia'", "use one of accuracy, gold_logprob"]),
         ("build__choose", "worst", ["build.choose", "'worst'", "best"]),
         ("register__name", "a/b", ["register.name", "'a/b'", "pattern"]),
     ],
@@ -193,11 +197,12 @@ def test_all_faults_are_listed_at_once(raw_params, tmp_path, more, named):
 
 def test_unmeasured_objective_is_refused(raw_params):
     message = refused(change(raw_params, evaluate__tasks=["boolq", "piqa"], pareto__objective="arc_easy"))
-    for text in ("pareto.objective", "'arc_easy'", "accuracy or one of boolq, piqa"):
+    for text in ("pareto.objective", "'arc_easy'", "response_logprob, boolq, piqa"):
         assert text in message
 
 
-GOOD = {"bits": "4484", "accuracy": 0.5, "accuracy_stderr": 0.1, "gold_logprob": -1.0, "gold_logprob_stderr": 0.1}
+NAMES = ("accuracy", "gold_logprob", "response_logprob")
+GOOD = {"bits": "4484"} | {f"{name}{ending}": 0.5 for name in NAMES for ending in ("", "_stderr")}
 
 
 @pytest.mark.parametrize(

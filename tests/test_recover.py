@@ -224,7 +224,7 @@ def test_no_steps_only_measure():
     result = train(model, rows, settings(), 0, validation=rows)
     assert_close(weights(model), before, 0)
     assert (result.losses, result.tokens) == ((), 0)
-    assert result.validation_loss == recover.validation_loss(model, rows, 4, PADDING)
+    assert (result.validation_loss, result.validation_stderr) == recover.validation_loss(model, rows, 4, PADDING)
 
 
 def test_model_is_left_in_evaluation_mode():
@@ -244,7 +244,19 @@ def test_validation_loss_is_the_mean_over_all_response_tokens(size):
     part = alpaca.batch(rows, PADDING, False)
     with torch.no_grad():
         expected = model(input_ids=part.tokens, labels=part.labels).loss.item()
-    assert recover.validation_loss(model, rows, size, PADDING) == pytest.approx(expected, abs=1e-5)
+    assert recover.validation_loss(model, rows, size, PADDING)[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_error_of_the_validation_loss_is_that_of_a_ratio_over_batches():
+    model, rows = adapted(), examples(7)
+    parts = list(alpaca.batches(rows, 2, PADDING, False))
+    with torch.no_grad():
+        sums = [recover.response_loss(model, part) for part in parts]
+    totals, counts = torch.tensor([float(value) for value, _ in sums]), torch.tensor([float(n) for _, n in sums])
+    left = totals - totals.sum() / counts.sum() * counts
+    expected = float(left.std(correction=1) * len(parts) ** 0.5 / counts.sum())  # the residuals sum to zero
+    assert recover.validation_loss(model, rows, 2, PADDING)[1] == pytest.approx(expected, rel=1e-4)
+    assert recover.validation_loss(model, rows, 7, PADDING)[1] == 0
 
 
 @pytest.mark.parametrize("rows, size", [(5, 2), (8, 8), (100, 3), (40, 1), (3, 8)])
@@ -385,7 +397,7 @@ def test_full_gradient_equals_autograd_through_all_logits(tied):
 
 def losses_in_turn(monkeypatch, values):
     given = iter(values)
-    monkeypatch.setattr(recover, "validation_loss", lambda *_: next(given))
+    monkeypatch.setattr(recover, "validation_loss", lambda *_: (next(given), 0.5))
 
 
 def test_stops_after_so_many_losses_that_are_no_lower_and_goes_back_to_the_lowest(monkeypatch):

@@ -34,6 +34,7 @@ def result(bits):
         score - 1.0,
         0.005,
         2.0,
+        0.1,
         SPACE.memory(bits),
         500,
         "predicted",
@@ -153,7 +154,9 @@ def test_sampler_proposes_unseen_feasible_vectors():
     assert "".join(map(str, candidate.bits)) not in {"84444444"} | {one.bits for one in past}
 
 
-@pytest.mark.parametrize("objective, expected", [("accuracy", 0.08), ("gold_logprob", -0.92)])
+@pytest.mark.parametrize(
+    "objective, expected", [("accuracy", 0.08), ("gold_logprob", -0.92), ("response_logprob", -1.98)]
+)
 def test_study_holds_the_objective_and_memory(tmp_path, settings, objective, expected):
     study, _, _ = run(tmp_path, settings.model_copy(update={"objective": objective, "n_trials": 3}))
     values = {trial.user_attrs["bits"]: trial.values for trial in study._study.trials}
@@ -226,7 +229,8 @@ def test_exported_history_is_imported_as_observations(tmp_path):
     path = exported(tmp_path, vectors)
     assert json.loads((tmp_path / "earlier.json").read_text())["results"][1] == {
         "bits": "84444444", "accuracy": 0.01, "accuracy_stderr": 0.01, "gold_logprob": -0.99,
-        "gold_logprob_stderr": 0.005, "peak_memory_bytes": 1010,
+        "gold_logprob_stderr": 0.005, "response_logprob": -2.0, "response_logprob_stderr": 0.1,
+        "peak_memory_bytes": 1010,
     }  # fmt: skip
     assert search.import_history(path, UNITS, "gold_logprob") == [
         Observation(vectors[0], -1.0, 0.005, True), Observation(vectors[1], -0.99, 0.005, True)

@@ -20,6 +20,7 @@ def outcome(params, row, piqa=0.5, arc=0.25, logprob=-1.0, loss=2.0, memory=GIB,
         tasks={"piqa": (piqa, 0.02), "arc_challenge": (arc, 0.04)},
         gold_logprob=logprob,
         validation_loss=loss,
+        validation_loss_stderr=0.0,
         peak_memory_bytes=memory,
     )
     return Outcome(Cell(row, cells.at_ratio(params, ratio), f"{row} title"), found, run_id="r")
