@@ -1,7 +1,7 @@
 """How many trials does a sampler need? Samplers replayed on a landscape of quality, with the noise of a trial.
 
     python -m benchmarks.samplers [folder of a recorded landscape] [seeds=20] [trials=50] [noise=0.01]
-        [units=30] [arms=a,b,...] [out=reports] [workers=cores]
+        [objective=gold_logprob] [units=30] [arms=a,b,...] [out=reports] [workers=cores]
 
 Without a folder: a synthetic landscape of 30 blocks, made like the measured one (additive gains, small interactions).
 With one (``python -m benchmarks.record`` writes it): a smooth model fitted on its table, which knows every vector.
@@ -117,7 +117,7 @@ def recorded(folder: Path, objective: str = "gold_logprob") -> Landscape:
     from sklearn.model_selection import GridSearchCV, KFold, cross_val_predict
 
     table = pd.read_csv(folder / "table.csv", dtype={"bits": str})
-    table = table[table["steps"] == table["steps"].min()]
+    table = table[table["steps"] == table["steps"].min()].assign(response_logprob=lambda rows: -rows["validation_loss"])
     facts = json.loads((folder / "landscape.json").read_text())
     raised = raised_of([tuple(int(digit) for digit in text) for text in table["bits"]]).astype(float)
     units = raised.shape[1]
@@ -143,9 +143,10 @@ def recorded(folder: Path, objective: str = "gold_logprob") -> Landscape:
         additive=model.coef_[:units],
         pairs=pairs,
         noise=float(held_out.std()),
-        stderr=float(table[f"{objective}_stderr"].mean()),
+        stderr=float(table[f"{objective}_stderr"].mean() if f"{objective}_stderr" in table else held_out.std()),
         sensitivity=tuple(facts["sensitivity"]),
-        about=f"{folder.name}: {len(table)} rows, R^2 {fit:.3f} on held-out rows, their error {held_out.std():.4f}",
+        about=f"{folder.name}, {objective}: {len(table)} rows, R^2 {fit:.3f} on held-out rows, "
+        f"their error {held_out.std():.4f}",
     )
 
 
@@ -367,7 +368,7 @@ if __name__ == "__main__":
     given = dict(item.split("=") for item in sys.argv[1:] if "=" in item)
     places = [item for item in sys.argv[1:] if "=" not in item]
     main(
-        recorded(Path(places[0]))
+        recorded(Path(places[0]), given.get("objective", "gold_logprob"))
         if places
         else synthetic(float(given.get("noise", 0.01)), units=int(given.get("units", 30))),
         int(given.get("seeds", 20)),

@@ -135,6 +135,7 @@ def test_recorded_landscape_is_fitted_again(tmp_path):
             "steps": 0,
             "gold_logprob": quality + noise.normal(0, 0.002, len(vectors)),
             "gold_logprob_stderr": 0.05,
+            "validation_loss": 3.0 - quality,
         }
     )
     table.to_csv(tmp_path / "table.csv", index=False)
@@ -144,6 +145,8 @@ def test_recorded_landscape_is_fitted_again(tmp_path):
     assert found.quality(raised_of(vectors)) == pytest.approx(quality + 1.0, abs=0.01)
     assert 0.001 < found.noise < 0.01 and found.stderr == pytest.approx(0.05)
     assert "R^2 0.9" in found.about
+    text = samplers.recorded(tmp_path, "response_logprob")
+    assert text.quality(raised_of(vectors)) == pytest.approx(quality + 1.0, abs=0.01) and text.stderr == text.noise
     assert found.space == true.space
     assert surrogate.propose(
         [surrogate.Observation((4,) * 10, 0.0, 0.1)], found.space, found.sensitivity, set(), generator
