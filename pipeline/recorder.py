@@ -113,7 +113,8 @@ def log_result(own: Run, result: Any) -> None:
     own.metrics(result.metrics())
     own.series("loss", result.losses)
     name = tracking.run(own.run_id).info.run_name.partition(":")[0]
-    quality = f"{result.gold_logprob:.3f} nats, {100 * result.accuracy:.1f} %"
+    text, gold = result.response_logprob, result.gold_logprob
+    quality = f"response {text:.3f}, gold answer {gold:.3f}, {100 * result.accuracy:.1f} %"
     figures = f"{quality}, {result.peak_memory_bytes / 2**30:.3f} GiB, {summary(result.bits)}"
     # The UI's default columns show no metric, so the figures stand in the name.
     own.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {figures}"})
@@ -123,7 +124,7 @@ def say(label: str, result: Any) -> None:
     """Print what a trial measured."""
     console.note(
         f"{label}: accuracy {100 * result.accuracy:.1f} ± {100 * result.accuracy_stderr:.1f} %, gold answer "
-        f"{result.gold_logprob:.4f} ± {result.gold_logprob_stderr:.4f} nats, "
+        f"{result.gold_logprob:.4f} ± {result.gold_logprob_stderr:.4f} nats, response {result.response_logprob:.4f}, "
         f"{result.peak_memory_bytes / 2**30:.4f} GiB, {sum(result.seconds.values()):.0f} s, bits {result.bits}"
     )
 
