@@ -1,12 +1,14 @@
 """How many trials does a sampler need? Samplers replayed on a landscape of quality, with the noise of a trial.
 
     python -m benchmarks.samplers [folder of a recorded landscape] [seeds=20] [trials=50] [noise=0.01]
-        [objective=gold_logprob] [units=30] [arms=a,b,...] [out=reports] [workers=cores]
+        [objective=gold_logprob] [told=OBJECTIVE] [units=30] [arms=a,b,...]
+        [out=reports] [workers=cores]
 
 Without a folder: a synthetic landscape of 30 blocks, made like the measured one (additive gains, small interactions).
 With one (``python -m benchmarks.record`` writes it): a smooth model fitted on its table, which knows every vector.
 Writes ``reports/samplers.csv`` and ``reports/samplers.png``: the hypervolume of the tried vectors' true qualities,
-as a share of the best known, after each trial, with quartiles over the seeds. Arms of the same landscape that a former
+as a share of the best known, after each trial, with quartiles over the seeds. ``told``: the search raises another
+objective of the landscape than the one it is judged by. Arms of the same landscape that a former
 call left there are kept: slow ones can be replayed apart.
 """
 
@@ -259,7 +261,9 @@ class _Settings:
     seed_bits: tuple[str, ...] = ()
 
 
-def replay(landscape: Landscape, arm: str, seed: int, trials: int) -> tuple[list[float], float]:
+def replay(
+    landscape: Landscape, arm: str, seed: int, trials: int, told: Landscape | None = None
+) -> tuple[list[float], float]:
     """Run one search; return the hypervolume after each trial and the longest suggestion in seconds.
 
     Every arm starts as the search does: all at 4 bits, the sensitivity allocation if a prior is given, random vectors.
@@ -269,7 +273,9 @@ def replay(landscape: Landscape, arm: str, seed: int, trials: int) -> tuple[list
         arm: ``sampler:prior``, or ``sampler:prior:n`` with n random vectors at the start instead of 3.
         seed: Of the sampler and the noise.
         trials: Trials to run.
+        told: The qualities that the search sees, if they are others.
     """
+    told = told or landscape
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     name, kind, *starts = arm.split(":")
@@ -292,8 +298,8 @@ def replay(landscape: Landscape, arm: str, seed: int, trials: int) -> tuple[list
             break
         if bits in {one.bits for one in past}:
             continue
-        true = float(landscape.quality(raised_of([bits]))[0])
-        past.append(Observation(bits, true + noise.normal(0, landscape.noise), landscape.stderr))
+        true = float(told.quality(raised_of([bits]))[0])
+        past.append(Observation(bits, true + noise.normal(0, told.noise), told.stderr))
         curve.append(landscape.hypervolume([one.bits for one in past]))
     return curve + [curve[-1]] * (trials - len(curve)), slowest
 
@@ -342,25 +348,34 @@ def report(rows: pd.DataFrame, trials: int) -> str:
     return "\n".join(lines)
 
 
-def main(landscape: Landscape, count: int, trials: int, arms: Sequence[str], out: Path, workers: int) -> None:
+def main(
+    landscape: Landscape,
+    count: int,
+    trials: int,
+    arms: Sequence[str],
+    out: Path,
+    workers: int,
+    told: Landscape | None = None,
+) -> None:
     """Replay every arm on every seed; write and print the comparison after each arm."""
-    print(landscape.about, flush=True)
+    about = landscape.about + (f"; told {told.about}" if told else "")
+    print(about, flush=True)
     best, path = landscape.best(), out / "samplers.csv"
     out.mkdir(exist_ok=True)
     table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(COLUMNS))
-    table = table[(table["landscape"] == landscape.about) & ~table["arm"].isin(arms)]
+    table = table[(table["landscape"] == about) & ~table["arm"].isin(arms)]
     with ProcessPoolExecutor(workers) as pool:
         each = pool.map if workers > 1 else map
         for arm in arms:
             rows = []
-            found = each(replay, *zip(*[(landscape, arm, seed, trials) for seed in range(count)], strict=True))
+            found = each(replay, *zip(*[(landscape, arm, seed, trials, told) for seed in range(count)], strict=True))
             for seed, (curve, slowest) in enumerate(found):
-                rows += [(landscape.about, arm, seed, n, value / best, slowest) for n, value in enumerate(curve, 1)]
+                rows += [(about, arm, seed, n, value / best, slowest) for n, value in enumerate(curve, 1)]
             parts = [table, pd.DataFrame(rows, columns=list(COLUMNS))]
             table = pd.concat([part for part in parts if len(part)], ignore_index=True)
             table.to_csv(path, index=False)
             print(report(table, trials).splitlines()[-1], flush=True)
-    picture(table, landscape.about, out / "samplers.png")
+    picture(table, about, out / "samplers.png")
     print(report(table, trials))
 
 
@@ -376,4 +391,5 @@ if __name__ == "__main__":
         given["arms"].split(",") if "arms" in given else ARMS,
         Path(given.get("out", "reports")),
         int(given.get("workers", os.cpu_count() or 1)),
+        recorded(Path(places[0]), given["told"]) if "told" in given else None,
     )

@@ -42,6 +42,14 @@ def test_every_sampler_proposes_new_feasible_vectors_and_its_curve_rises(landsca
     assert all(before <= after for before, after in zip(curve, curve[1:], strict=False))
 
 
+def test_search_that_is_told_another_quality_is_judged_by_this_one(landscape):
+    opposed = dataclasses.replace(landscape, additive=-landscape.additive, pairs=-landscape.pairs)
+    right, _ = samplers.replay(landscape, "ours:none:0", 0, 10)
+    wrong, _ = samplers.replay(landscape, "ours:none:0", 0, 10, opposed)
+    assert right[-1] > wrong[-1]
+    assert samplers.replay(landscape, "ours:none:0", 0, 10, landscape)[0] == right
+
+
 def test_priors_of_each_kind(landscape):
     true = landscape.sensitivity
     assert samplers.priors_of(landscape, "good", 0).sensitivity == true
