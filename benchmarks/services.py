@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.harness import BAR, Figure, LeftOut, interleaved, less_is_better, timed
 from benchmarks.setup import Setup
 from pipeline import params, pareto, tracking
-from pipeline.recorder import Recorder
+from pipeline.recorder import Recorder, log_result
 from pipeline.trial import Result
 
 STARTUP, NOOP, QUERY, SHARE = 5.0, 3.0, 1.0, 0.02  # bars: seconds, and a share
@@ -98,7 +98,9 @@ def outcome(generator: random.Random, units: int = 30) -> Result:
         "tasks": {name: (generator.random(), 0.1) for name in params.TASKS},
         "other": {},
         "gold_logprob": -generator.random(),
+        "gold_logprob_stderr": 0.03,
         "validation_loss": generator.random(),
+        "validation_loss_stderr": 0.03,
         "peak_memory_bytes": generator.randrange(2**30),
         "inference_memory_bytes": 2**28,
         "memory_source": "predicted",
@@ -106,8 +108,6 @@ def outcome(generator: random.Random, units: int = 30) -> Result:
         "items": 168,
         "losses": [generator.random() for _ in range(LOSSES)],
     }
-    if "gold_logprob_stderr" in Result.__dataclass_fields__:
-        values["gold_logprob_stderr"] = 0.03
     return Result(**values)
 
 
@@ -121,7 +121,7 @@ def record(to: Any, number: int, result: Result) -> None:
     """Track one trial as the search does: open its run, log its figures, end it."""
     own = to._open(f"trial {number}", "random", result.bits, reference=False)
     own.tags({"trial": str(number)})
-    to._log(own, result)
+    log_result(own, result)
     own.finish()
 
 

@@ -1,8 +1,9 @@
 import json
 
 import pytest
+from conftest import ROOT
 
-from benchmarks import harness
+from benchmarks import harness, services
 from benchmarks.harness import BAR, MEASURED, less_is_better, more_is_better
 
 
@@ -131,3 +132,9 @@ def test_search_on_paper_is_the_sum_of_its_phases_by_hand():
     assert found["evaluation"] == pytest.approx(10 * (50 * 20) * 2e9 / 0.25e12)  # 80 s
     assert found["assembly"] == pytest.approx(5.0) and found["suggestion"] == pytest.approx(5.0)
     assert found["whole search"] == pytest.approx(160 + 80 + 5 + 5)
+
+
+def test_front_of_stored_trials_is_queried(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # whose params the recorder reads
+    found = services.query_seconds((2, 5), 1)
+    assert list(found) == [2, 5] and all(seconds > 0 for pair in found.values() for seconds in pair)
