@@ -270,7 +270,7 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
         axes.annotate(
             LABELS[one.method],
             (one.memory / GIB, factor * one.score),
-            xytext=(-5 if one.reference else 5, (5, -18)[place % 2]),  # neighbours above and below
+            xytext=(-5 if one.reference else 5, (-18, 5)[place % 2]),  # neighbours below and above
             ha="right" if one.reference else "left",
             textcoords="offset points",
             fontsize=8,
@@ -287,7 +287,7 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
 
 
 UNTOUCHED = "dense"
-LOGPROBS = {"gold_logprob": "the gold answer", "response_logprob": "a held-out response token"}
+LOGPROBS = {"gold_logprob": "the gold answer", "response_logprob": "a held-out token"}
 LABELS = {
     "dense": "untouched",
     "llm_pruner": "LLM-Pruner (16-bit)",

@@ -38,9 +38,9 @@ def methods(every: Sequence[Point], members: Sequence[Point]) -> list[tuple[str,
 def method_table(rows: Sequence[tuple[str, Point]], tasks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Return (columns, rows) of the table of methods, with standard errors.
 
-    Accuracies in per cent, the gold answer's log-probability in nats, memory in GiB.
+    Accuracies in per cent, log-probabilities (of the gold answer, of a held-out response token) in nats, memory in GiB.
     """
-    columns = ["method", *tasks, "mean", "gold log-prob.", "memory, GiB", "bits"]
+    columns = ["method", *tasks, "mean", "gold log-prob.", "response", "memory, GiB", "bits"]
     body = []
     for label, one in rows:
         cells = [_percent(one.metrics[task], one.metrics[f"{task}_stderr"]) for task in tasks]
@@ -49,7 +49,8 @@ def method_table(rows: Sequence[tuple[str, Point]], tasks: Sequence[str]) -> tup
             "-" if one.method == UNTOUCHED else f"{one.memory / GIB:.3f}"
         )  # it is not trained, as in the paper's tables
         gold = f"{one.metrics['gold_logprob']:.3f} ± {one.metrics['gold_logprob_stderr']:.3f}"
-        body.append([label, *cells, mean, gold, memory, summary(one.bits)])
+        response = f"{one.metrics['response_logprob']:.3f}"
+        body.append([label, *cells, mean, gold, response, memory, summary(one.bits)])
     return columns, body
 
 

@@ -14,6 +14,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def point(method, score=0.5, memory=GIB, bits="4484", stderr=0.025):
     metrics = {"boolq": 0.6, "boolq_stderr": 0.04, "accuracy": score, "accuracy_stderr": stderr} | {
         "gold_logprob": -1.5,
+        "response_logprob": -2.25,
         "gold_logprob_stderr": 0.125,
     }
     return Point("a" * 32, f"trial {method}", method, bits, score, stderr, memory, "predicted", False, metrics)
@@ -57,14 +58,14 @@ def test_methods_of_an_empty_front_have_no_qpruner3():
 
 def test_method_table_by_hand():
     columns, rows = report.method_table([("QPruner1", point("qpruner1", 0.5125, 3 * GIB // 2))], ["boolq"])
-    assert columns == ["method", "boolq", "mean", "gold log-prob.", "memory, GiB", "bits"]
-    assert rows == [["QPruner1", "60.0 ± 4.0", "51.2 ± 2.5", "-1.500 ± 0.125", "1.500", "1 of 4 at 8"]]
+    assert columns == ["method", "boolq", "mean", "gold log-prob.", "response", "memory, GiB", "bits"]
+    assert rows == [["QPruner1", "60.0 ± 4.0", "51.2 ± 2.5", "-1.500 ± 0.125", "-2.250", "1.500", "1 of 4 at 8"]]
 
 
 def test_method_table_without_tasks_has_no_task_columns():
     columns, rows = report.method_table([("x", point("dense", bits="16"))], ())
-    assert columns == ["method", "mean", "gold log-prob.", "memory, GiB", "bits"]
-    assert rows == [["x", "50.0 ± 2.5", "-1.500 ± 0.125", "-", "16"]]
+    assert columns == ["method", "mean", "gold log-prob.", "response", "memory, GiB", "bits"]
+    assert rows == [["x", "50.0 ± 2.5", "-1.500 ± 0.125", "-2.250", "-", "16"]]
 
 
 def test_front_table_by_hand():
