@@ -45,7 +45,8 @@ def result(bits):
 
 @pytest.fixture
 def settings(default):
-    return default.search.model_copy(update={"n_trials": 7, "n_random": 2, "max_8bit_fraction": 0.25})
+    changes = {"n_trials": 7, "n_random": 2, "max_8bit_fraction": 0.25, "objective": "gold_logprob"}
+    return default.search.model_copy(update=changes)
 
 
 def searcher(study, tried, failing=()):
