@@ -384,7 +384,9 @@ def choose(
 
 def _norm_and_top(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     exact = logits.float()
-    return exact.logsumexp(-1), exact.amax(-1)
+    top = exact.amax(-1)
+    # logsumexp in its parts: it would look for the top again, and hide its memory from the trace.
+    return (exact - top[:, None]).exp_().sum(-1).log() + top, top
 
 
 def tree_mask(owners: torch.Tensor, branches: torch.Tensor) -> torch.Tensor:
