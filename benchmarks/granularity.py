@@ -4,7 +4,8 @@
 
 For each granularity and each of five memory budgets: the greedy allocation by sensitivity per byte, which every search
 starts from, as a whole trial. Needs the stages up to ``quantize``. Writes ``reports/granularity.csv``; a line a model,
-then the mean paired difference to the first granularity, over items and budgets, with its standard error.
+then the mean paired differences to the first granularity, over items and over windows of 256 tokens of ``text``, the
+budgets averaged first, each with its standard error.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ from statistics import fmean
 import numpy as np
 import pandas as pd
 
-from benchmarks.perplexity import perplexity
+from benchmarks.perplexity import losses
 from pipeline import console, evaluate, params, stages, trial
 
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25)  # of what raising every unit would take
-Values = dict[float, np.ndarray]  # budget -> the gold choice's log-probability of each item
+WINDOWS = 60  # of the text
+Values = dict[float, np.ndarray]  # budget -> a figure of each item or window
 
 
-def measure(settings: params.Params, text: str, limit: int) -> tuple[list[dict], Values]:
-    """Return a row for each budget, and each item's score."""
+def measure(settings: params.Params, text: str, limit: int) -> tuple[list[dict], dict[str, Values]]:
+    """Return a row for each budget, and the paired figures: each item's gold log-probability, each window's loss."""
     context = trial.load(settings, stages.PRUNED, stages.BANK, stages.ALPACA, stages.BENCHMARKS)
     with tempfile.TemporaryDirectory() as scratch:
         priors = stages.write_priors(settings, stages.PRUNED, Path(scratch) / "importance.json")
     space = replace(trial.space(context), max_eights=len(context.units))
-    rows, items = [], {}
+    rows: list[dict] = []
+    items: Values = {}
+    heldout: Values = {}
     for share in BUDGETS:
         within = replace(space, budget=space.base + int(share * sum(space.deltas)))
         bits = within.allocate([value / delta for value, delta in zip(priors.sensitivity, space.deltas, strict=True)])
@@ -49,18 +53,19 @@ def measure(settings: params.Params, text: str, limit: int) -> tuple[list[dict],
             "validation_loss": result.validation_loss,
         }
         if text:
-            row["perplexity"] = perplexity(model.merge_and_unload().float(), context.tokenizer, text)
+            heldout[share] = losses(model.merge_and_unload().float(), context.tokenizer, text, WINDOWS).numpy()
+            row["text_loss"] = float(heldout[share].mean())
         rows.append(row)
         console.note(
             ", ".join(
                 f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
             )
         )
-    return rows, items
+    return rows, {"gold log-probability of held-out items": items, "loss of held-out text": heldout}
 
 
 def difference(one: Values, other: Values) -> tuple[float, float]:
-    """Return (mean, standard error over items) of one's scores minus the other's, averaged over the budgets first."""
+    """Return (mean, standard error over items) of one's figures minus the other's, averaged over the budgets first."""
     each = np.mean([one[share] - other[share] for share in BUDGETS], axis=0)
     return float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each)))
 
@@ -74,15 +79,15 @@ def main(granularities: list[str], text: str, limit: int) -> None:
         rows += more
         pd.DataFrame(rows).to_csv(stages.REPORTS / "granularity.csv", index=False)
     first, *others = granularities
-    losses = {
+    validation = {
         name: fmean(row["validation_loss"] for row in rows if row["granularity"] == name) for name in granularities
     }
     for name in others:
-        mean, error = difference(found[name], found[first])
-        print(
-            f"{name} minus {first}: gold log-probability {mean:+.4f} ± {error:.4f} on held-out items, "
-            f"validation loss {losses[name] - losses[first]:+.4f}"
-        )
+        print(f"{name} minus {first}: validation loss {validation[name] - validation[first]:+.4f}")
+        for what, values in found[name].items():
+            if values:
+                mean, error = difference(values, found[first][what])
+                print(f"{name} minus {first}: {what} {mean:+.4f} ± {error:.4f}")
 
 
 if __name__ == "__main__":

@@ -20,14 +20,20 @@ WINDOWS, LENGTH = 20, 256
 
 
 @torch.inference_mode()
-def perplexity(model, tokenizer, text: str) -> float:
-    """Return exp of the mean next-token loss within each window, in fp32."""
-    tokens = torch.tensor(tokenizer.encode(text[:200_000])[: WINDOWS * LENGTH]).view(WINDOWS, LENGTH)
-    total = 0.0
+def losses(model, tokenizer, text: str, windows: int = WINDOWS) -> torch.Tensor:
+    """Return the mean next-token loss within each of a text's first windows, in fp32: [windows], nats."""
+    tokens = torch.tensor(tokenizer.encode(text[:200_000])[: windows * LENGTH]).view(windows, LENGTH)
+    found = []
     for part in tokens.split(4):
         logits = model(input_ids=part).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
-    return float(torch.tensor(total / (WINDOWS * (LENGTH - 1))).exp())
+        every = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+        found.append(every.view(len(part), -1).mean(1))
+    return torch.cat(found)
+
+
+def perplexity(model, tokenizer, text: str) -> float:
+    """Return exp of the mean loss of the windows."""
+    return float(losses(model, tokenizer, text).double().mean().exp())
 
 
 def draw(folder: Path, rows: Path, text: Path, settings: params.Prune, seed: int) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.params import Params, digest
 from pipeline.pareto import LABELS, UNTOUCHED
-from pipeline.trial import Result
+from pipeline.trial import MEASURED, Result
 
 ROWS = ("llm_pruner", "qpruner1", "qpruner2", "qpruner3")
 VARIANT = "variant"
@@ -89,6 +89,7 @@ def definition(cell: Cell, origin: Mapping[str, Any]) -> dict[str, Any]:
     params = cell.params
     found = {
         "row": cell.row,
+        "measured": MEASURED,
         "origin": dict(origin),
         "seed": params.seed,
         "validation_rows": params.data.validation_rows,

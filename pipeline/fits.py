@@ -73,7 +73,7 @@ def ratio(config: Any, prune: Prune) -> str | None:
         architecture.group_parameters(config, shape, kind) * (architecture.group_count(shape, kind) - 1)
         for index, shape in enumerate(architecture.shapes(config))
         for kind in prune.structures
-        if inside(index, span_of(prune, kind), config.num_hidden_layers)
+        if prunable(config, prune, index, kind)
     )
     parameters = architecture.parameters(config)
     if prune.ratio * parameters > removable:
@@ -87,6 +87,11 @@ def ratio(config: Any, prune: Prune) -> str | None:
 def span_of(prune: Prune, kind: str) -> BlockRange:
     """Return the blocks in which a kind of structure may go."""
     return prune.attention_blocks if kind == "attention" else prune.mlp_blocks
+
+
+def prunable(config: Any, prune: Prune, block: int, kind: str) -> bool:
+    """Return whether structures of a kind may go from a block."""
+    return kind in prune.structures and inside(block, span_of(prune, kind), config.num_hidden_layers)
 
 
 def inside(block: int, span: BlockRange, layers: int) -> bool:

@@ -106,8 +106,8 @@ def select(scores: Scores, config: Any, target: int, settings: Prune) -> Keep:
     # (rank, parameters, block, kind, structure), cheapest to lose first
     ranked: list[tuple[float, int, int, str, int]] = []
     for index, (shape, block) in enumerate(zip(architecture.shapes(config), scores, strict=True)):
-        for kind in settings.structures:
-            if not fits.inside(index, fits.span_of(settings, kind), config.num_hidden_layers):
+        for kind in COUPLED:
+            if not fits.prunable(config, settings, index, kind):
                 continue
             cost = architecture.group_parameters(config, shape, kind)
             order = block[kind].argsort(stable=True).tolist()

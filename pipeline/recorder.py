@@ -15,13 +15,15 @@ from pipeline.tracking import Run
 def study_name(params: Params, pruned: Path, bank: Path) -> str:
     """Name a study by all that defines it: the models, the data, how a trial is run, the space that is searched."""
     from pipeline import checkpoint
+    from pipeline.trial import MEASURED
 
     parts = [checkpoint.sha256(folder / checkpoint.CHECKSUMS) for folder in (pruned, bank)]
     data = [tracking.md5(ALPACA), *(tracking.md5(BENCHMARKS / f"{task}.jsonl") for task in params.evaluate.tasks)]
     space = params.search.model_dump(
         include={"granularity", "objective", "max_8bit_fraction", "memory_budget_gib", "average_bits"}
     )
-    return digest(parts, data, params.recover, params.evaluate, params.data.validation_rows, space, params.seed)
+    settings = [params.recover, params.evaluate, params.data.validation_rows, space, params.seed]
+    return digest(parts, data, *settings, MEASURED)
 
 
 class Recorder:

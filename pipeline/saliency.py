@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline import architecture
+from pipeline import architecture, fits
 from pipeline.alpaca import IGNORED, Batch
 from pipeline.architecture import ATTENTION, COUPLED, MLP
 from pipeline.console import progress
@@ -52,7 +52,7 @@ def importance(
     if kind == "activation":
         return activation(model, grams or input_grams(model, calibration))
     if kind == "surgeon":
-        return surgeon(model, calibration, grams or input_grams(model, calibration))
+        return surgeon(model, calibration, settings, grams or input_grams(model, calibration))
     first, second = gradients(model, calibration, kind)
     return structure_scores(model, weight_scores(model, first, second, kind), settings.level, settings.aggregate)
 
@@ -91,10 +91,7 @@ def gradients(
 
 def loss(model: Any, part: Batch) -> torch.Tensor:
     """Return the mean over rows of the mean next-token loss of a row, in nats."""
-    logits = model(input_ids=part.tokens, use_cache=False).logits[:, :-1].float()
-    labels = part.labels[:, 1:]
-    every = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    return (every.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)).mean()
+    return _row_losses(model(input_ids=part.tokens, use_cache=False).logits, part.labels).mean()
 
 
 def weight_scores(
@@ -167,11 +164,7 @@ def fisher_mask(model: Any, calibration: Sequence[Batch]) -> Scores:
     for part in progress(calibration, "importance (fisher_mask)"):
         with _reading(model, lambda value: value.requires_grad_(True)) as seen:
             embedded = model.get_input_embeddings()(part.tokens).requires_grad_(True)
-            logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1].float()
-            every = nn.functional.cross_entropy(
-                logits.transpose(1, 2), part.labels[:, 1:], ignore_index=IGNORED, reduction="none"
-            )
-            per_row = every.sum(1) / (part.labels[:, 1:] != IGNORED).sum(1).clamp(min=1)
+            per_row = _row_losses(model(inputs_embeds=embedded, use_cache=False).logits, part.labels)
             gradients_ = torch.autograd.grad(per_row.sum(), list(seen.values()))
         for ((block, kind), value), gradient in zip(seen.items(), gradients_, strict=True):
             change = (value.detach() * gradient).float().sum(1)  # [B, inputs]
@@ -208,8 +201,8 @@ def activation(model: Any, grams: Grams) -> Scores:
     return found
 
 
-def surgeon(model: Any, calibration: Sequence[Batch], grams: Grams) -> Scores:
-    """Return what removing each structure costs after the rest was refitted to make up for it.
+def surgeon(model: Any, calibration: Sequence[Batch], settings: Prune, grams: Grams) -> Scores:
+    """Return what removing each structure costs after the rest was refitted to make up for it; infinite if it may not.
 
     The rise of a reading linear's squared output error (``surgeon_order``), times a power of the mean square of the
     loss's gradient at its block's output: the scale of the rise of the loss, so that blocks compare. Meant for
@@ -221,6 +214,10 @@ def surgeon(model: Any, calibration: Sequence[Batch], grams: Grams) -> Scores:
     for index, block in enumerate(progress(grams, "importance (surgeon)")):
         scores = {}
         for kind, name in READER.items():
+            if not fits.prunable(model.config, settings, index, kind):
+                count = architecture.group_count(architecture.shapes(model.config)[index], kind)
+                scores[kind] = torch.full((count,), float("inf"))
+                continue
             weight = model.get_submodule(architecture.linear_name(index, name)).weight.detach()
             width = architecture.group_width(model.config, architecture.shapes(model.config)[index], name)
             factor = _HEAD_FACTOR if kind == "attention" else 1.0
@@ -277,10 +274,8 @@ def gradient_energy(model: Any, calibration: Sequence[Batch]) -> torch.Tensor:
     for part in progress(calibration, "gradient energy"):
         embedded = model.get_input_embeddings()(part.tokens).requires_grad_(True)
         with architecture.block_outputs(model) as outputs:
-            logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1].float()
-        value = nn.functional.cross_entropy(
-            logits.transpose(1, 2), part.labels[:, 1:], ignore_index=IGNORED, reduction="sum"
-        )
+            logits = model(inputs_embeds=embedded, use_cache=False).logits
+        value = _token_losses(logits, part.labels).sum()
         total += torch.stack([gradient.float().square().sum() for gradient in torch.autograd.grad(value, outputs)])
         tokens += int((part.labels != IGNORED).sum())
     return total / tokens
@@ -337,6 +332,20 @@ class _reading:  # noqa: N801  (a context manager)
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the loss of each next token, zero where it is not labelled: [B, T - 1]."""
+    # Flat, as the sum over the vocabulary is several times slower on a CPU where that is not the last dimension.
+    each = nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return each.view(len(labels), -1)
+
+
+def _row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss of each row's labelled tokens: [B]."""
+    return _token_losses(logits, labels).sum(1) / (labels[:, 1:] != IGNORED).sum(1).clamp(min=1)
 
 
 def _by_structure(values: torch.Tensor, count: int) -> torch.Tensor:

@@ -703,3 +703,12 @@ def test_surgeon_with_compensation_meets_the_ratio(default):
     change = {"importance": "surgeon", "compensate": True, "ratio": 0.25}
     pruned = prune.run(model, batches(count=4, rows=4, length=32), default.prune.model_copy(update=change), 0)
     assert pruned.ratio == pytest.approx(0.25, abs=0.02)
+
+
+def test_surgeon_does_not_order_what_may_not_go(default):
+    model, parts = tiny_model(), batches(count=4, rows=4, length=32)
+    change = {"importance": "surgeon", "structures": ["mlp"], "mlp_blocks": span(1, 2)}
+    scores = saliency.importance(model, parts, default.prune.model_copy(update=change))
+    bounded = [block["mlp"].isfinite().any().item() for block in scores]
+    assert bounded == [False, True, True, False]
+    assert all(block["attention"].isinf().all() for block in scores)
