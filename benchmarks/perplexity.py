@@ -39,8 +39,7 @@ def perplexity(model, tokenizer, text: str) -> float:
 def draw(folder: Path, rows: Path, text: Path, settings: params.Prune, seed: int) -> float:
     """Prune with one draw of the calibration rows; print a line, return the perplexity."""
     tokenizer, start = checkpoint.load_tokenizer(folder), time.time()
-    sources = {"rows": alpaca.calibration, "packed": alpaca.windows, "responses": alpaca.responses}
-    examples = sources[settings.text](rows, tokenizer, 16, settings.samples, settings.max_length, seed)
+    examples = alpaca.SOURCES[settings.text](rows, tokenizer, 16, settings.samples, settings.max_length, seed)
     parts = list(alpaca.batches(examples, 8, tokenizer.pad_token_id, whole=True))
     pruned = prune.run(checkpoint.load_model(folder), parts, settings, seed)
     seconds = time.time() - start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,8 +133,30 @@ def windows(path: str | Path, tokenizer: Any, held_out: int, samples: int, lengt
     The prompt's fixed words are nearly half of a short row's tokens; calibration on them fits little else.
     """
     train, _ = split(read(path), held_out, seed)
-    texts = ("\n".join(part for part in (row["instruction"], row["input"], row["output"]) if part) for row in train)
-    return _windows(texts, tokenizer, samples, length)
+    return _windows(map(_text, train), tokenizer, samples, length)
+
+
+def snippets(path: str | Path, tokenizer: Any, held_out: int, samples: int, length: int, seed: int) -> list[Example]:
+    """Return up to ``samples`` windows of ``length`` tokens, each from a random place of one row's text.
+
+    How LLM-Pruner draws its calibration samples: shorter texts are passed over, prompts are left out.
+
+    Raises:
+        ValueError: No text is long enough.
+    """
+    train, _ = split(read(path), held_out, seed)
+    generator = random.Random(seed)
+    found: list[Example] = []
+    for row in train:
+        if len(found) == samples:
+            break
+        tokens = tokenizer.encode(_text(row), add_special_tokens=False)
+        if len(tokens) >= length:
+            start = generator.randrange(len(tokens) - length + 1)
+            found.append(Example(tuple(tokens[start : start + length]), 1))
+    if samples and not found:
+        raise ValueError(f"no row's text has max_length {length} tokens; lower max_length")
+    return found
 
 
 def responses(path: str | Path, tokenizer: Any, held_out: int, samples: int, length: int, seed: int) -> list[Example]:
@@ -146,6 +168,10 @@ def responses(path: str | Path, tokenizer: Any, held_out: int, samples: int, len
     return _windows(sorted((row["output"] for row in train), key=len, reverse=True), tokenizer, samples, length)
 
 
+def _text(row: Mapping[str, str]) -> str:
+    return "\n".join(part for part in (row["instruction"], row["input"], row["output"]) if part)
+
+
 def _windows(texts: Iterable[str], tokenizer: Any, samples: int, length: int) -> list[Example]:
     tokens: list[int] = []
     for text in texts:
@@ -154,3 +180,6 @@ def _windows(texts: Iterable[str], tokenizer: Any, samples: int, length: int) ->
         tokens += tokenizer.encode(f"{text}\n\n", add_special_tokens=False)
     starts = range(0, min(len(tokens), samples * length) - 1, length)
     return [Example(tuple(tokens[start : start + length]), 1) for start in starts]
+
+
+SOURCES = {"rows": calibration, "snippets": snippets, "packed": windows, "responses": responses}  # of ``prune.text``

@@ -270,10 +270,11 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
         axes.annotate(
             LABELS[one.method],
             (one.memory / GIB, factor * one.score),
-            xytext=(-5 if one.reference else 5, (-18, 5)[place % 2]),  # neighbours below and above
+            xytext=(-5 if one.reference else 5, (-18, 9)[place % 2]),  # neighbours below and above
             ha="right" if one.reference else "left",
             textcoords="offset points",
             fontsize=8,
+            bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 1},  # over a neighbour's error bar
         )
     source = members[0].source if members else "predicted"
     axes.set_xlabel(f"peak memory of recovery, GiB ({source})")

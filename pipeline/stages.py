@@ -76,8 +76,7 @@ def write_pruned(params: Params, target: Path) -> Any:
     checkpoint.verify(BASE, "fetch")
     model, tokenizer = checkpoint.load_model(BASE), checkpoint.load_tokenizer(BASE)
     settings = params.prune
-    sources = {"rows": alpaca.calibration, "packed": alpaca.windows, "responses": alpaca.responses}
-    rows = sources[settings.text](
+    rows = alpaca.SOURCES[settings.text](
         ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed
     )
     parts = list(alpaca.batches(rows, 8, tokenizer.pad_token_id, whole=True))

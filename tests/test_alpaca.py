@@ -173,6 +173,22 @@ def test_windows_of_too_few_texts_are_fewer(tmp_path, tokenizer):
     assert len(every) in (len(text) // 5, len(text) // 5 + 1)
 
 
+def test_snippets_are_pieces_of_different_texts_that_are_long_enough(tmp_path):
+    rows = [{"instruction": chr(97 + i) * 3, "input": "", "output": "".join(map(str, range(i)))} for i in range(20)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    texts = [Letters().encode(f"{row['instruction']}\n{row['output']}", False) for row in rows if row["output"]]
+    found = alpaca.snippets(tmp_path / "rows.jsonl", Letters(), 2, 6, 12, 3)
+    assert len(found) == 6 and all(len(one.tokens) == 12 for one in found)
+    whole = ["".join(chr(token - 10) for token in text) for text in texts]
+    pieces = ["".join(chr(token - 10) for token in one.tokens) for one in found]
+    owners = [[index for index, text in enumerate(whole) if piece in text] for piece in pieces]
+    assert all(owners)
+    assert any(not whole[own[0]].startswith(piece) for piece, own in zip(pieces, owners, strict=True))
+    assert found == alpaca.snippets(tmp_path / "rows.jsonl", Letters(), 2, 6, 12, 3)
+    with pytest.raises(ValueError, match="lower max_length"):
+        alpaca.snippets(tmp_path / "rows.jsonl", Letters(), 2, 6, 100, 3)
+
+
 def test_responses_are_the_longest_ones_end_to_end(tmp_path, tokenizer):
     rows = [{"instruction": "Count.", "input": "", "output": f"{i} " * i} for i in range(1, 9)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
