@@ -1,9 +1,9 @@
 """Perplexity after pruning, without recovery: how good is a pruning setting?
 
-    python -m benchmarks.perplexity artifacts/base alpaca.jsonl wikitext2_valid.txt 0.214 [draws=5] [key=value ...]
+    python -m benchmarks.perplexity artifacts/base alpaca.jsonl wikitext.txt 0.214,0.313 [draws=5] [key=value ...]
 
-The first 20 windows of 256 tokens of the text's first 200,000 characters. The other settings are those of section
-``prune`` in params.yaml. Each draw shuffles the calibration rows anew.
+The first 20 windows of 256 tokens of the text's first 200,000 characters. For each ratio, in one step. The other
+settings are those of section ``prune`` in params.yaml. Each draw shuffles the calibration rows anew.
 """
 
 import statistics
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from pipeline import alpaca, checkpoint, params, prune
+from pipeline import alpaca, architecture, checkpoint, params, prune
 
 WINDOWS, LENGTH = 20, 256
 
@@ -36,33 +36,37 @@ def perplexity(model, tokenizer, text: str) -> float:
     return float(losses(model, tokenizer, text).double().mean().exp())
 
 
-def draw(folder: Path, rows: Path, text: Path, settings: params.Prune, seed: int) -> float:
-    """Prune with one draw of the calibration rows; print a line, return the perplexity."""
-    tokenizer, start = checkpoint.load_tokenizer(folder), time.time()
+def draw(folder: Path, rows: Path, text: Path, settings: params.Prune, ratios: list[float], seed: int) -> list[float]:
+    """Prune with one draw of the calibration rows; print a line and return the perplexity for each ratio."""
+    tokenizer, model, start = checkpoint.load_tokenizer(folder), checkpoint.load_model(folder), time.time()
     examples = alpaca.SOURCES[settings.text](rows, tokenizer, 16, settings.samples, settings.max_length, seed)
     parts = list(alpaca.batches(examples, 8, tokenizer.pad_token_id, whole=True))
-    pruned = prune.run(checkpoint.load_model(folder), parts, settings, seed)
-    seconds = time.time() - start
-    model = checkpoint.from_state(pruned.config, pruned.state).float().eval()
-    value = perplexity(model, tokenizer, text.read_text(encoding="utf-8"))
-    print(f"draw {seed}: kept {1 - pruned.ratio:.4f}, perplexity {value:.1f}, {seconds:.0f} s to prune", flush=True)
-    return value
+    scores, grams = prune.scored(model, parts, settings, seed)
+    before, found = architecture.parameters(model.config), []
+    for ratio in ratios:
+        keep = prune.select(scores, model.config, round(before * ratio), settings)
+        pruned = checkpoint.from_state(*prune.remove(model, keep, grams)).float().eval()
+        kept = sum(parameter.numel() for parameter in pruned.parameters()) / before
+        found.append(perplexity(pruned, tokenizer, text.read_text(encoding="utf-8")))
+        print(f"draw {seed}: kept {kept:.4f}, perplexity {found[-1]:.1f}, {time.time() - start:.0f} s", flush=True)
+    return found
 
 
-def main(folder: Path, rows: Path, text: Path, ratio: float, changes: dict) -> None:
-    """Print a line for each draw and one for all."""
+def main(folder: Path, rows: Path, text: Path, ratios: list[float], changes: dict) -> None:
+    """Print a line for each draw and ratio, and one for all draws of a ratio."""
     draws = changes.pop("draws", 1)
     raw = yaml.safe_load(Path("params.yaml").read_text())["prune"]
-    settings = params.Prune.model_validate(raw | changes | {"ratio": ratio})
-    found = [draw(folder, rows, text, settings, seed) for seed in range(draws)]
-    deviation = statistics.stdev(found) if draws > 1 else 0.0
-    print(
-        f"{changes}: mean {statistics.mean(found):.1f}, median {statistics.median(found):.1f}, standard deviation "
-        f"{deviation:.1f} over {draws} draws"
-    )
+    settings = params.Prune.model_validate(raw | changes)
+    found = [draw(folder, rows, text, settings, ratios, seed) for seed in range(draws)]
+    for ratio, values in zip(ratios, zip(*found, strict=True), strict=True):
+        deviation = statistics.stdev(values) if draws > 1 else 0.0
+        print(
+            f"{changes}, ratio {ratio}: mean {statistics.mean(values):.1f}, median {statistics.median(values):.1f}, "
+            f"standard deviation {deviation:.1f} over {draws} draws"
+        )
 
 
 if __name__ == "__main__":
     base, data, words, asked, *rest = sys.argv[1:]
     changes_ = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in rest)}
-    main(Path(base), Path(data), Path(words), float(asked), changes_)
+    main(Path(base), Path(data), Path(words), [float(ratio) for ratio in asked.split(",")], changes_)

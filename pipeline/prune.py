@@ -63,17 +63,22 @@ def run(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) ->
     check(model.config, settings)
     kept: Keep = [{kind: torch.arange(architecture.group_count(shape, kind)) for kind in COUPLED} for shape in whole]
     for step in range(1, settings.steps + 1):
-        wanted = settings.compensate or settings.importance in FROM_GRAMS
-        grams = input_grams(model, calibration) if wanted else None
-        scores = saliency.importance(model, calibration, settings, seed, grams)
+        scores, grams = scored(model, calibration, settings, seed)
         now = sum(parameter.numel() for parameter in model.parameters())
         target = round(before * settings.ratio * step / settings.steps) - (before - now)
         keep = select(scores, model.config, target, settings)
-        config, state = remove(model, keep, grams if settings.compensate else None)
+        config, state = remove(model, keep, grams)
         kept = [{kind: old[kind][new[kind]] for kind in COUPLED} for old, new in zip(kept, keep, strict=True)]
         model = checkpoint.from_state(config, state)
     after = sum(parameter.numel() for parameter in model.parameters())
     return Pruned(model.config, state, (before, after), kept)
+
+
+def scored(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) -> tuple[Scores, Grams | None]:
+    """Return the score of every structure, and what ``remove`` refits with if ``compensate`` asks for it."""
+    wanted = settings.compensate or settings.importance in FROM_GRAMS
+    grams = input_grams(model, calibration) if wanted else None
+    return saliency.importance(model, calibration, settings, seed, grams), grams if settings.compensate else None
 
 
 def check(config: Any, settings: Prune) -> None:
