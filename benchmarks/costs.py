@@ -26,10 +26,9 @@ def evaluation(setup: Setup) -> dict[str, Figure]:
 
     The same items and the same pruned model without adapters in bf16; plain attention on our side as in a trial, SDPA,
     its default, on the other. ``evaluation_same_choice`` is the share of items on which both choose the same answer,
-    both with plain attention and the softmax in fp32; ``evaluation_same_choice_rounded`` the same with the other side's
-    log-probabilities rounded to bf16, its default; ``evaluation_fp32_choice`` the share on which each side, as it was
-    timed, chooses as the model does in fp32; ``evaluation_fp32_difference`` the largest difference of a log-likelihood
-    when both compute in fp32, on the first items of each task.
+    both with plain attention; ``evaluation_fp32_choice`` the share on which each side, as it was timed, chooses as the
+    model does in fp32; ``evaluation_fp32_difference`` the largest difference of a log-likelihood when both compute in
+    fp32, on the first items of each task.
     """
     context, limit = setup.context, setup.options.limit
     ours, theirs = _models(setup, float32=False)
@@ -56,11 +55,8 @@ def evaluation(setup: Setup) -> dict[str, Figure]:
     setup.seconds["ours", "evaluate"], setup.seconds["theirs", "evaluate"] = seconds
     setup.work["evaluation_tokens"], setup.work["evaluation_heads"] = sum(fed), sum(heads)
     theirs.set_attn_implementation("eager")
-    alike, rounded = (
-        _agreement(
-            setup, mine, plain.samples(plain.language_model(theirs, context.tokenizer, dtype), context.tasks, limit)
-        )
-        for dtype in ("float32", None)
+    alike = _agreement(
+        setup, mine, plain.samples(plain.language_model(theirs, context.tokenizer), context.tasks, limit)
     )
     exact_model, _ = _models(setup, float32=True)
     exact_lm = evaluate.SharedPrefixLM(exact_model, context.tokenizer, batch_tokens)
@@ -70,7 +66,6 @@ def evaluation(setup: Setup) -> dict[str, Figure]:
     return {
         "evaluation": more_is_better(items / seconds[0], items / seconds[1], "items/s", setup.options.repeats),
         "evaluation_same_choice": more_is_better(alike, SAME_CHOICE, "share of items", items, BAR),
-        "evaluation_same_choice_rounded": more_is_better(rounded, SAME_CHOICE, "share of items", items, BAR),
         "evaluation_fp32_choice": more_is_better(*shares, "share of items", items),
         "evaluation_fp32_difference": less_is_better(difference, FP32_DIFFERENCE, "nats, the largest", 1, BAR),
     }
