@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import services
 from benchmarks.harness import LeftOut, interleaved, markdown, timed
 from benchmarks.setup import Options, Setup
-from pipeline import architecture, checkpoint, console, evaluate, quantize, trial
+from pipeline import architecture, checkpoint, console, evaluate, quantize, storage, trial
 from pipeline.paths import REPORTS
 from pipeline.trial import Context
 
@@ -238,7 +238,7 @@ def write(found: Sequence[Series], paper: Mapping[str, float], assumed: Assumpti
         "\n## A search on one GPU, on paper\n\nNot measured; computed from tokens and suggestions measured here and "
     )
     page += f"these assumptions: {stated}.\n\n{markdown(['phase', 'hours'], rows)}"
-    checkpoint.write_text(folder / "growth.md", page)
+    storage.write_text(folder / "growth.md", page)
     console.note(page)
     _picture(found, folder / "growth.png")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipeline import checkpoint, console
+from pipeline import console, storage
 
 MEASURED, BAR, LIMIT = "measured", "a bar", "a limit"
 
@@ -86,7 +86,7 @@ def read(path: Path) -> dict[str, Figure]:
 def keep(path: Path, figures: Mapping[str, Figure]) -> dict[str, Figure]:
     """Put figures into the file, atomically, and leave the others in it as they are; return all."""
     found = read(path) | dict(figures)
-    checkpoint.write_text(path, json.dumps({name: asdict(figure) for name, figure in found.items()}, indent=1))
+    storage.write_text(path, json.dumps({name: asdict(figure) for name, figure in found.items()}, indent=1))
     return found
 
 
@@ -111,7 +111,7 @@ def show(figures: Mapping[str, Figure], folder: Path, machine: str) -> None:
     columns, cells = rows(figures)
     console.table("Benchmarks (ratio > 1: ours is better)", columns, cells)
     about = f"`python -m benchmarks.bench`, on {machine}. Medians of n repeats; a ratio above 1: ours is better."
-    checkpoint.write_text(folder / "bench.md", f"# Benchmarks\n\n{about}\n\n{markdown(columns, cells)}")
+    storage.write_text(folder / "bench.md", f"# Benchmarks\n\n{about}\n\n{markdown(columns, cells)}")
     _picture({name: one for name, one in figures.items() if one.ratio}, folder / "bench.png")
 
 

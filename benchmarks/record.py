@@ -24,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline import checkpoint, console, evaluate, params, stages, trial
+from pipeline import console, evaluate, params, stages, storage, trial
 from pipeline.allocate import Bits, Space
 from pipeline.importance import Priors
 from pipeline.quantize import write_bits
@@ -129,7 +129,7 @@ def record(context: Context, space: Space, priors: Priors, count: int, recovered
     folder.mkdir(parents=True, exist_ok=True)
     if about.exists() and json.loads(about.read_text()) != facts:
         raise ValueError(f"{folder} holds a landscape of another model or other settings; move it away")
-    checkpoint.write_text(about, json.dumps(facts, indent=1))
+    storage.write_text(about, json.dumps(facts, indent=1))
     rows = pd.read_csv(path, dtype={"bits": str}).to_dict("records") if path.exists() else []
     every = pd.read_parquet(folder / "items.parquet").to_dict("records") if path.exists() else []
     done = {(one["bits"], one["steps"]) for one in rows}
@@ -147,7 +147,7 @@ def record(context: Context, space: Space, priors: Priors, count: int, recovered
         scratch.replace(folder / "items.parquet")  # before the row, which says that it is there
         text = io.StringIO()
         pd.DataFrame(rows).to_csv(text, index=False)
-        checkpoint.write_text(path, text.getvalue())
+        storage.write_text(path, text.getvalue())
         left = (time.monotonic() - start) / index * (len(jobs) - index)
         console.note(
             f"{index}/{len(jobs)}: {steps} steps, gold answer {rows[-1]['gold_logprob']:.4f}; {left / 60:.0f} min left"

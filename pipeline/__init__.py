@@ -9,3 +9,5 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # oneDNN generates a matrix kernel for each shape and keeps 1,024 of them. A pruned model has more: every block its own
 # shapes, forward and backward. Cycling through more kernels than fit would generate each one every time.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+
+GIB = 2**30

@@ -73,11 +73,11 @@ def _stage(name: str, params: object) -> int:
 def expected_errors() -> tuple[type[Exception], ...]:
     """Return the errors whose message says all that a user needs; any other one shows its traceback."""
     from pipeline.build import BuildError
-    from pipeline.checkpoint import CheckpointError
     from pipeline.fetch import FetchError
     from pipeline.paper import CellsFailed
     from pipeline.recover import RecoverError
     from pipeline.search import SearchError
+    from pipeline.storage import CheckpointError
 
     return (
         BuildError,

@@ -1,25 +1,16 @@
-"""Pruned and mixed-bit models that save and load through ``from_pretrained``, with checksums.
+"""Pruned and mixed-bit models that save and load through ``from_pretrained``.
 
 Two things that transformers does not have are added and registered when this module is imported:
 
 * ``pruned_llama`` and its siblings, whose blocks have a shape each (config field ``block_shapes``);
 * the quantization method ``mixed_bits``, which gives each linear its own bit-width out of 4, 8 and 16.
-
-A checkpoint is a folder of safetensors, config and tokenizer, closed by ``checksums.json``, which is written last:
-a folder without it was never finished, and one that does not match it was changed afterwards.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +48,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig, Quantizat
 
 from pipeline.architecture import BlockShape, head_dim, shapes
 
-CHECKSUMS = "checksums.json"
 ADAPTER = "adapter"
-_CHUNK = 1 << 22
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, unfinished or changed, with the stage to run again."""
 
 
 # --- pruned models -----------------------------------------------------------------------------------------------
@@ -273,90 +258,7 @@ def register_types() -> None:
 register_types()
 
 
-# --- folders with checksums --------------------------------------------------------------------------------------
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
-    value = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            value.update(chunk)
-    return value.hexdigest()
-
-
-@contextmanager
-def writing(folder: str | Path) -> Iterator[Path]:
-    """Give a temporary folder that takes the place of ``folder``, checksums added, if the block succeeds."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        sums = {
-            str(path.relative_to(temporary)): sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()
-        }
-        write_text(temporary / CHECKSUMS, json.dumps(sums, indent=1))
-        for path in temporary.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        temporary.chmod(0o755)
-        old = folder.with_name(f".{folder.name}-old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file that is either whole or as it was before."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def verify(folder: str | Path, stage: str) -> str:
-    """Check a checkpoint against its checksums.
-
-    Args:
-        folder: The checkpoint.
-        stage: The stage that makes it, named in the error.
-
-    Returns:
-        Twelve hex digits that name its content.
-
-    Raises:
-        CheckpointError: A file is missing, was truncated or changed.
-    """
-    folder = Path(folder)
-    again = f"run it again with: dvc repro --force --single-item {stage}"
-    listing = folder / CHECKSUMS
-    if not listing.exists():
-        raise CheckpointError(f"{folder} is missing or was never finished; {again}")
-    try:
-        sums = json.loads(listing.read_text())
-    except ValueError:
-        raise CheckpointError(f"{listing} was truncated or edited; {again}") from None
-    for name, expected in sums.items():
-        path = folder / name
-        if not path.exists():
-            raise CheckpointError(f"{path} is missing; {again}")
-        if sha256(path) != expected:
-            raise CheckpointError(f"{path} does not match its checksum: it was truncated or edited; {again}")
-    return sha256(listing)[:12]
+# --- loading -----------------------------------------------------------------------------------------------------
 
 
 def load_config(folder: str | Path) -> Any:

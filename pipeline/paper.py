@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import console, definitions, tracking
+from pipeline import console, definitions, storage, tracking
 from pipeline.cells import VARIANT, Cell, Outcome
 from pipeline.params import Params, digest, flatten
 from pipeline.paths import ALPACA, BASE, BENCHMARKS, REPORTS
@@ -106,10 +106,9 @@ def _end(run: Run, outcomes: Sequence[Outcome], paths: Sequence[Path]) -> None:
 
 
 def _write(name: str, pages: dict[str, str]) -> list[Path]:
-    from pipeline import checkpoint
 
     for ending, text in pages.items():
-        checkpoint.write_text(REPORTS / f"{name}.{ending}", text)
+        storage.write_text(REPORTS / f"{name}.{ending}", text)
     return [REPORTS / f"{name}.{ending}" for ending in pages]
 
 
@@ -165,14 +164,14 @@ class Cells:
     """
 
     def __init__(self, run: Run, params: Params):
-        from pipeline import checkpoint, trial
+        from pipeline import trial
 
         self.run, self.params = run, params
         self.command = tracking.run(run.run_id).data.tags["stage"]
-        checkpoint.verify(BASE, "fetch")
+        storage.verify(BASE, "fetch")
         check_held_out(params)
         self.origin = {
-            "base": checkpoint.sha256(BASE / checkpoint.CHECKSUMS),
+            "base": storage.sha256(BASE / storage.CHECKSUMS),
             "alpaca": run.dataset(ALPACA, "alpaca", "training"),
             "items": [run.dataset(BENCHMARKS / f"{task}.jsonl", task, "evaluation") for task in params.evaluate.tasks],
             "device": trial.device_of(params).type,
@@ -199,7 +198,7 @@ class Cells:
 
     def outcome(self, cell: Cell, label: str) -> Outcome:
         """Return a cell's outcome: kept from before, or run now; its failure is recorded, not raised."""
-        from pipeline import cells, checkpoint
+        from pipeline import cells
         from pipeline.trial import Result
 
         key = self.key(cell)
@@ -223,7 +222,7 @@ class Cells:
             "result": result.as_json(),
             "definition": cells.definition(cell, self.origin),
         }
-        checkpoint.write_text(path_of(key), json.dumps(record, indent=1))
+        storage.write_text(path_of(key), json.dumps(record, indent=1))
         self._log(own, result, study)
         own.finish()
         say(label, result)
@@ -333,10 +332,9 @@ class Supplies:
     """What the cells of one set of params need: each made when first asked for, and kept for the next run."""
 
     def __init__(self, params: Params):
-        from pipeline import checkpoint
 
         self.params = params
-        base = checkpoint.sha256(BASE / checkpoint.CHECKSUMS)
+        base = storage.sha256(BASE / storage.CHECKSUMS)
         rows = [tracking.md5(ALPACA), params.data.validation_rows, params.seed]
         self._pruned = digest(base, rows, params.prune)
         self._bank = digest(self._pruned, params.quantize)
@@ -380,13 +378,11 @@ class Supplies:
 
 def sound(folder: Path, make: Callable[[Path], Any]) -> Path:
     """Return a checkpoint folder that matches its checksums: as it is, or made now if it is missing or damaged."""
-    from pipeline import checkpoint
-
     if folder.exists():
         try:
-            checkpoint.verify(folder, "fetch")
+            storage.verify(folder, "fetch")
             return folder
-        except checkpoint.CheckpointError as error:
+        except storage.CheckpointError as error:
             console.note(f"{str(error).partition(';')[0]}; making it again")
     make(folder)
     return folder

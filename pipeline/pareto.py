@@ -16,8 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtr, ndtri
 
-from pipeline import surrogate
-from pipeline.memory import GIB
+from pipeline import GIB, surrogate
 from pipeline.surrogate import Observation
 
 

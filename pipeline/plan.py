@@ -16,9 +16,9 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline import architecture, memory
+from pipeline import GIB, architecture, memory, storage
 from pipeline.architecture import BlockShape
-from pipeline.memory import GIB, Setting
+from pipeline.memory import Setting
 from pipeline.params import Params, ParamsError, load
 
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -297,15 +297,14 @@ def _whole_loss(model: Any, tokens: Any, where: Any, wanted: Any) -> Any:
 
 def write(asked_: Asked, found: pd.DataFrame, sections: Sequence[tuple[str, Any]], folder: Path) -> list[Path]:
     """Write the tables as Markdown and CSV and the picture; return the paths."""
-    from pipeline import checkpoint
     from pipeline.report import _line
 
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"# Plan: {asked_.source}", "", *facts(asked_), ""]
     for title, (columns, rows) in sections:
         lines += [f"## {title}", "", _line(columns), _line(["---"] * len(columns)), *map(_line, rows), ""]
-    checkpoint.write_text(folder / "plan.md", "\n".join(lines))
-    checkpoint.write_text(folder / "plan.csv", found.to_csv(index=False))
+    storage.write_text(folder / "plan.md", "\n".join(lines))
+    storage.write_text(folder / "plan.csv", found.to_csv(index=False))
     _picture(asked_, found, folder / "plan.png")
     return [folder / f"plan.{ending}" for ending in ("md", "csv", "png")]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import console, tracking
+from pipeline import console, storage, tracking
 from pipeline.params import Params, digest
 from pipeline.paths import ALPACA, BASE, BENCHMARKS, UNFINISHED
 from pipeline.tracking import Run
@@ -14,10 +14,9 @@ from pipeline.tracking import Run
 
 def study_name(params: Params, pruned: Path, bank: Path) -> str:
     """Name a study by all that defines it: the models, the data, how a trial is run, the space that is searched."""
-    from pipeline import checkpoint
     from pipeline.trial import MEASURED
 
-    parts = [checkpoint.sha256(folder / checkpoint.CHECKSUMS) for folder in (pruned, bank)]
+    parts = [storage.sha256(folder / storage.CHECKSUMS) for folder in (pruned, bank)]
     data = [tracking.md5(ALPACA), *(tracking.md5(BENCHMARKS / f"{task}.jsonl") for task in params.evaluate.tasks)]
     space = params.search.model_dump(
         include={"granularity", "objective", "max_8bit_fraction", "memory_budget_gib", "average_bits"}

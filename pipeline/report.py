@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.memory import GIB
+from pipeline import GIB
 from pipeline.pareto import LABELS, LOGPROBS, UNTOUCHED, Point, best, front, scale
 
 COMPARED = ("llm_pruner", "qpruner1", "qpruner3")  # figure 1's LoRA (16-bit), LoftQ (4-bit), LoftQ* (mixed)

@@ -10,7 +10,7 @@ from typing import Any
 import mlflow
 import torch
 
-from pipeline import alpaca, checkpoint
+from pipeline import alpaca, checkpoint, storage
 
 MAX_NEW_TOKENS = 64
 
@@ -21,7 +21,7 @@ class Compressed(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
         """Load and verify the checkpoint."""
         folder = context.artifacts["checkpoint"]
-        checkpoint.verify(folder, "build")
+        storage.verify(folder, "build")
         self.model = checkpoint.load_final(folder)
         self.tokenizer = checkpoint.load_tokenizer(folder)
 

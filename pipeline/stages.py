@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline import console, tracking
+from pipeline import console, storage, tracking
 from pipeline.params import Params, flatten
 from pipeline.paths import ALPACA, BANK, BASE, BENCHMARKS, FINAL, PRUNED, REPORTS, STUDY
 from pipeline.recorder import Recorder, steps, study_name, unfinished
@@ -73,7 +73,7 @@ def write_pruned(params: Params, target: Path) -> Any:
     from pipeline import alpaca, checkpoint
     from pipeline import prune as stage_
 
-    checkpoint.verify(BASE, "fetch")
+    storage.verify(BASE, "fetch")
     model, tokenizer = checkpoint.load_model(BASE), checkpoint.load_tokenizer(BASE)
     settings = params.prune
     rows = alpaca.SOURCES[settings.text](
@@ -81,7 +81,7 @@ def write_pruned(params: Params, target: Path) -> Any:
     )
     parts = list(alpaca.batches(rows, 8, tokenizer.pad_token_id, whole=True))
     pruned = stage_.run(model, parts, settings, params.seed)
-    with checkpoint.writing(target) as folder:
+    with storage.writing(target) as folder:
         checkpoint.from_state(pruned.config, pruned.state).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return pruned
@@ -99,9 +99,9 @@ def _shapes_picture(pruned: Any, run: Run) -> None:
 @stage
 def importance(params: Params, run: Run) -> None:
     """Mutual information and quantization sensitivity of each unit."""
-    from pipeline import checkpoint, report
+    from pipeline import report
 
-    checkpoint.verify(PRUNED, "prune")
+    storage.verify(PRUNED, "prune")
     run.dataset(ALPACA, "alpaca", "calibration")
     priors = write_priors(params, PRUNED, REPORTS / "importance.json")
     series = {"mutual information, nats": priors.mutual_information, "sensitivity, nats": priors.sensitivity}
@@ -126,16 +126,14 @@ def write_priors(params: Params, pruned: Path, target: Path) -> Any:
     parts = list(alpaca.batches(rows, 8, tokenizer.pad_token_id, whole=False))
     units = architecture.units(model.config, params.search.granularity)
     priors = stage_.run(model, parts, units, settings, params.quantize, params.seed)
-    checkpoint.write_text(target, json.dumps(asdict(priors), indent=1))
+    storage.write_text(target, json.dumps(asdict(priors), indent=1))
     return priors
 
 
 @stage
 def quantize(params: Params, run: Run) -> None:
     """The layer bank."""
-    from pipeline import checkpoint
-
-    checkpoint.verify(PRUNED, "prune")
+    storage.verify(PRUNED, "prune")
     write_bank(params, PRUNED, BANK)
     run.metrics({"bank_bytes": sum(path.stat().st_size for path in BANK.iterdir())})
 
@@ -146,7 +144,7 @@ def write_bank(params: Params, pruned: Path, target: Path) -> None:
     from pipeline import quantize as stage_
 
     config = checkpoint.load_config(pruned)
-    with checkpoint.writing(target) as folder:
+    with storage.writing(target) as folder:
         stage_.run(trial.load_state(pruned), stage_.names_of(config), params.quantize, params.seed, folder)
 
 
@@ -185,7 +183,7 @@ def search(params: Params, run: Run) -> None:
     trials.to_csv(REPORTS / "trials.csv", index=False)
     trials.to_parquet(REPORTS / "trials.parquet", index=False)
     exported = stage_.export_history(name, [Result.from_json(one["result"]) for one in finished])
-    checkpoint.write_text(REPORTS / "history.json", json.dumps(exported, indent=1))
+    storage.write_text(REPORTS / "history.json", json.dumps(exported, indent=1))
     figures = {
         "finished": len(finished),
         "failed": ended.failed,
@@ -194,7 +192,7 @@ def search(params: Params, run: Run) -> None:
     }
     run.metrics(figures)
     summary = {"study": name, "search_run": run.run_id, "ended": ended.reason, **figures}
-    checkpoint.write_text(REPORTS / "search.json", json.dumps(summary, indent=1))
+    storage.write_text(REPORTS / "search.json", json.dumps(summary, indent=1))
     for table in ("trials.csv", "trials.parquet", "history.json"):
         run.artifact(REPORTS / table)
 
@@ -244,7 +242,7 @@ def _by_benchmark(params: Params) -> dict[str, list[Any]]:
 def build(params: Params, run: Run) -> None:
     """The chosen bit vector as the final checkpoint, verified in a fresh process."""
     from pipeline import build as stage_
-    from pipeline import checkpoint, trial
+    from pipeline import trial
     from pipeline.quantize import read_bits
 
     rows = json.loads((REPORTS / "pareto.json").read_text())
@@ -259,11 +257,11 @@ def build(params: Params, run: Run) -> None:
         "git_commit": tracking.git_commit(),
         "alpaca_md5": tracking.md5(ALPACA),
         "benchmarks_md5": tracking.md5(BENCHMARKS),
-        "pruned_checkpoint": checkpoint.sha256(PRUNED / checkpoint.CHECKSUMS),
+        "pruned_checkpoint": storage.sha256(PRUNED / storage.CHECKSUMS),
         "base_model": params.model.source,
         "search_run": json.loads((REPORTS / "search.json").read_text())["search_run"],
     }
-    with checkpoint.writing(FINAL) as folder:
+    with storage.writing(FINAL) as folder:
         (folder / "README.md").write_text(
             stage_.card(params.register_.name, result, context, lineage), encoding="utf-8"
         )
@@ -280,7 +278,7 @@ def evaluate(params: Params, run: Run) -> None:
     from pipeline import checkpoint, tasks, trial
     from pipeline import evaluate as stage_
 
-    checkpoint.verify(FINAL, "build")
+    storage.verify(FINAL, "build")
     model = checkpoint.load_final(FINAL, trial.device_of(params).type)
     loaded = tasks.load(params.evaluate.tasks, BENCHMARKS)
     skip = stage_.seen(loaded, params.evaluate.limit)
@@ -313,9 +311,7 @@ def evaluate(params: Params, run: Run) -> None:
 @stage
 def register_(params: Params, run: Run) -> None:
     """The built checkpoint into the model registry, with an alias and its evidence."""
-    from pipeline import checkpoint
-
-    checkpoint.verify(FINAL, "build")
+    storage.verify(FINAL, "build")
     figures = json.loads((REPORTS / "evaluate.json").read_text())
     lineage = json.loads((FINAL / "lineage.json").read_text())
     run.metrics(figures)
@@ -335,9 +331,7 @@ def register_(params: Params, run: Run) -> None:
         ["What is the capital of France?"],
     )
     run.tags({"model": uri})
-    checkpoint.write_text(
-        REPORTS / "register.json", json.dumps({"model": uri, "alias": params.register_.alias}, indent=1)
-    )
+    storage.write_text(REPORTS / "register.json", json.dumps({"model": uri, "alias": params.register_.alias}, indent=1))
     console.note(f"registered {uri} as models:/{params.register_.name}@{params.register_.alias}")
 
 
@@ -420,7 +414,5 @@ def show_plan(asked: Any) -> None:
 
 def _figures(run: Run, name: str, figures: Mapping[str, float]) -> None:
     """Keep a stage's figures as its DVC metrics and its MLflow metrics."""
-    from pipeline import checkpoint
-
     run.metrics(figures)
-    checkpoint.write_text(REPORTS / f"{name}.json", json.dumps(dict(figures), indent=1))
+    storage.write_text(REPORTS / f"{name}.json", json.dumps(dict(figures), indent=1))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline import GIB
 from pipeline.cells import Outcome, Variants
-from pipeline.memory import GIB
 from pipeline.pareto import LABELS, UNTOUCHED
 from pipeline.report import summary
 

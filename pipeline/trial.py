@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from pipeline import alpaca, architecture, checkpoint, evaluate, memory, quantize, recover, tasks
+from pipeline import GIB, alpaca, architecture, checkpoint, evaluate, memory, quantize, recover, storage, tasks
 from pipeline.allocate import Space
 from pipeline.alpaca import Example
 from pipeline.architecture import Unit
@@ -126,7 +126,7 @@ class Result:
             "response_logprob": self.response_logprob,
             "response_logprob_stderr": self.response_logprob_stderr,
             "peak_memory_bytes": float(self.peak_memory_bytes),
-            "peak_memory_gib": self.peak_memory_bytes / memory.GIB,
+            "peak_memory_gib": self.peak_memory_bytes / GIB,
             "inference_memory_bytes": float(self.inference_memory_bytes),
             "items": float(self.items),
             **self.other,
@@ -185,8 +185,8 @@ def load(params: Params, pruned: Path, bank: Path, rows: Path, items: Path) -> C
         CheckpointError: The pruned model or the bank is missing or was changed.
         ValueError: A bit string in the params does not fit the model.
     """
-    checkpoint.verify(pruned, "prune")
-    checkpoint.verify(bank, "quantize")
+    storage.verify(pruned, "prune")
+    storage.verify(bank, "quantize")
     model = checkpoint.load_model(pruned)
     tokenizer = checkpoint.load_tokenizer(pruned)
     units = architecture.units(model.config, params.search.granularity)
@@ -214,7 +214,7 @@ def untouched(context: Context, base: Path) -> Context:
     Raises:
         CheckpointError: The base model is missing or was changed.
     """
-    checkpoint.verify(base, "fetch")
+    storage.verify(base, "fetch")
     model = checkpoint.load_model(base)
     config = checkpoint.pruned_config(model.config, architecture.shapes(model.config))
     return replace(context, config=config, state=model.state_dict())
@@ -233,7 +233,7 @@ def space(context: Context) -> Space:
         lambda bits: context.predict(bits).training,
         len(context.units),
         settings.max_8bit_fraction,
-        None if budget is None else int(budget * memory.GIB),
+        None if budget is None else int(budget * GIB),
         [sum(context.state[f"{name}.weight"].numel() for name in unit.linears) for unit in context.units],
         settings.average_bits,
     )

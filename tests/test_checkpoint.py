@@ -10,7 +10,7 @@ from conftest import FAMILIES, batches, tiny_config, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import architecture, checkpoint, quantize
+from pipeline import architecture, checkpoint, quantize, storage
 from pipeline.architecture import BlockShape
 
 MODULES = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: torch.nn.Linear}
@@ -258,7 +258,7 @@ def test_tokenizer_pads_on_the_right_with_a_token(tokenizer, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    with checkpoint.writing(tmp_path / "artifacts/pruned") as inside:
+    with storage.writing(tmp_path / "artifacts/pruned") as inside:
         (inside / "weights.bin").write_bytes(bytes(range(256)) * 40_000)  # more than one chunk
         (inside / "adapter").mkdir()
         (inside / "adapter/config.json").write_text("{}")
@@ -282,29 +282,29 @@ def halve(path):
 def test_checksums_are_the_files_sha256(folder):
     # of b"{}", by sha256sum
     known = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
-    sums = json.loads((folder / checkpoint.CHECKSUMS).read_text())
+    sums = json.loads((folder / storage.CHECKSUMS).read_text())
     assert set(sums) == {"weights.bin", "adapter/config.json"}
     assert sums["adapter/config.json"] == known
-    assert checkpoint.sha256(folder / "weights.bin") == sums["weights.bin"] != known
+    assert storage.sha256(folder / "weights.bin") == sums["weights.bin"] != known
 
 
 def test_verify_names_the_content(folder, tmp_path):
-    name = checkpoint.verify(folder, "prune")
+    name = storage.verify(folder, "prune")
     assert len(name) == 12 and int(name, 16) >= 0
-    assert checkpoint.verify(folder, "prune") == name
-    with checkpoint.writing(tmp_path / "other") as inside:
+    assert storage.verify(folder, "prune") == name
+    with storage.writing(tmp_path / "other") as inside:
         for path, content in contents(folder).items():
             (inside / path).parent.mkdir(exist_ok=True)
             (inside / path).write_bytes(content)
-        (inside / checkpoint.CHECKSUMS).unlink()
-    assert checkpoint.verify(tmp_path / "other", "prune") == name
+        (inside / storage.CHECKSUMS).unlink()
+    assert storage.verify(tmp_path / "other", "prune") == name
     flip(folder / "weights.bin")
-    sums = {path: checkpoint.sha256(folder / path) for path in ("weights.bin", "adapter/config.json")}
-    (folder / checkpoint.CHECKSUMS).write_text(json.dumps(sums))
-    assert checkpoint.verify(folder, "prune") != name
+    sums = {path: storage.sha256(folder / path) for path in ("weights.bin", "adapter/config.json")}
+    (folder / storage.CHECKSUMS).write_text(json.dumps(sums))
+    assert storage.verify(folder, "prune") != name
 
 
-@pytest.mark.parametrize("file", ["weights.bin", "adapter/config.json", checkpoint.CHECKSUMS])
+@pytest.mark.parametrize("file", ["weights.bin", "adapter/config.json", storage.CHECKSUMS])
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -315,30 +315,30 @@ def test_verify_names_the_content(folder, tmp_path):
 )
 def test_changed_checkpoint_is_refused_with_its_stage(folder, file, harm, message):
     harm(folder / file)
-    with pytest.raises(checkpoint.CheckpointError, match=message) as error:
-        checkpoint.verify(folder, "prune")
+    with pytest.raises(storage.CheckpointError, match=message) as error:
+        storage.verify(folder, "prune")
     assert str(folder) in str(error.value)
     assert "dvc repro --force --single-item prune" in str(error.value)
 
 
 def test_missing_checkpoint_is_refused_with_its_stage(tmp_path):
-    with pytest.raises(checkpoint.CheckpointError, match="bank is missing .* --single-item quantize"):
-        checkpoint.verify(tmp_path / "bank", "quantize")
+    with pytest.raises(storage.CheckpointError, match="bank is missing .* --single-item quantize"):
+        storage.verify(tmp_path / "bank", "quantize")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_failed_writing_leaves_the_old_folder_and_nothing_else(folder, error):
     before = contents(folder)
-    with pytest.raises(error), checkpoint.writing(folder) as inside:
+    with pytest.raises(error), storage.writing(folder) as inside:
         (inside / "weights.bin").write_text("half")
         raise error
     assert contents(folder) == before
     assert list(folder.parent.iterdir()) == [folder]
-    checkpoint.verify(folder, "prune")
+    storage.verify(folder, "prune")
 
 
 def test_failed_first_writing_leaves_no_folder(tmp_path):
-    with pytest.raises(RuntimeError), checkpoint.writing(tmp_path / "new") as inside:
+    with pytest.raises(RuntimeError), storage.writing(tmp_path / "new") as inside:
         (inside / "file").write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -346,18 +346,18 @@ def test_failed_first_writing_leaves_no_folder(tmp_path):
 
 def test_writing_replaces_the_whole_folder_only_at_the_end(folder):
     before = contents(folder)
-    with checkpoint.writing(folder) as inside:
+    with storage.writing(folder) as inside:
         (inside / "only.txt").write_text("new")
         assert inside.parent == folder.parent  # the same file system, so that the move is one step
         assert contents(folder) == before
-    assert set(contents(folder)) == {"only.txt", checkpoint.CHECKSUMS}
+    assert set(contents(folder)) == {"only.txt", storage.CHECKSUMS}
     assert list(folder.parent.iterdir()) == [folder]
-    checkpoint.verify(folder, "prune")
+    storage.verify(folder, "prune")
 
 
 def test_written_folder_is_readable_by_others(folder):
     modes = {path.name: path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*"))}
-    files = {"weights.bin": 0o644, "config.json": 0o644, checkpoint.CHECKSUMS: 0o644}
+    files = {"weights.bin": 0o644, "config.json": 0o644, storage.CHECKSUMS: 0o644}
     assert modes == files | {"pruned": 0o755, "adapter": 0o755}
 
 
@@ -371,7 +371,7 @@ def test_old_folder_survives_when_the_new_one_cannot_take_its_place(folder, monk
         return move(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError), checkpoint.writing(folder) as inside:
+    with pytest.raises(OSError), storage.writing(folder) as inside:
         (inside / "only.txt").write_text("new")
     assert contents(folder) == before
 
@@ -379,14 +379,14 @@ def test_old_folder_survives_when_the_new_one_cannot_take_its_place(folder, monk
 def test_write_text_creates_and_replaces(tmp_path):
     path = tmp_path / "reports/deep/text.json"
     for text in ("first, longer than the second", "zweitens ü"):
-        checkpoint.write_text(path, text)
+        storage.write_text(path, text)
         assert path.read_text(encoding="utf-8") == text
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_interrupted_write_text_leaves_the_old_text(tmp_path, monkeypatch):
     path = tmp_path / "text.json"
-    checkpoint.write_text(path, "old")
+    storage.write_text(path, "old")
 
     def half(self, text, **_):
         with self.open("w") as file:
@@ -395,5 +395,5 @@ def test_interrupted_write_text_leaves_the_old_text(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError):
-        checkpoint.write_text(path, "new and longer")
+        storage.write_text(path, "new and longer")
     assert path.read_text() == "old"

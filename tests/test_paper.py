@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, tiny_model
 from test_search import PRIORS, SPACE, UNITS, result
 
-from pipeline import checkpoint, paper, tracking, trial
+from pipeline import paper, storage, tracking, trial
 from pipeline.cells import qpruner3
 from pipeline.paper import COMMANDS, CellsFailed
 from pipeline.quantize import write_bits
@@ -35,7 +35,7 @@ def params(default, tmp_path, monkeypatch, empty_store):
     (tmp_path / "data/benchmarks").mkdir(parents=True)
     shutil.copy(ROOT / "data/sample/alpaca.jsonl", "data")
     shutil.copy(ROOT / f"data/sample/benchmarks/{TASK}.jsonl", "data/benchmarks")
-    with checkpoint.writing(paper.BASE) as folder:
+    with storage.writing(paper.BASE) as folder:
         (folder / "model").write_text("weights")
     changes = {
         "table": {"ratios": (0.2,), "steps": 9, "limit": 5, "n_trials": 4},
@@ -217,7 +217,7 @@ def test_search_that_sees_every_item_is_refused_before_anything_runs(params, tri
 
 
 def test_supplies_are_made_once_and_a_damaged_one_again(params, tokenizer, monkeypatch):
-    with checkpoint.writing(paper.BASE) as folder:
+    with storage.writing(paper.BASE) as folder:
         tiny_model(dtype=torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     small = {"prune": {"samples": 2}, "importance": {"samples": 2, "clusters": 2, "outcomes": 2}}
@@ -236,7 +236,7 @@ def test_supplies_are_made_once_and_a_damaged_one_again(params, tokenizer, monke
     codes = first.bank / "codes4.safetensors"
     codes.write_bytes(codes.read_bytes()[:-1])
     assert paper.Supplies(params).bank == first.bank and made[4:] == ["write_bank"]
-    assert checkpoint.verify(first.bank, "quantize")
+    assert storage.verify(first.bank, "quantize")
 
 
 def test_cells_title_tells_ratio_and_method(params):

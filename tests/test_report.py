@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from pipeline import report
-from pipeline.memory import GIB
+from pipeline import GIB, report
 from pipeline.pareto import Point
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -3,9 +3,8 @@ import dataclasses
 import pytest
 from test_search import UNITS, result
 
-from pipeline import cells, table
+from pipeline import GIB, cells, table
 from pipeline.cells import Cell, Outcome
-from pipeline.memory import GIB
 from pipeline.table import Entry
 
 TASKS = ("piqa", "arc_challenge")
