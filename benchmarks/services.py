@@ -35,7 +35,7 @@ IMPORTS = {
     "pareto": "pareto",
     "build": "build, checkpoint, trial, quantize",
     "evaluate": "checkpoint, tasks, trial, evaluate",
-    "register": "checkpoint",
+    "register": "storage",
     "report": "report, pareto",
 }
 

@@ -1,7 +1,10 @@
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from conftest import ROOT
 from test_search import PRIORS, SPACE, UNITS, result
 
 from pipeline import search, stages, tracking, trial
@@ -81,3 +84,9 @@ def test_commands_of_the_paper_are_no_stages():
 
     assert tuple(stages.STAGES) == command.STAGES
     assert tuple(paper.COMMANDS) == command.PAPER
+
+
+def test_stages_that_load_no_model_do_not_import_torch():
+    code = "import sys; from pipeline import pareto, report, stages, storage; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "False"
