@@ -21,7 +21,7 @@ Scores = list[dict[str, torch.Tensor]]  # of each block: structure kind -> score
 Grams = list[dict[str, torch.Tensor]]  # of each block: X^T X of what reads each kind, and the energy of its output
 FROM_GRAMS = ("activation", "surgeon")
 READER = {"attention": ATTENTION[3], "mlp": MLP[2]}  # the linear that reads a kind's structures
-_HEAD_FACTOR = 10.0
+_HEAD_FACTOR = 4.0
 _ENERGY_BATCHES = 3  # batches that the gradient's energy is measured on: it varies far more by block than by row
 _ENERGY_POWER = 0.7  # below 1: the error of an early block fades on its way
 # Of the median of the Gram matrix's diagonal, added to it: the mean may be that of one massive activation.
@@ -237,13 +237,13 @@ def surgeon_order(weight: torch.Tensor, gram: torch.Tensor, width: int, chunk: i
         weight: W, [out, in].
         gram: X^T X, [in, in].
         width: Neighbouring columns of a structure.
-        chunk: Structures removed at a time; None: a hundredth of them.
+        chunk: Structures removed at a time; None: a fiftieth of them.
 
     Returns:
         Cost of each structure at its turn, not below that of any before it, [in / width]; infinite for the last one.
     """
     count = gram.shape[0] // width
-    chunk = max(count // 100, 1) if chunk is None else chunk
+    chunk = max(count // 50, 1) if chunk is None else chunk
     damped = gram.double() + torch.eye(len(gram), dtype=torch.float64) * _DAMPING * gram.diagonal().double().median()
     inverse, rest = torch.linalg.inv(damped).float(), weight.float().clone()
     alive = torch.ones(count, dtype=torch.bool)
