@@ -269,7 +269,7 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
         axes.annotate(
             LABELS[one.method],
             (one.memory / GIB, factor * one.score),
-            xytext=(-5 if one.reference else 5, (-18, 9)[place % 2]),  # neighbours below and above
+            xytext=(-5 if one.reference else 5, (-18, 14)[place % 2]),  # neighbours below and above
             ha="right" if one.reference else "left",
             textcoords="offset points",
             fontsize=8,
