@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from pipeline import alpaca, architecture, checkpoint, params, prune
+from pipeline import architecture, calibration, checkpoint, params, prune, saliency
 
 WINDOWS, LENGTH = 20, 256
 
@@ -25,9 +25,7 @@ def losses(model, tokenizer, text: str, windows: int = WINDOWS) -> torch.Tensor:
     tokens = torch.tensor(tokenizer.encode(text[:200_000])[: windows * LENGTH]).view(windows, LENGTH)
     found = []
     for part in tokens.split(4):
-        logits = model(input_ids=part).logits[:, :-1].float()
-        every = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
-        found.append(every.view(len(part), -1).mean(1))
+        found.append(saliency.token_losses(model(input_ids=part).logits, part).mean(1))
     return torch.cat(found)
 
 
@@ -39,8 +37,7 @@ def perplexity(model, tokenizer, text: str) -> float:
 def draw(folder: Path, rows: Path, text: Path, settings: params.Prune, ratios: list[float], seed: int) -> list[float]:
     """Prune with one draw of the calibration rows; print a line and return the perplexity for each ratio."""
     tokenizer, model, start = checkpoint.load_tokenizer(folder), checkpoint.load_model(folder), time.time()
-    examples = alpaca.SOURCES[settings.text](rows, tokenizer, 16, settings.samples, settings.max_length, seed)
-    parts = list(alpaca.batches(examples, 8, tokenizer.pad_token_id, whole=True))
+    parts = calibration.batches(model, tokenizer, rows, settings, 16, seed)
     scores, grams = prune.scored(model, parts, settings, seed)
     before, found = architecture.parameters(model.config), []
     for ratio in ratios:

@@ -107,8 +107,9 @@ class Prune(Section):
     structures: tuple[Literal["attention", "mlp"], ...] = Field(min_length=1, description="Which structures may go.")
     attention_blocks: BlockRange
     mlp_blocks: BlockRange
-    text: Literal["rows", "snippets", "packed", "responses"] = Field(
-        description="Alpaca rows in their prompts; a piece of each text; texts end to end; the longest responses so."
+    text: Literal["rows", "snippets", "packed", "responses", "own", "mixed"] = Field(
+        description="Alpaca rows in their prompts; a piece of each text; texts end to end; the longest responses so; "
+        "text that the model writes itself; half of that and half responses."
     )
     samples: int = Field(ge=0, description="Calibration rows, or windows of max_length tokens of the texts.")
     max_length: Positive = Field(description="Tokens of a calibration row.")

@@ -210,16 +210,16 @@ def surgeon(model: Any, calibration: Sequence[Batch], settings: Prune, grams: Gr
     its own output.
     """
     energy = gradient_energy(model, calibration[:: max(len(calibration) // _ENERGY_BATCHES, 1)])
+    shapes = architecture.shapes(model.config)
     found: Scores = []
     for index, block in enumerate(progress(grams, "importance (surgeon)")):
-        scores = {}
+        scores, shape = {}, shapes[index]
         for kind, name in READER.items():
             if not fits.prunable(model.config, settings, index, kind):
-                count = architecture.group_count(architecture.shapes(model.config)[index], kind)
-                scores[kind] = torch.full((count,), float("inf"))
+                scores[kind] = torch.full((architecture.group_count(shape, kind),), float("inf"))
                 continue
             weight = model.get_submodule(architecture.linear_name(index, name)).weight.detach()
-            width = architecture.group_width(model.config, architecture.shapes(model.config)[index], name)
+            width = architecture.group_width(model.config, shape, name)
             factor = _HEAD_FACTOR if kind == "attention" else 1.0
             scores[kind] = surgeon_order(weight, block[kind], width) * energy[index] ** _ENERGY_POWER * factor
         found.append(scores)
@@ -275,7 +275,7 @@ def gradient_energy(model: Any, calibration: Sequence[Batch]) -> torch.Tensor:
         embedded = model.get_input_embeddings()(part.tokens).requires_grad_(True)
         with architecture.block_outputs(model) as outputs:
             logits = model(inputs_embeds=embedded, use_cache=False).logits
-        value = _token_losses(logits, part.labels).sum()
+        value = token_losses(logits, part.labels).sum()
         total += torch.stack([gradient.float().square().sum() for gradient in torch.autograd.grad(value, outputs)])
         tokens += int((part.labels != IGNORED).sum())
     return total / tokens
@@ -334,7 +334,7 @@ class _reading:  # noqa: N801  (a context manager)
             handle.remove()
 
 
-def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the loss of each next token, zero where it is not labelled: [B, T - 1]."""
     # Flat, as the sum over the vocabulary is several times slower on a CPU where that is not the last dimension.
     each = nn.functional.cross_entropy(
@@ -345,7 +345,7 @@ def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def _row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the mean loss of each row's labelled tokens: [B]."""
-    return _token_losses(logits, labels).sum(1) / (labels[:, 1:] != IGNORED).sum(1).clamp(min=1)
+    return token_losses(logits, labels).sum(1) / (labels[:, 1:] != IGNORED).sum(1).clamp(min=1)
 
 
 def _by_structure(values: torch.Tensor, count: int) -> torch.Tensor:

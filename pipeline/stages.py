@@ -70,17 +70,13 @@ def prune(params: Params, run: Run) -> None:
 
 def write_pruned(params: Params, target: Path) -> Any:
     """Prune the base model into a checkpoint folder; return the ``prune.Pruned``."""
-    from pipeline import alpaca, checkpoint
+    from pipeline import calibration, checkpoint
     from pipeline import prune as stage_
 
     storage.verify(BASE, "fetch")
     model, tokenizer = checkpoint.load_model(BASE), checkpoint.load_tokenizer(BASE)
-    settings = params.prune
-    rows = alpaca.SOURCES[settings.text](
-        ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed
-    )
-    parts = list(alpaca.batches(rows, 8, tokenizer.pad_token_id, whole=True))
-    pruned = stage_.run(model, parts, settings, params.seed)
+    parts = calibration.batches(model, tokenizer, ALPACA, params.prune, params.data.validation_rows, params.seed)
+    pruned = stage_.run(model, parts, params.prune, params.seed)
     with storage.writing(target) as folder:
         checkpoint.from_state(pruned.config, pruned.state).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
