@@ -48,13 +48,21 @@ def written(model: Any, tokenizer: Any, samples: int, length: int, seed: int) ->
 
     Special tokens are left out, so that a text goes on for the whole window.
     """
-    start, found = _start(tokenizer), []
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "suppress_tokens": _special(tokenizer)}
+    start = _start(tokenizer)
+    found: list[Example] = []
+    # A model's own generation settings sharpen its distribution; here it is wanted as it is.
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for first in progress(range(0, samples, _AT_ONCE), "the model's own text"):
             prompt = torch.full((min(_AT_ONCE, samples - first), 1), start)
-            tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, **options)
+            tokens = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=length,
+                suppress_tokens=_special(tokenizer),
+                **plain,
+            )
             found += [Example(tuple(row), 1) for row in tokens[:, 1:].tolist()]
     return found
 

@@ -23,6 +23,7 @@ def test_what_it_writes_is_what_it_finds_likely(tokenizer):
     model = tiny_model(tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight.mul_(1e5)  # so sure of each token that a draw is the likeliest one
+    model.generation_config.repetition_penalty = 9.0  # is left aside
     found, other = calibration.written(model, tokenizer, 2, 12, SEED)
     assert found == other
     tokens = [tokenizer.bos_token_id, *found.tokens]
@@ -36,6 +37,7 @@ def test_what_it_writes_is_what_it_finds_likely(tokenizer):
 def test_the_first_token_is_drawn_from_the_whole_distribution(tokenizer, monkeypatch):
     monkeypatch.setattr(calibration, "_AT_ONCE", 5000)
     model = tiny_model()
+    model.generation_config.temperature, model.generation_config.top_k = 0.1, 3  # are left aside
     drawn = [example.tokens[0] for example in calibration.written(model, tokenizer, 20000, 1, SEED)]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[tokenizer.bos_token_id]])).logits[0, 0]
