@@ -28,7 +28,7 @@ LOSSES = 16
 # What each command imports before its first line of work, as its shell in stages.py does.
 IMPORTS = {
     "fetch": "fetch",
-    "prune": "alpaca, checkpoint, prune",
+    "prune": "calibration, checkpoint, prune",
     "importance": "alpaca, architecture, checkpoint, report, importance",
     "quantize": "checkpoint, trial, quantize",
     "search": "checkpoint, trial, search, allocate, importance, memory",

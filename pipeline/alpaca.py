@@ -112,9 +112,7 @@ def batches(examples: Sequence[Example], size: int, padding: int, whole: bool) -
         yield batch(ordered[start : start + size], padding, whole)
 
 
-def calibration(
-    path: str | Path, tokenizer: Any, held_out: int, samples: int, max_length: int, seed: int
-) -> list[Example]:
+def rows(path: str | Path, tokenizer: Any, held_out: int, samples: int, max_length: int, seed: int) -> list[Example]:
     """Return the first ``samples`` training rows, tokenized, for calibration.
 
     Raises:
@@ -127,7 +125,7 @@ def calibration(
     return found
 
 
-def windows(path: str | Path, tokenizer: Any, held_out: int, samples: int, length: int, seed: int) -> list[Example]:
+def packed(path: str | Path, tokenizer: Any, held_out: int, samples: int, length: int, seed: int) -> list[Example]:
     """Return up to ``samples`` windows of ``length`` tokens from the training rows' texts, end to end, without prompts.
 
     The prompt's fixed words are nearly half of a short row's tokens; calibration on them fits little else.
@@ -160,7 +158,7 @@ def snippets(path: str | Path, tokenizer: Any, held_out: int, samples: int, leng
 
 
 def responses(path: str | Path, tokenizer: Any, held_out: int, samples: int, length: int, seed: int) -> list[Example]:
-    """Return windows as ``windows`` does, of the training rows' longest responses.
+    """Return windows as ``packed`` does, of the training rows' longest responses.
 
     They are running prose; the short ones are names, numbers and lists, and most instructions are alike.
     """
@@ -182,4 +180,4 @@ def _windows(texts: Iterable[str], tokenizer: Any, samples: int, length: int) ->
     return [Example(tuple(tokens[start : start + length]), 1) for start in starts]
 
 
-SOURCES = {"rows": calibration, "snippets": snippets, "packed": windows, "responses": responses}  # of ``prune.text``
+SOURCES = {"rows": rows, "snippets": snippets, "packed": packed, "responses": responses}  # of ``prune.text``

@@ -116,7 +116,7 @@ def write_priors(params: Params, pruned: Path, target: Path) -> Any:
 
     model, tokenizer = checkpoint.load_model(pruned), checkpoint.load_tokenizer(pruned)
     settings = params.importance
-    rows = alpaca.calibration(
+    rows = alpaca.rows(
         ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed
     )
     parts = list(alpaca.batches(rows, 8, tokenizer.pad_token_id, whole=False))

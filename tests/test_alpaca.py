@@ -139,7 +139,7 @@ def test_split_is_shuffled_by_its_seed_alone():
 @pytest.mark.parametrize("samples", [1, 8])
 def test_calibration_rows_are_the_first_training_rows(samples, tokenizer):
     train, validation = alpaca.split(alpaca.read(SAMPLE), 32, 42)
-    found = alpaca.calibration(SAMPLE, tokenizer, 32, samples, 1000, 42)
+    found = alpaca.rows(SAMPLE, tokenizer, 32, samples, 1000, 42)
     assert found == alpaca.encode(train[:samples], tokenizer, 1000)
     assert not set(found) & set(alpaca.encode(validation, tokenizer, 1000))
 
@@ -147,7 +147,7 @@ def test_calibration_rows_are_the_first_training_rows(samples, tokenizer):
 def test_calibration_replaces_rows_that_are_too_long(tmp_path):
     long = {"instruction": "x" * 900, "input": "", "output": "y"}
     write_jsonl(tmp_path / "rows.jsonl", [row for i in range(20) for row in (long, ROWS[1] | {"output": str(i)})])
-    found = alpaca.calibration(tmp_path / "rows.jsonl", Letters(), 2, 3, 500, 0)
+    found = alpaca.rows(tmp_path / "rows.jsonl", Letters(), 2, 3, 500, 0)
     assert len(found) == 3
 
 
@@ -158,7 +158,7 @@ def test_windows_are_the_training_rows_texts_end_to_end(tmp_path, tokenizer):
     text = "".join(
         "\n".join(part for part in (row["instruction"], row["input"], row["output"]) if part) + "\n\n" for row in train
     )
-    found = alpaca.windows(tmp_path / "rows.jsonl", tokenizer, 2, 3, 9, 3)
+    found = alpaca.packed(tmp_path / "rows.jsonl", tokenizer, 2, 3, 9, 3)
     assert [len(one.tokens) for one in found] == [9, 9, 9]
     assert text.startswith(tokenizer.decode([token for one in found for token in one.tokens]))
     assert {one.response for one in found} == {1}  # all but the first token of a window is predicted
@@ -167,7 +167,7 @@ def test_windows_are_the_training_rows_texts_end_to_end(tmp_path, tokenizer):
 def test_windows_of_too_few_texts_are_fewer(tmp_path, tokenizer):
     rows = [{"instruction": "Add one and one.", "input": "", "output": "Two."}] * 3
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    every = alpaca.windows(tmp_path / "rows.jsonl", tokenizer, 1, 1000, 5, 0)
+    every = alpaca.packed(tmp_path / "rows.jsonl", tokenizer, 1, 1000, 5, 0)
     text = tokenizer.encode("Add one and one.\nTwo.\n\n") * 2
     assert [token for one in every for token in one.tokens][: len(text) - 1] == text[: len(text) - 1]
     assert len(every) in (len(text) // 5, len(text) // 5 + 1)
