@@ -1,7 +1,7 @@
-"""What pruning is calibrated on: Alpaca's texts, or text that the model writes itself.
+"""What pruning is calibrated on: Alpaca's texts, and text that the model writes itself.
 
-A model's own text is nearer to what it was trained on than any one data set: fitted to it, a pruned model keeps more of
-what it can do on other text (docs/log.md).
+A model's own text is nearer to what it was trained on than any one data set: fitted to both, a pruned model keeps more
+of what it can do on other text (docs/log.md).
 """
 
 from __future__ import annotations
@@ -26,19 +26,16 @@ def batches(
     """Return the calibration batches that section ``prune`` asks for, every position labelled.
 
     Args:
-        model: The model to prune; it writes where ``text`` is ``own`` or ``mixed``.
+        model: The model to prune, which writes the ``own_samples``.
         tokenizer: Its tokenizer.
         rows: File of Alpaca rows.
-        settings: ``text``, ``samples`` and ``max_length`` are read.
+        settings: ``text``, ``samples``, ``own_samples`` and ``max_length`` are read.
         held_out: Rows that calibration may not see.
         seed: For the draw of the rows and for sampling.
         size: Rows of a batch.
     """
-    own = {"own": settings.samples, "mixed": settings.samples // 2}.get(settings.text, 0)
-    found = written(model, tokenizer, own, settings.max_length, seed)
-    if settings.text != "own":
-        source = alpaca.SOURCES["responses" if settings.text == "mixed" else settings.text]
-        found += source(rows, tokenizer, held_out, settings.samples - own, settings.max_length, seed)
+    found = alpaca.SOURCES[settings.text](rows, tokenizer, held_out, settings.samples, settings.max_length, seed)
+    found += written(model, tokenizer, settings.own_samples, settings.max_length, seed)
     return list(alpaca.batches(found, size, tokenizer.pad_token_id, whole=True))
 
 

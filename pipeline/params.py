@@ -107,11 +107,13 @@ class Prune(Section):
     structures: tuple[Literal["attention", "mlp"], ...] = Field(min_length=1, description="Which structures may go.")
     attention_blocks: BlockRange
     mlp_blocks: BlockRange
-    text: Literal["rows", "snippets", "packed", "responses", "own", "mixed"] = Field(
-        description="Alpaca rows in their prompts; a piece of each text; texts end to end; the longest responses so; "
-        "text that the model writes itself; half of that and half responses."
+    text: Literal["rows", "snippets", "packed", "responses"] = Field(
+        description="Alpaca rows in their prompts; a piece of each text; texts end to end; the longest responses so."
     )
     samples: int = Field(ge=0, description="Calibration rows, or windows of max_length tokens of the texts.")
+    own_samples: int = Field(
+        ge=0, description="Windows of max_length tokens that the model writes itself, beside them."
+    )
     max_length: Positive = Field(description="Tokens of a calibration row.")
     steps: Positive = Field(description="1: one shot; more: score again after each part of the removal.")
     compensate: bool = Field(description="Refit down_proj and o_proj to the dense outputs by least squares.")

@@ -63,17 +63,16 @@ def test_windows_are_full_seeded_and_without_special_tokens(tokenizer, monkeypat
     assert found != calibration.written(model, tokenizer, 7, 40, SEED + 1)
 
 
-@pytest.mark.parametrize(("text", "own"), [("own", 6), ("mixed", 3), ("responses", 0), ("packed", 0), ("rows", 0)])
-def test_the_asked_text_is_used(text, own, rows, tokenizer, default):
-    settings = default.prune.model_copy(update={"text": text, "samples": 6, "max_length": 96})
+@pytest.mark.parametrize(("text", "samples", "own"), [("rows", 5, 0), ("responses", 3, 4), ("packed", 0, 6)])
+def test_the_asked_text_is_used(text, samples, own, rows, tokenizer, default):
+    asked = {"text": text, "samples": samples, "own_samples": own, "max_length": 96}
     model = tiny_model()
-    parts = calibration.batches(model, tokenizer, rows, settings, HELD_OUT, SEED, size=1)
+    parts = calibration.batches(model, tokenizer, rows, default.prune.model_copy(update=asked), HELD_OUT, SEED, size=1)
+    expected = alpaca.SOURCES[text](rows, tokenizer, HELD_OUT, samples, 96, SEED)
+    assert len(expected) == samples
+    expected += calibration.written(model, tokenizer, own, 96, SEED)
     found = sorted(part.tokens[0, : part.length].tolist() for part in parts)
-    expected = [list(one.tokens) for one in calibration.written(model, tokenizer, own, 96, SEED)]
-    if text != "own":
-        source = alpaca.SOURCES["responses" if text == "mixed" else text]
-        expected += [list(one.tokens) for one in source(rows, tokenizer, HELD_OUT, 6 - own, 96, SEED)]
-    assert found == sorted(expected)
+    assert found == sorted(list(one.tokens) for one in expected)
     assert all((part.labels[0, 1 : part.length] == part.tokens[0, 1 : part.length]).all() for part in parts)
 
 
