@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model, write_jsonl
+from conftest import FAMILIES, VOCABULARY, tiny_model, write_jsonl
 
 from pipeline import alpaca, calibration
 
@@ -49,9 +49,10 @@ def test_the_first_token_is_drawn_from_the_whole_distribution(tokenizer, monkeyp
     assert (1 / VOCABULARY - expected).abs().sum() / 2 > 2 * chance  # the test could tell another distribution
 
 
-def test_windows_are_full_seeded_and_without_special_tokens(tokenizer, monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_are_full_seeded_and_without_special_tokens(family, tokenizer, monkeypatch):
     monkeypatch.setattr(calibration, "_AT_ONCE", 4)
-    model = tiny_model()
+    model = tiny_model(family)
     torch.manual_seed(11)
     before = torch.get_rng_state()
     found = calibration.written(model, tokenizer, 7, 40, SEED)
