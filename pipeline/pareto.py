@@ -269,9 +269,10 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
         axes.annotate(
             LABELS[one.method],
             (one.memory / GIB, factor * one.score),
-            xytext=(-5 if one.reference else 5, (-18, 14)[place % 2]),  # neighbours below and above
+            xytext=(-14 if one.reference else 14, (-22, 18)[place % 2]),  # neighbours below and above
             ha="right" if one.reference else "left",
             textcoords="offset points",
+            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "0.3", "shrinkA": 0, "shrinkB": 3},  # to its own point
             fontsize=8,
             bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 1},  # over a neighbour's error bar
         )
