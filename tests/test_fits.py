@@ -110,6 +110,7 @@ def test_default_values_fit_the_tiny_model(raw):
         ("build", {"choose": "4" * 32}),  # as long as a run's id
         ("prune", {"importance": "surgeon", "compensate": True}),
         ("prune", {"importance": "magnitude", "samples": 0}),
+        ("prune", {"importance": "taylor1", "samples": 0, "own_samples": 4}),
         ("recover", {"warmup_steps": 6}),
         ("search", {"n_trials": 2}),  # fewer than n_random: a quick look
     ],
