@@ -2,8 +2,8 @@
 
     python -m benchmarks.perplexity artifacts/base alpaca.jsonl wikitext.txt 0.214,0.313 [draws=5] [key=value ...]
 
-The first 20 windows of 256 tokens of the text's first 200,000 characters. For each ratio, in one step. The other
-settings are those of section ``prune`` in params.yaml. Each draw shuffles the calibration rows anew.
+The first 20 windows of 256 tokens of the text's first 200,000 characters. For each ratio. The other settings are
+those of section ``prune`` in params.yaml. Each draw shuffles the calibration rows anew.
 """
 
 import statistics
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from pipeline import architecture, calibration, checkpoint, params, prune, saliency
+from pipeline import calibration, checkpoint, params, prune, saliency
 
 WINDOWS, LENGTH = 20, 256
 
@@ -38,14 +38,12 @@ def draw(folder: Path, rows: Path, text: Path, settings: params.Prune, ratios: l
     """Prune with one draw of the calibration rows; print a line and return the perplexity for each ratio."""
     tokenizer, model, start = checkpoint.load_tokenizer(folder), checkpoint.load_model(folder), time.time()
     parts = calibration.batches(model, tokenizer, rows, settings, 16, seed)
-    scores, grams = prune.scored(model, parts, settings, seed)
-    before, found = architecture.parameters(model.config), []
-    for ratio in ratios:
-        keep = prune.select(scores, model.config, round(before * ratio), settings)
-        pruned = checkpoint.from_state(*prune.remove(model, keep, grams)).float().eval()
-        kept = sum(parameter.numel() for parameter in pruned.parameters()) / before
-        found.append(perplexity(pruned, tokenizer, text.read_text(encoding="utf-8")))
-        print(f"draw {seed}: kept {kept:.4f}, perplexity {found[-1]:.1f}, {time.time() - start:.0f} s", flush=True)
+    found = []
+    for pruned in prune.at_ratios(model, parts, settings, ratios, seed):
+        smaller = checkpoint.from_state(pruned.config, pruned.state).float().eval()
+        found.append(perplexity(smaller, tokenizer, text.read_text(encoding="utf-8")))
+        shown = f"kept {1 - pruned.ratio:.4f}, perplexity {found[-1]:.1f}"
+        print(f"draw {seed}: {shown}, {time.time() - start:.0f} s", flush=True)
     return found
 
 

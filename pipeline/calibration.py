@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline import alpaca
+from pipeline import alpaca, fits
 from pipeline.alpaca import Batch, Example
 from pipeline.console import progress
 from pipeline.params import Prune
@@ -23,17 +23,19 @@ _DOCUMENT = "<|endoftext|>"  # stands between two documents in the training of m
 def batches(
     model: Any, tokenizer: Any, rows: str | Path, settings: Prune, held_out: int, seed: int, size: int = 8
 ) -> list[Batch]:
-    """Return the calibration batches that section ``prune`` asks for, every position labelled.
+    """Return the calibration batches that section ``prune`` asks for, every position labelled; none if it reads none.
 
     Args:
         model: The model to prune, which writes the ``own_samples``.
         tokenizer: Its tokenizer.
         rows: File of Alpaca rows.
-        settings: ``text``, ``samples``, ``own_samples`` and ``max_length`` are read.
+        settings: What it is for, ``text``, ``samples``, ``own_samples`` and ``max_length`` are read.
         held_out: Rows that calibration may not see.
         seed: For the draw of the rows and for sampling.
         size: Rows of a batch.
     """
+    if not fits.calibrated(settings.importance, settings.compensate):
+        return []
     found = alpaca.SOURCES[settings.text](rows, tokenizer, held_out, settings.samples, settings.max_length, seed)
     found += written(model, tokenizer, settings.own_samples, settings.max_length, seed)
     return list(alpaca.batches(found, size, tokenizer.pad_token_id, whole=True))

@@ -15,7 +15,7 @@ from pipeline.architecture import FAMILIES
 
 def _needs_samples(raw: Any) -> str | None:
     prune = raw["prune"]
-    needing = prune["importance"] not in ("magnitude", "random") or prune["compensate"]
+    needing = fits.calibrated(prune["importance"], prune["compensate"])
     if prune["samples"] + prune["own_samples"] == 0 and needing:
         return (
             f"prune.samples: samples is 0, but importance {prune['importance']!r} or compensation needs rows; "

@@ -64,8 +64,15 @@ def block_range(config: Any, key: str, span: BlockRange) -> str | None:
     return None
 
 
-def ratio(config: Any, prune: Prune) -> str | None:
-    """Refuse a ratio that would empty a block: each keeps one structure of each kind."""
+def ratio(config: Any, prune: Prune, key: str, asked: float) -> str | None:
+    """Refuse a ratio that would empty a block: each keeps one structure of each kind.
+
+    Args:
+        config: The model's config.
+        prune: Section ``prune``; its own ratio is not read.
+        key: What the ratio is called in the params.
+        asked: The ratio.
+    """
     spans = (("attention_blocks", prune.attention_blocks), ("mlp_blocks", prune.mlp_blocks))
     if any(block_range(config, key, span) for key, span in spans):
         return None  # which is a fault of its own
@@ -76,12 +83,17 @@ def ratio(config: Any, prune: Prune) -> str | None:
         if prunable(config, prune, index, kind)
     )
     parameters = architecture.parameters(config)
-    if prune.ratio * parameters > removable:
+    if asked * parameters > removable:
         return (
-            f"prune.ratio: {prune.ratio} of {parameters:,} parameters is more than the {removable / parameters:.3f} "
+            f"{key}: {asked} of {parameters:,} parameters is more than the {removable / parameters:.3f} "
             "that structures and block ranges allow while each block keeps one of each; lower it or widen the ranges"
         )
     return None
+
+
+def calibrated(importance: str, compensate: bool) -> bool:
+    """Return whether pruning reads any text."""
+    return compensate or importance not in ("magnitude", "random")
 
 
 def span_of(prune: Prune, kind: str) -> BlockRange:

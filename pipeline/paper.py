@@ -36,7 +36,7 @@ def table(params: Params, run: Run) -> None:
     from pipeline import cells
     from pipeline import table as table_
 
-    cells_ = Cells(run, params)
+    cells_ = Cells(run, params, params.table.ratios)
 
     def write(outcomes: Sequence[Outcome]) -> list[Path]:
         tasks, facts = params.evaluate.tasks, _facts(params, outcomes)
@@ -159,14 +159,19 @@ def _bars(outcomes: Sequence[Outcome], params: Params) -> list[Path]:
 class Cells:
     """Runs cells below a command's run, and keeps each finished one on disk and in MLflow.
 
+    Args:
+        run: The command's run.
+        params: Its params.
+        ratios: The pruning ratios that cells with the params' other settings will need.
+
     Raises:
         ValueError: The search's trials would see every item of a task, so that none is left to judge on.
     """
 
-    def __init__(self, run: Run, params: Params):
+    def __init__(self, run: Run, params: Params, ratios: Sequence[float] = ()):
         from pipeline import trial
 
-        self.run, self.params = run, params
+        self.run, self.params, self.ratios = run, params, ratios
         self.command = tracking.run(run.run_id).data.tags["stage"]
         storage.verify(BASE, "fetch")
         check_held_out(params)
@@ -295,7 +300,7 @@ class Cells:
         """Return what cells of these params need; the last ones' stay loaded."""
         if self._supplies is None or self._supplies.params != params:
             self._supplies = None  # its tensors go before the next ones come
-            self._supplies = Supplies(params)
+            self._supplies = Supplies(params, self.ratios)
         return self._supplies
 
 
@@ -329,14 +334,24 @@ def _study(name: str, units: int, objective: str) -> Any:
 
 
 class Supplies:
-    """What the cells of one set of params need: each made when first asked for, and kept for the next run."""
+    """What the cells of one set of params need: each made when first asked for, and kept for the next run.
 
-    def __init__(self, params: Params):
+    Args:
+        params: The params.
+        ratios: Pruning ratios that other cells need: what is missing of them is made with this one's, as one
+            calibration serves all.
+    """
+
+    def __init__(self, params: Params, ratios: Sequence[float] = ()):
+        from pipeline import cells
 
         self.params = params
         base = storage.sha256(BASE / storage.CHECKSUMS)
         rows = [tracking.md5(ALPACA), params.data.validation_rows, params.seed]
-        self._pruned = digest(base, rows, params.prune)
+        own = params.prune.ratio
+        at = {ratio: digest(base, rows, cells.at_ratio(params, ratio).prune) for ratio in sorted({own, *ratios})}
+        self._folders = {ratio: KEPT / f"pruned-{name}" for ratio, name in at.items()}
+        self._pruned = at[own]
         self._bank = digest(self._pruned, params.quantize)
         importance = params.quantize.model_dump(include={"four_bit", "double_quant"})
         self._priors = digest(self._pruned, params.importance, importance, params.search.granularity)
@@ -344,7 +359,11 @@ class Supplies:
     @cached_property
     def pruned(self) -> Path:
         """Return the folder of the pruned model."""
-        return sound(KEPT / f"pruned-{self._pruned}", lambda folder: write_pruned(self.params, folder))
+        own = self._folders[self.params.prune.ratio]
+        return sound(own, lambda own: write_pruned(self.params, self._missing(own)))
+
+    def _missing(self, own: Path) -> dict[float, Path]:
+        return {ratio: folder for ratio, folder in self._folders.items() if folder == own or not folder.exists()}
 
     @cached_property
     def bank(self) -> Path:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -355,6 +355,16 @@ def _objective_is_measured(raw: Any) -> str | None:
     return None
 
 
+def _ratios(raw: Any) -> Iterator[tuple[str, float]]:
+    """Yield every pruning ratio that the document asks for, with its key; what is itself at fault is left out."""
+    for key, name in (("prune", "ratio"), ("table", "ratios"), ("ablation", "ratio")):
+        section = raw.get(key)
+        value = section.get(name) if isinstance(section, dict) else None
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, (int, float)):
+                yield f"{key}.{name}", one
+
+
 def _of_the_model(raw: Any) -> tuple[Callable[[Any], str | None], ...]:
     """Return the checks against the model's config; none if that is not at hand or of no known family."""
     try:
@@ -367,7 +377,10 @@ def _of_the_model(raw: Any) -> tuple[Callable[[Any], str | None], ...]:
         lambda raw: fits.dense(config),
         lambda raw: fits.block_range(config, "attention_blocks", Prune.model_validate(raw["prune"]).attention_blocks),
         lambda raw: fits.block_range(config, "mlp_blocks", Prune.model_validate(raw["prune"]).mlp_blocks),
-        lambda raw: fits.ratio(config, Prune.model_validate(raw["prune"])),
+        *(
+            lambda raw, key=key, ratio=ratio: fits.ratio(config, Prune.model_validate(raw["prune"]), key, ratio)
+            for key, ratio in _ratios(raw)
+        ),
         lambda raw: fits.rank(config, Quantize.model_validate(raw["quantize"])),
         *(
             lambda raw, name=name: fits.length(config, name, raw[name]["max_length"])

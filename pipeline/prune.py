@@ -7,7 +7,7 @@ removes every row and column that is coupled with it (``architecture.COUPLED``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class Pruned:
 
 
 def run(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) -> Pruned:
-    """Prune a model.
+    """Prune a model to the settings' ratio.
 
     Args:
         model: The model; left as it is except for gradients.
@@ -58,20 +58,33 @@ def run(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) ->
     Raises:
         ValueError: The settings do not fit this model.
     """
-    before = sum(parameter.numel() for parameter in model.parameters())
-    whole = architecture.shapes(model.config)
-    check(model.config, settings)
-    kept: Keep = [{kind: torch.arange(architecture.group_count(shape, kind)) for kind in COUPLED} for shape in whole]
-    for step in range(1, settings.steps + 1):
-        scores, grams = scored(model, calibration, settings, seed)
-        now = sum(parameter.numel() for parameter in model.parameters())
-        target = round(before * settings.ratio * step / settings.steps) - (before - now)
-        keep = select(scores, model.config, target, settings)
-        config, state = remove(model, keep, grams)
-        kept = [{kind: old[kind][new[kind]] for kind in COUPLED} for old, new in zip(kept, keep, strict=True)]
-        model = checkpoint.from_state(config, state)
-    after = sum(parameter.numel() for parameter in model.parameters())
-    return Pruned(model.config, state, (before, after), kept)
+    return next(at_ratios(model, calibration, settings, [settings.ratio], seed))
+
+
+def at_ratios(
+    dense: Any, calibration: Sequence[Batch], settings: Prune, ratios: Sequence[float], seed: int
+) -> Iterator[Pruned]:
+    """Prune a model to each of several ratios as ``run`` does; the dense model is scored once for all."""
+    before = architecture.parameters(dense.config)
+    every: Keep = [
+        {kind: torch.arange(architecture.group_count(shape, kind)) for kind in COUPLED}
+        for shape in architecture.shapes(dense.config)
+    ]
+    for ratio in ratios:
+        check(dense.config, settings.model_copy(update={"ratio": ratio}))
+    first = scored(dense, calibration, settings, seed)
+    for ratio in ratios:
+        model, kept, (scores, grams) = dense, every, first
+        for step in range(1, settings.steps + 1):
+            if step > 1:
+                scores, grams = scored(model, calibration, settings, seed)
+            now = architecture.parameters(model.config)
+            target = round(before * ratio * step / settings.steps) - (before - now)
+            keep = select(scores, model.config, target, settings)
+            config, state = remove(model, keep, grams)
+            kept = [{kind: old[kind][new[kind]] for kind in COUPLED} for old, new in zip(kept, keep, strict=True)]
+            model = checkpoint.from_state(config, state)
+        yield Pruned(model.config, state, (before, architecture.parameters(model.config)), kept)
 
 
 def scored(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) -> tuple[Scores, Grams | None]:
@@ -90,7 +103,7 @@ def check(config: Any, settings: Prune) -> None:
     faults = [
         fits.block_range(config, "attention_blocks", settings.attention_blocks),
         fits.block_range(config, "mlp_blocks", settings.mlp_blocks),
-        fits.ratio(config, settings),
+        fits.ratio(config, settings, "prune.ratio", settings.ratio),
     ]
     if any(faults):
         raise ValueError("\n".join(filter(None, faults)))

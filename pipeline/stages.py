@@ -58,7 +58,7 @@ def fetch(params: Params, run: Run) -> None:
 def prune(params: Params, run: Run) -> None:
     """Remove the structures that the loss misses least."""
     run.dataset(ALPACA, "alpaca", "calibration")
-    pruned = write_pruned(params, PRUNED)
+    pruned = write_pruned(params, {params.prune.ratio: PRUNED})
     figures = {
         "ratio": pruned.ratio,
         "parameters_before": pruned.parameters[0],
@@ -68,18 +68,19 @@ def prune(params: Params, run: Run) -> None:
     _shapes_picture(pruned, run)
 
 
-def write_pruned(params: Params, target: Path) -> Any:
-    """Prune the base model into a checkpoint folder; return the ``prune.Pruned``."""
+def write_pruned(params: Params, targets: Mapping[float, Path]) -> Any:
+    """Prune the base model to each ratio into its checkpoint folder; return the last one's ``prune.Pruned``."""
     from pipeline import calibration, checkpoint
     from pipeline import prune as stage_
 
     storage.verify(BASE, "fetch")
     model, tokenizer = checkpoint.load_model(BASE), checkpoint.load_tokenizer(BASE)
     parts = calibration.batches(model, tokenizer, ALPACA, params.prune, params.data.validation_rows, params.seed)
-    pruned = stage_.run(model, parts, params.prune, params.seed)
-    with storage.writing(target) as folder:
-        checkpoint.from_state(pruned.config, pruned.state).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    made = stage_.at_ratios(model, parts, params.prune, list(targets), params.seed)
+    for target, pruned in zip(targets.values(), made, strict=True):
+        with storage.writing(target) as folder:
+            checkpoint.from_state(pruned.config, pruned.state).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     return pruned
 
 

@@ -77,6 +77,16 @@ def test_the_asked_text_is_used(text, samples, own, rows, tokenizer, default):
     assert all((part.labels[0, 1 : part.length] == part.tokens[0, 1 : part.length]).all() for part in parts)
 
 
+@pytest.mark.parametrize("importance", ["magnitude", "random"])
+def test_nothing_is_written_where_nothing_is_calibrated(importance, rows, tokenizer, default, monkeypatch):
+    asked = {"importance": importance, "samples": 3, "own_samples": 4, "max_length": 96}
+    read = default.prune.model_copy(update=asked | {"compensate": True})
+    assert calibration.batches(tiny_model(), tokenizer, rows, read, HELD_OUT, SEED)
+    monkeypatch.setattr(calibration, "written", None)
+    unread = default.prune.model_copy(update=asked | {"compensate": False})
+    assert calibration.batches(tiny_model(), tokenizer, rows, unread, HELD_OUT, SEED) == []
+
+
 def test_a_document_starts_after_the_token_that_separates_them(tokenizer):
     assert calibration._start(tokenizer) == tokenizer.bos_token_id
 

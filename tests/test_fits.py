@@ -47,6 +47,8 @@ NONSENSE = {
         "prune.mlp_blocks: 4 to -1 is no range within blocks 0 to 3",
     ),
     "ratio": ({"prune": {"ratio": 0.8}}, "prune.ratio: 0.8 of 156,224 parameters is more than the 0.624 "),
+    "table_ratios": ({"table": {"ratios": [0.2, 0.8]}}, "table.ratios: 0.8 of 156,224 parameters is more than the "),
+    "ablation_ratio": ({"ablation": {"ratio": 0.7}}, "ablation.ratio: 0.7 of 156,224 parameters is more than the "),
     "rank": ({"quantize": {"r": 33}}, "quantize.r: rank 33 is more than the 32 of the smallest linear (k_proj)"),
     "prune_length": ({"prune": {"max_length": 1025}}, "prune.max_length: 1025 tokens are more than the model's 1024"),
     "importance_length": ({"importance": {"max_length": 2048}}, "importance.max_length: 2048 tokens are more than"),

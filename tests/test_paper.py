@@ -8,8 +8,8 @@ import torch
 from conftest import ROOT, tiny_model
 from test_search import PRIORS, SPACE, UNITS, result
 
-from pipeline import paper, storage, tracking, trial
-from pipeline.cells import qpruner3
+from pipeline import architecture, checkpoint, paper, storage, tracking, trial
+from pipeline.cells import at_ratio, changed, qpruner3
 from pipeline.paper import COMMANDS, CellsFailed
 from pipeline.quantize import write_bits
 
@@ -73,7 +73,7 @@ def trials(monkeypatch):
     monkeypatch.setattr(trial, "untouched", lambda context, base: context)
     monkeypatch.setattr(paper, "study_name", lambda params, pruned, bank: f"{params.prune.ratio}")
 
-    def supplies(params):
+    def supplies(params, ratios=()):
         context = types.SimpleNamespace(units=[None] * UNITS)
         return types.SimpleNamespace(params=params, context=context, space=SPACE, priors=PRIORS, pruned="", bank="")
 
@@ -237,6 +237,22 @@ def test_supplies_are_made_once_and_a_damaged_one_again(params, tokenizer, monke
     codes.write_bytes(codes.read_bytes()[:-1])
     assert paper.Supplies(params).bank == first.bank and made[4:] == ["write_bank"]
     assert storage.verify(first.bank, "quantize")
+
+
+def test_one_calibration_serves_all_ratios_of_a_table(params, tokenizer, monkeypatch):
+    with storage.writing(paper.BASE) as folder:
+        tiny_model(dtype=torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    params = changed(params, "prune", samples=2)
+    real, asked = paper.write_pruned, []
+    monkeypatch.setattr(paper, "write_pruned", lambda *given: asked.append([*given[1]]) or real(*given))
+    found = {ratio: paper.Supplies(at_ratio(params, ratio), (0.1, 0.2, 0.3)).pruned for ratio in (0.2, 0.1, 0.3)}
+    assert asked == [[0.1, 0.2, 0.3]] and len(set(found.values())) == 3
+    sizes = [architecture.parameters(checkpoint.load_config(found[ratio])) for ratio in (0.1, 0.2, 0.3)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    (found[0.2] / "config.json").write_text("{}")  # damaged: this one alone is made again
+    assert paper.Supplies(params, (0.1, 0.2, 0.3)).pruned == found[0.2] and asked[1:] == [[0.2]]
+    assert paper.Supplies(params).pruned == found[0.2] and len(asked) == 2
 
 
 def test_cells_title_tells_ratio_and_method(params):

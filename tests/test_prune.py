@@ -168,6 +168,19 @@ def test_kept_structures_of_several_steps_are_numbered_as_in_the_original(import
         assert torch.equal(tensor, found.state[name])
 
 
+@pytest.mark.parametrize("steps, compensate", [(1, True), (1, False), (2, True)])
+def test_several_ratios_are_each_what_a_run_of_its_own_gives(steps, compensate, settings, monkeypatch):
+    model, ratios = tiny_model(), [0.3, 0.1]
+    chosen = settings(importance="taylor1", steps=steps, compensate=compensate)
+    alone = [prune.run(model, batches(), chosen.model_copy(update={"ratio": ratio}), 0) for ratio in ratios]
+    real, scored = prune.scored, []
+    monkeypatch.setattr(prune, "scored", lambda which, *rest: scored.append(which) or real(which, *rest))
+    for one, found in zip(alone, prune.at_ratios(model, batches(), chosen, ratios, 0), strict=True):
+        assert found.parameters == one.parameters and found.state.keys() == one.state.keys()
+        assert all(torch.equal(tensor, one.state[name]) for name, tensor in found.state.items())
+    assert sum(which is model for which in scored) == 1 and len(scored) == 1 + len(ratios) * (steps - 1)
+
+
 def test_ratio_zero_removes_nothing(settings):
     model = tiny_model()
     found = prune.run(model, batches(), settings(ratio=0.0), 0)
