@@ -143,7 +143,8 @@ def recovery(setup: Setup) -> dict[str, Figure]:
         model = plain.from_bank(context, setup.low)
         seconds = timed(lambda: plain.recover(context, model, rows, padded))
         name = "theirs" if padded else "longest"
-        losses[name], _ = recover.validation_loss(model, context.validation, settings.micro_batch_size, padding)
+        rows = recover.row_losses(model, context.validation, settings.micro_batch_size, padding)
+        losses[name], _ = recover.mean_loss(rows)
         return seconds
 
     sides = (ours, lambda: theirs(True), lambda: theirs(False))

@@ -39,10 +39,9 @@ def measure(settings: params.Params, text: str, limit: int) -> tuple[list[dict],
     for share in BUDGETS:
         within = replace(space, budget=space.base + int(share * sum(space.deltas)))
         bits = within.allocate([value / delta for value, delta in zip(priors.sensitivity, space.deltas, strict=True)])
-        heard: list[evaluate.Scores] = []
         skip = evaluate.seen(context.tasks, settings.evaluate.limit)
-        result, model = trial.run(context, bits, limit=limit, skip=skip, listen=heard.append)
-        items[share] = np.array([logprob for task in heard[0].by_item.values() for _, logprob in task])
+        result, model = trial.run(context, bits, limit=limit, skip=skip)
+        items[share] = np.array([logprob for task in result.by_item.values() for _, logprob in task])
         row = {
             "granularity": settings.search.granularity,
             "budget": share,

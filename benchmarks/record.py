@@ -88,9 +88,9 @@ def _random(space: Space, generator: random.Random) -> Iterator[Bits]:
         yield space.draw(generator)
 
 
-def row(result: Result, items: Items, limit: int, steps: int) -> dict[str, Any]:
+def row(result: Result, limit: int, steps: int) -> dict[str, Any]:
     """Return a result as a row of the table, with the means of each task's first items (0: all)."""
-    first = {task: list(zip(*values[: limit or None], strict=True)) for task, values in items.items()}
+    first = {task: list(zip(*values[: limit or None], strict=True)) for task, values in result.by_item.items()}
     found: dict[str, Any] = {"bits": result.bits, "steps": steps}
     for place, name in enumerate(("accuracy", "gold_logprob")):
         values = [columns[place] for columns in first.values()]
@@ -138,11 +138,10 @@ def record(context: Context, space: Space, priors: Priors, count: int, recovered
     jobs = [(bits, steps) for bits, steps in jobs if (write_bits(bits), steps) not in done]
     start = time.monotonic()
     for index, (bits, steps) in enumerate(jobs, 1):
-        scores: list[evaluate.Scores] = []
         limit = settings.evaluate.limit
-        result, _ = trial.run(context, bits, steps=steps, limit=2 * limit if steps else limit, listen=scores.append)
-        every += long(result.bits, steps, scores[0].by_item)
-        rows.append(row(result, scores[0].by_item, limit, steps))
+        result, _ = trial.run(context, bits, steps=steps, limit=2 * limit if steps else limit)
+        every += long(result.bits, steps, result.by_item)
+        rows.append(row(result, limit, steps))
         pd.DataFrame(every).to_parquet(scratch, index=False)
         scratch.replace(folder / "items.parquet")  # before the row, which says that it is there
         text = io.StringIO()

@@ -109,6 +109,8 @@ def outcome(generator: random.Random, units: int = 30) -> Result:
         "seconds": {"assemble": 1.0, "recover": 1.0, "evaluate": 1.0},
         "items": 168,
         "losses": [generator.random() for _ in range(LOSSES)],
+        "by_item": {name: [(float(generator.random() < 0.5), -generator.random())] * 24 for name in params.TASKS},
+        "by_row": [(generator.random() * 100, 100)] * 16,
     }
     return Result(**values)
 

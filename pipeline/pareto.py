@@ -7,16 +7,14 @@ Writes ``reports/pareto.csv``, ``.json``, ``.png`` and ``.html``, and tags the r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy.special import ndtr, ndtri
 
-from pipeline import GIB, surrogate
+from pipeline import GIB, paired, surrogate
 from pipeline.surrogate import Observation
 
 
@@ -35,8 +33,9 @@ class Point:
         source: ``measured`` or ``predicted``.
         reference: Whether it stands outside the front.
         metrics: All its metrics.
+        paired: The standard error of its score without what other items would change in all trials alike.
         expected: For a member of the front, the score that the search's model expects of its vector.
-        probability: For a member of the front, how probably no other trial dominates it.
+        probability: Of a trial, how probably no other one dominates it.
     """
 
     run_id: str
@@ -49,6 +48,7 @@ class Point:
     source: str
     reference: bool
     metrics: dict[str, float]
+    paired: float | None = None
     expected: float | None = None
     probability: float | None = None
 
@@ -117,33 +117,27 @@ def hypervolume(members: Iterable[tuple[float, float]], worst_score: float, wors
     return area
 
 
-def probability(one: Point, others: Sequence[Point], steps: int = 2000) -> float:
-    """Return how probably no other point dominates this one, scores being normal around what was measured.
-
-    With independent errors it is E[prod_j Phi((s - mean_j) / sigma_j)] over this point's score s and all others j that
-    need no more memory, computed at equally probable values of s. Trials answer the same items, so errors are alike in
-    part and the true probability is nearer to 0 or 1.
+def compared(every: Sequence[Point], records: Sequence[Mapping[str, Any]], objective: str) -> list[Point]:
+    """Return the points with their paired errors and their probabilities of being on the front, among all trials.
 
     Args:
-        one: The point.
-        others: All points; itself, known by its run, is left out.
-        steps: Values of s.
+        every: All points of a study.
+        records: What each measured item by item (``paired``).
+        objective: The points' own.
     """
-    rivals = [other for other in others if other.run_id != one.run_id and other.memory <= one.memory]
-    scores = one.score + one.stderr * ndtri((np.arange(steps) + 0.5) / steps)
-    chance = np.ones(steps)
-    for other in rivals:
-        if other.stderr > 0:
-            chance *= ndtr((scores - other.score) / other.stderr)
-        elif other.memory < one.memory:
-            chance *= scores > other.score
-        else:  # equal points do not dominate one another
-            chance *= scores >= other.score
-    return float(chance.mean())
+    if not every:
+        return []
+    scores = paired.redrawn([paired.strata(record, objective) for record in records])
+    own = [not one.reference for one in every]
+    shares = iter(paired.undominated(scores[:, own], [one.memory for one in every if not one.reference]))
+    return [
+        replace(one, paired=float(error), probability=None if one.reference else float(next(shares)))
+        for one, error in zip(every, paired.errors(scores, own), strict=True)
+    ]
 
 
 def judge(members: Sequence[Point], trials: Sequence[Point], prior: Sequence[float]) -> list[Point]:
-    """Return the front's members with their expected scores and their probabilities.
+    """Return the front's members with their expected scores.
 
     Args:
         members: The front.
@@ -154,10 +148,7 @@ def judge(members: Sequence[Point], trials: Sequence[Point], prior: Sequence[flo
         return []
     tried = [Observation(_bits(one), one.score, one.stderr) for one in trials]
     expected, _ = surrogate.Model(tried, prior).predict(surrogate.raised_of([_bits(one) for one in members]))
-    return [
-        replace(one, expected=float(value), probability=probability(one, trials))
-        for one, value in zip(members, expected, strict=True)
-    ]
+    return [replace(one, expected=float(value)) for one, value in zip(members, expected, strict=True)]
 
 
 def _bits(one: Point) -> tuple[int, ...]:
@@ -190,6 +181,7 @@ def table(every: Sequence[Point], members: Sequence[Point]) -> pd.DataFrame:
             "bits": [one.bits for one in order],
             "score": [one.score for one in order],
             "stderr": [one.stderr for one in order],
+            "paired_stderr": [one.paired for one in order],
             "expected": [one.expected for one in order],
             "probability": [one.probability for one in order],
             "peak_memory_bytes": [one.memory for one in order],
@@ -218,6 +210,11 @@ def scale(objective: str) -> tuple[float, str]:
     return 100.0, f"{'mean accuracy' if objective == 'accuracy' else objective}, %"
 
 
+def error(one: Point) -> float:
+    """Return the error that a point is shown with: what tells it from other trials, where that is known."""
+    return one.stderr if one.paired is None else one.paired
+
+
 def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, path: Path) -> None:
     import matplotlib
 
@@ -237,7 +234,7 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
             axes.errorbar(
                 [one.memory / GIB for one in group],
                 [factor * one.score for one in group],
-                [factor * one.stderr for one in group],
+                [factor * error(one) for one in group],
                 fmt=marker,
                 color=color,
                 ecolor=color,
@@ -252,7 +249,7 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
     axes.errorbar(
         x,
         y,
-        [factor * one.stderr for one in members],
+        [factor * error(one) for one in members],
         fmt="o",
         color="#c8442c",
         ecolor="#c8442c",
@@ -269,7 +266,8 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
         axes.annotate(
             LABELS[one.method],
             (one.memory / GIB, factor * one.score),
-            xytext=(-14 if one.reference else 14, (-22, 18)[place % 2]),  # neighbours below and above
+            # Neighbours below and above; a label to the left goes up first, to pass over no marker on its way.
+            xytext=(-14, (18, -22)[place % 2]) if one.reference else (14, (-22, 18)[place % 2]),
             ha="right" if one.reference else "left",
             textcoords="offset points",
             arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "0.3", "shrinkA": 0, "shrinkB": 3},  # to its own point
@@ -278,7 +276,8 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
         )
     source = members[0].source if members else "predicted"
     axes.set_xlabel(f"peak memory of recovery, GiB ({source})")
-    axes.set_ylabel(f"{label_of_score} (± 1 standard error)")
+    axes.set_ylabel(label_of_score)
+    axes.set_title("± 1 standard error of the differences between trials, which answer the same items", fontsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
@@ -314,7 +313,7 @@ def _page(every: Sequence[Point], members: Sequence[Point], objective: str, path
         figure.add_scatter(
             x=[one.memory / GIB for one in group],
             y=[factor * one.score for one in group],
-            error_y={"array": [factor * one.stderr for one in group], "thickness": 1},
+            error_y={"array": [factor * error(one) for one in group], "thickness": 1},
             mode="markers+lines" if label == "Pareto front" else "markers",
             line={"shape": "hv"},
             name=label,

@@ -112,6 +112,7 @@ def log_result(own: Run, result: Any) -> None:
     from pipeline.report import summary
 
     own.metrics(result.metrics())
+    own.json(result.record, tracking.ITEMS)
     own.series("loss", result.losses)
     name = tracking.run(own.run_id).info.run_name.partition(":")[0]
     text, gold = result.response_logprob, result.gold_logprob

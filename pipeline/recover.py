@@ -41,17 +41,25 @@ class Recovered:
 
     Attributes:
         losses: Mean response loss of each step, in nats a token.
-        validation_loss: The same on held-out rows, of the model as it is left.
-        validation_stderr: Its standard error.
+        validation_rows: Of each held-out row the sum of its losses and their number, of the model as it is left.
         validation_losses: Step -> the same after so many steps, where ``validate_every`` asks for it.
         tokens: Tokens trained on, padding left out.
     """
 
     losses: tuple[float, ...]
-    validation_loss: float
-    validation_stderr: float
+    validation_rows: tuple[tuple[float, int], ...]
     validation_losses: dict[int, float]
     tokens: int
+
+    @property
+    def validation_loss(self) -> float:
+        """Return the mean loss of a response token on held-out rows, in nats."""
+        return mean_loss(self.validation_rows)[0]
+
+    @property
+    def validation_stderr(self) -> float:
+        """Return its standard error."""
+        return mean_loss(self.validation_rows)[1]
 
 
 class ByteDropout(torch.nn.Module):
@@ -158,9 +166,15 @@ def loss_at(model: Any, tokens: torch.Tensor, where: Any, wanted: torch.Tensor) 
         where: What picks the positions out of [B, L - 1]: a boolean mask, or n rows and n columns.
         wanted: The token after each of them, [n].
     """
+    hidden, head = _before_head(model, tokens)
+    return _ChunkedLoss.apply(hidden[where], head, wanted)
+
+
+def _before_head(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the states that next tokens are predicted from, [B, L - 1, hidden], and the head's weight."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
-    return _ChunkedLoss.apply(hidden[where], causal.lm_head.weight, wanted)
+    hidden = causal.model(input_ids=tokens, use_cache=False).last_hidden_state
+    return hidden[:, :-1], causal.lm_head.weight
 
 
 def run(
@@ -201,11 +215,11 @@ def run(
                 "raise recover.max_length or name other rows in data.alpaca"
             )
 
-    def held_out() -> tuple[float, float]:
-        return validation_loss(model, validation, settings.micro_batch_size, padding)
+    def held_out() -> tuple[tuple[float, int], ...]:
+        return row_losses(model, validation, settings.micro_batch_size, padding)
 
     if not steps:
-        return Recovered((), *held_out(), {}, 0)
+        return Recovered((), held_out(), {}, 0)
     torch.manual_seed(seed)
     training = _Training(model, settings, steps)
     rows = endless(train, settings.batch_size, seed)
@@ -217,7 +231,7 @@ def run(
         model.train()
         training.take_step([batch(part, padding, False) for part in _parts(next(rows), settings.micro_batch_size)])
         if settings.validate_every and (training.step % settings.validate_every == 0 or training.step == steps):
-            training.judge(*held_out())
+            training.judge(held_out())
             if settings.patience and training.worse >= settings.patience:
                 break
         if keep is not None and settings.save_every and (step + 1) % settings.save_every == 0:
@@ -225,8 +239,8 @@ def run(
     training.take_best()
     if keep is not None:
         keep.unlink(missing_ok=True)
-    loss = (min(training.validation.values()), training.stderr) if training.validation else held_out()
-    return Recovered(tuple(training.losses), *loss, training.validation, training.tokens)
+    rows_left = training.rows if training.validation else held_out()
+    return Recovered(tuple(training.losses), rows_left, training.validation, training.tokens)
 
 
 def train_in_full(model: Any, quantized: Container[str]) -> None:
@@ -261,9 +275,10 @@ class _Training:
         self.masters = _Masters([weight for weight in model.parameters() if weight.requires_grad])
         self.optimizer = adamw(self.masters.copies, settings.learning_rate, model.device)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.step, self.tokens, self.worse, self.stderr = 0, 0, 0, 0.0
+        self.step, self.tokens, self.worse = 0, 0, 0
         self.losses: list[float] = []
         self.validation: dict[int, float] = {}
+        self.rows: tuple[tuple[float, int], ...] = ()  # at the lowest loss, as ``row_losses`` returns them
         self.best: list[torch.Tensor] | None = None
 
     def take_step(self, parts: Sequence[Batch]) -> None:
@@ -294,11 +309,12 @@ class _Training:
         self.tokens += sum(part.length for part in parts)
         self.step += 1
 
-    def judge(self, loss: float, stderr: float) -> None:
+    def judge(self, rows: tuple[tuple[float, int], ...]) -> None:
         """Note a validation loss; keep the weights if it is the lowest."""
+        loss, _ = mean_loss(rows)
         if loss < min(self.validation.values(), default=math.inf):
             self.best, self.worse = [copy.detach().clone() for copy in self.masters.copies], 0
-            self.stderr = stderr
+            self.rows = rows
         else:
             self.worse += 1
         self.validation[self.step] = loss
@@ -320,7 +336,7 @@ class _Training:
         tensors["random"] = torch.get_rng_state()
         if self.model.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state(self.model.device)
-        plain = {key: getattr(self, key) for key in ("step", "tokens", "worse", "stderr", "losses", "validation")}
+        plain = {key: getattr(self, key) for key in ("step", "tokens", "worse", "losses", "validation", "rows")}
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".partial")
         save_file({key: value.contiguous() for key, value in tensors.items()}, scratch, {"state": json.dumps(plain)})
@@ -346,8 +362,9 @@ class _Training:
         torch.set_rng_state(tensors["random"].cpu())
         if "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"].cpu(), self.model.device)
-        for key in ("step", "tokens", "worse", "stderr", "losses"):
+        for key in ("step", "tokens", "worse", "losses"):
             setattr(self, key, plain[key])
+        self.rows = tuple((loss, count) for loss, count in plain["rows"])
         self.validation = {int(step): loss for step, loss in plain["validation"].items()}
 
 
@@ -381,18 +398,30 @@ def endless(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[
         yield from found
 
 
-def validation_loss(model: Any, examples: Sequence[Example], size: int, padding: int) -> tuple[float, float]:
-    """Return the mean loss of a response token on held-out rows, in nats, and its standard error over the batches.
-
-    The error is that of a ratio, as batches differ in tokens; of a single batch, which tells nothing of it, 0.
-    """
+@torch.no_grad()
+def row_losses(model: Any, examples: Sequence[Example], size: int, padding: int) -> tuple[tuple[float, int], ...]:
+    """Return of each row the sum of its response tokens' losses, in nats, and their number; shorter rows first."""
     model.eval()
     found: list[tuple[float, int]] = []
-    with torch.no_grad():
-        for part in batches(examples, size, padding, False):
-            value, positions = response_loss(model, Batch(part.tokens.to(model.device), part.labels.to(model.device)))
-            found.append((value.item(), positions))
-    count = sum(positions for _, positions in found)
-    mean = sum(value for value, _ in found) / count
-    squares = sum((value - mean * positions) ** 2 for value, positions in found)
-    return mean, math.sqrt(squares * len(found) / max(len(found) - 1, 1)) / count
+    for part in batches(examples, size, padding, False):
+        labels = part.labels[:, 1:].to(model.device)
+        hidden, head = _before_head(model, part.tokens.to(model.device))
+        for states, wanted in zip(hidden, labels, strict=True):
+            chosen = wanted != IGNORED
+            loss = _ChunkedLoss.apply(states[chosen], head, wanted[chosen])
+            found.append((loss.item(), int(chosen.sum())))
+    return tuple(found)
+
+
+def mean_loss(rows: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Return the mean loss of a token and its standard error over the rows, in nats.
+
+    The error is that of a ratio, as rows differ in tokens; of a single row, which tells nothing of it, 0.
+
+    Args:
+        rows: Of each row the sum of its losses and their number.
+    """
+    count = sum(positions for _, positions in rows)
+    mean = sum(value for value, _ in rows) / count
+    squares = sum((value - mean * positions) ** 2 for value, positions in rows)
+    return mean, math.sqrt(squares * len(rows) / max(len(rows) - 1, 1)) / count

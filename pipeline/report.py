@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import GIB
-from pipeline.pareto import LABELS, LOGPROBS, UNTOUCHED, Point, best, front, scale
+from pipeline.pareto import LABELS, LOGPROBS, UNTOUCHED, Point, best, error, front, scale
 
 COMPARED = ("llm_pruner", "qpruner1", "qpruner3")  # figure 1's LoRA (16-bit), LoftQ (4-bit), LoftQ* (mixed)
 _COLORS = ("#9aa5b1", "#2f6fbb", "#c8442c")
@@ -65,7 +65,7 @@ def front_table(members: Sequence[Point], objective: str) -> tuple[list[str], li
         [
             one.name.partition(":")[0],
             one.method,
-            f"{factor * one.score:.{digits}f} ± {factor * one.stderr:.{digits}f}",
+            f"{factor * one.score:.{digits}f} ± {factor * error(one):.{digits}f}",
             "-" if one.expected is None else f"{factor * one.expected:.{digits}f}",
             _percent(one.metrics["accuracy"], one.metrics["accuracy_stderr"]),
             "-" if one.probability is None else f"{one.probability:.2f}",
@@ -232,7 +232,7 @@ def benchmark_fronts(every: Mapping[str, Sequence[Point]], path: Path) -> None:
             axes.errorbar(
                 [one.memory / GIB for one in group],
                 [100 * one.score for one in group],
-                [100 * one.stderr for one in group],
+                [100 * error(one) for one in group],
                 fmt="o",
                 color=color,
                 ms=4,

@@ -6,7 +6,7 @@ What a stage computes is in the module of its name; nothing here computes. Read 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -216,23 +216,27 @@ def pareto(params: Params, run: Run) -> None:
     run.metrics({"front_size": len(members), "trials": sum(not one.reference for one in every)})
 
 
-def _front(params: Params) -> tuple[list[Any], list[Any]]:
-    """Return (all points, the judged front) of the latest study, from MLflow."""
-    from pipeline import pareto as stage_
-
-    study = json.loads((REPORTS / "search.json").read_text())["study"]
-    every = stage_.points(tracking.trials(study), params.pareto.objective)
-    trials = [one for one in every if not one.reference]
-    prior = json.loads((REPORTS / "importance.json").read_text())["sensitivity"]
-    return every, stage_.judge(stage_.front(trials), trials, prior)
-
-
-def _by_benchmark(params: Params) -> dict[str, list[Any]]:
-    """Return the latest study's points scored by each benchmark."""
+def _compared(objectives: Sequence[str]) -> list[list[Any]]:
+    """Return the latest study's points for each objective, compared item by item, from MLflow."""
     from pipeline import pareto as stage_
 
     runs = tracking.trials(json.loads((REPORTS / "search.json").read_text())["study"])
-    return {task: stage_.points(runs, task) for task in params.evaluate.tasks}
+    records = {run.info.run_id: tracking.items(run) for run in runs if run.info.status == "FINISHED"}
+    found = []
+    for objective in objectives:
+        points = stage_.points(runs, objective)
+        found.append(stage_.compared(points, [records[one.run_id] for one in points], objective))
+    return found
+
+
+def _front(params: Params) -> tuple[list[Any], list[Any]]:
+    """Return (all points, the judged front) of the latest study."""
+    from pipeline import pareto as stage_
+
+    (every,) = _compared([params.pareto.objective])
+    trials = [one for one in every if not one.reference]
+    prior = json.loads((REPORTS / "importance.json").read_text())["sensitivity"]
+    return every, stage_.judge(stage_.front(trials), trials, prior)
 
 
 @stage
@@ -343,7 +347,7 @@ def report(params: Params, run: Run) -> None:
     stage_.heat_map(members, priors["units"], REPORTS / "bits.png")
     methods, tasks = stage_.methods(every, members), params.evaluate.tasks
     stage_.accuracy_and_memory({"": stage_.bars_of(methods, tasks)}, tasks, REPORTS / "methods.png")
-    stage_.benchmark_fronts(_by_benchmark(params), REPORTS / "benchmarks.png")
+    stage_.benchmark_fronts(dict(zip(tasks, _compared(tasks), strict=True)), REPORTS / "benchmarks.png")
     ratio = json.loads((REPORTS / "prune.json").read_text())["ratio"]
     facts = [
         f"model: {params.model.source}; pruned by {100 * ratio:.1f} %",

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline import GIB
-from pipeline.cells import Outcome, Variants
+from pipeline import GIB, paired
+from pipeline.cells import VARIANT, Outcome, Variants
 from pipeline.pareto import LABELS, UNTOUCHED
 from pipeline.report import summary
 
@@ -90,13 +90,17 @@ def grid(outcomes: Sequence[Outcome], tasks: Sequence[str]) -> list[tuple[str, s
     found: list[tuple[str, str, list[Entry]]] = []
     groups: dict[str, list[Outcome]] = {}
     for one in outcomes:
-        share = 0.0 if one.cell.row == UNTOUCHED else one.cell.params.prune.ratio
-        groups.setdefault(f"{100 * share:g} %", []).append(one)
+        groups.setdefault(_share(one), []).append(one)
     for ratio, members in groups.items():
         rows = [entries(one, tasks) for one in members]
         rows = marked(rows, tasks) if len(rows) > 1 else rows
         found += [(ratio, LABELS[one.cell.row], row) for one, row in zip(members, rows, strict=True)]
     return found
+
+
+def _share(outcome: Outcome) -> str:
+    """Return the ratio of a cell in words."""
+    return f"{100 * (0.0 if outcome.cell.row == UNTOUCHED else outcome.cell.params.prune.ratio):g} %"
 
 
 def frame(outcomes: Sequence[Outcome], tasks: Sequence[str], names: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -137,13 +141,57 @@ def _markdown(cell: str | Entry) -> str:
 def table_markdown(outcomes: Sequence[Outcome], tasks: Sequence[str], facts: Sequence[str]) -> str:
     """Return table 1 as Markdown, under the facts that it needs to be understood."""
     rows: list[list[str | Entry]] = [[ratio, method, *row] for ratio, method, row in grid(outcomes, tasks)]
-    return _page("Table 1", facts, markdown_table(["ratio", "method", *columns(tasks)], rows), outcomes)
+    best = [one for one in outcomes if one.cell.row == "qpruner3"]
+    pairs = [
+        ([_share(one), LABELS[other.cell.row]], one, other)
+        for one in best
+        for other in outcomes
+        if other is not one and (other.cell.row == UNTOUCHED or _share(other) == _share(one))
+    ]
+    beside = differences("QPruner3 minus each other row", ["ratio", "the other row"], pairs)
+    return _page("Table 1", facts, markdown_table(["ratio", "method", *columns(tasks)], rows), beside, outcomes)
 
 
 def ablation_markdown(made: Variants, outcomes: Sequence[Outcome], tasks: Sequence[str], facts: Sequence[str]) -> str:
     """Return table 2 as Markdown: benchmarks as rows, variants as columns."""
     head = ["benchmark", *(f"{factor.title}: {title}" for factor, title, _ in made)]
-    return _page("Table 2", facts, markdown_table(head, transposed(outcomes, tasks)), outcomes)
+    paired_with = [one for (*_, cell), one in zip(made, outcomes, strict=True) if cell.row != VARIANT][:1]
+    pairs = [
+        ([factor.title, title], one, default)
+        for (factor, title, cell), one in zip(made, outcomes, strict=True)
+        for default in paired_with
+        if cell.row == VARIANT
+    ]
+    beside = differences("Each variant minus the default", ["factor", "value"], pairs)
+    return _page("Table 2", facts, markdown_table(head, transposed(outcomes, tasks)), beside, outcomes)
+
+
+def differences(title: str, names: Sequence[str], pairs: Sequence[tuple[list[str], Outcome, Outcome]]) -> str:
+    """Return a Markdown table of differences between cells, compared item by item; of pairs that have both results.
+
+    Args:
+        title: What is subtracted from what.
+        names: Headings of what names a pair.
+        pairs: (what names it, the one cell, the one to subtract).
+    """
+    rows = []
+    for name, one, other in pairs:
+        if one.result and other.result:
+            both = one.result.record, other.result.record
+            rows.append([*name, *(_signed(*both, objective, times) for objective, times in _COMPARED)])
+    if not rows:
+        return ""
+    head = [*names, "mean, points", "gold log-prob.", "log-prob. of a held-out token"]
+    return f"{title}, item by item:\n\n{markdown_table(head, rows)}\n"
+
+
+_COMPARED = (("accuracy", 100), ("gold_logprob", 1), ("response_logprob", 1))
+
+
+def _signed(one: Mapping[str, Any], other: Mapping[str, Any], objective: str, times: int) -> str:
+    value, error = paired.difference(paired.strata(one, objective), paired.strata(other, objective))
+    digits = 1 if times == 100 else 3
+    return f"{times * value:+.{digits}f} ± {times * error:.{digits}f}"
 
 
 def transposed(outcomes: Sequence[Outcome], tasks: Sequence[str]) -> list[list[str | Entry]]:
@@ -152,9 +200,11 @@ def transposed(outcomes: Sequence[Outcome], tasks: Sequence[str]) -> list[list[s
     return [[name, *(row[index] for row in every)] for index, name in enumerate(columns(tasks)[:-1])]
 
 
-def _page(title: str, facts: Sequence[str], body: str, outcomes: Sequence[Outcome]) -> str:
+def _page(title: str, facts: Sequence[str], body: str, beside: str, outcomes: Sequence[Outcome]) -> str:
     errors = {f"- failed: {one.cell.title}: {one.error}": None for one in outcomes if one.error}
-    return "\n".join([f"# {title}", "", *(f"- {fact}" for fact in facts), *errors, "", body, ""])
+    return (
+        "\n".join([f"# {title}", "", *(f"- {fact}" for fact in facts), *errors, "", body, "", beside]).rstrip() + "\n"
+    )
 
 
 def table_latex(outcomes: Sequence[Outcome], tasks: Sequence[str], caption: str) -> str:

@@ -31,6 +31,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 import mlflow  # noqa: E402
+from mlflow.artifacts import load_text  # noqa: E402
 from mlflow.data.dataset_source_registry import resolve_dataset_source  # noqa: E402
 from mlflow.data.meta_dataset import MetaDataset  # noqa: E402
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunData, RunInfo, RunTag  # noqa: E402
@@ -43,6 +44,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 EXPERIMENT = "qpruner"
 PARENT = "QPRUNER_PARENT_RUN"  # the run of `mlflow run`, handed from the entry point to the stages it starts
 _PARENT_TAG = "mlflow.parentRunId"
+ITEMS = "items.json"  # in a trial's run: what it measured item by item
 _PAGE = 1000
 
 
@@ -171,6 +173,10 @@ class Run:
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Log a file."""
         client().log_artifact(self.run_id, str(path), folder)
+
+    def json(self, values: Any, name: str) -> None:
+        """Log plain values as a JSON file."""
+        client().log_text(self.run_id, json.dumps(values), name)
 
     def dataset(self, path: str | Path, name: str, context: str) -> str:
         """Log a file as the run's input, with its MD5 as digest; return the digest."""
@@ -365,6 +371,24 @@ def _read_tagged(key: str, value: str) -> list[Any]:
             ]
     finally:
         engine.dispose()
+
+
+def items(trial: Any) -> dict[str, Any]:
+    """Return what a trial measured item by item.
+
+    Args:
+        trial: Its run, as ``trials`` returns it.
+
+    Raises:
+        LookupError: Its run has no such file.
+    """
+    try:
+        return json.loads(load_text(f"{trial.info.artifact_uri}/{ITEMS}"))
+    except (OSError, MlflowException):
+        raise LookupError(
+            f"run {trial.info.run_id} ({trial.info.run_name}) has lost its artifact {ITEMS}; delete the run, then run: "
+            "mlflow run . -e search (it writes the run again from what it keeps of each trial)"
+        ) from None
 
 
 def _metric(key: str, value: float | None, timestamp: int, step: int) -> Metric:

@@ -87,6 +87,8 @@ class Result:
         seconds: Phase -> seconds.
         items: Items scored.
         losses: Training loss of each step.
+        by_item: Task -> of each item its own metric and the log-probability of its gold choice.
+        by_row: Of each held-out row the sum of its losses and their number.
     """
 
     bits: str
@@ -104,6 +106,8 @@ class Result:
     seconds: dict[str, float]
     items: int
     losses: list[float] = field(default_factory=list)
+    by_item: dict[str, list[tuple[float, float]]] = field(default_factory=dict, repr=False)
+    by_row: list[tuple[float, int]] = field(default_factory=list, repr=False)
 
     @property
     def response_logprob(self) -> float:
@@ -148,7 +152,14 @@ class Result:
     def from_json(values: Mapping[str, Any]) -> Result:
         """Return the result that ``as_json`` was made from."""
         pairs = {task: (float(pair[0]), float(pair[1])) for task, pair in values["tasks"].items()}
-        return Result(**{**values, "tasks": pairs})
+        by_item = {task: [(own, gold) for own, gold in items] for task, items in values["by_item"].items()}
+        by_row = [(loss, count) for loss, count in values["by_row"]]
+        return Result(**{**values, "tasks": pairs, "by_item": by_item, "by_row": by_row})
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Return what it measured item by item, as ``paired`` reads it."""
+        return {"by_item": self.by_item, "by_row": self.by_row}
 
 
 # Part of what names a study or a cell: a version that measures something else starts its own.
@@ -267,7 +278,6 @@ def run(
     progress: Callable[[Any], Any] = iter,
     trained: bool = True,
     keep: Path | None = None,
-    listen: Callable[[evaluate.Scores], object] = lambda _: None,
 ) -> tuple[Result, PeftModel]:
     """Assemble, recover and evaluate one bit vector.
 
@@ -280,7 +290,6 @@ def run(
         progress: Wraps the recovery's steps.
         trained: False leaves recovery out and reports inference memory as the peak (the untouched model).
         keep: Where an unfinished recovery is kept (``recover.run``).
-        listen: Is told the scores with each item's, which the result leaves out.
 
     Returns:
         The result and the recovered model.
@@ -321,7 +330,6 @@ def run(
             return evaluate.run(model, context.tokenizer, context.tasks, limit, params.evaluate.batch_tokens, skip=skip)
 
     scores = timed("evaluate", evaluated)
-    listen(scores)
     predicted = context.predict(bits)
     on_gpu = peaks["recover"] is not None and peaks["evaluate"] is not None
     training = peaks["recover"] if on_gpu else predicted.training
@@ -342,6 +350,8 @@ def run(
         seconds=seconds,
         items=scores.items,
         losses=list(recovered.losses),
+        by_item={task: [(round(a, 6), round(b, 6)) for a, b in items] for task, items in scores.by_item.items()},
+        by_row=[(round(loss, 6), count) for loss, count in recovered.validation_rows],
     )
     return result, model
 

@@ -2,7 +2,6 @@ import dataclasses
 import json
 import random
 from itertools import product
-from types import SimpleNamespace
 
 import banks
 import numpy as np
@@ -84,14 +83,13 @@ def context(default):
 
 
 def fake(calls):
-    def run(context, bits, steps, limit, listen):
+    def run(context, bits, steps, limit):
         calls.append((tuple(bits), steps))
         good = result(bits).gold_logprob + steps / 10
         items = [
             (index % 2, good if index < context.params.evaluate.limit else 9.0) for index in range(limit)
         ]  # later ones count not
-        listen(SimpleNamespace(by_item={"piqa": items, "boolq": items}))
-        return result(bits), None
+        return dataclasses.replace(result(bits), by_item={"piqa": items, "boolq": items}), None
 
     return run
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from pipeline import pareto
@@ -142,29 +141,16 @@ def test_best_goes_by_expected_score_where_the_members_were_judged():
     assert pareto.best(members).run_id == "as_good_for_less"
 
 
-def test_probability_of_two_points_by_hand():
-    low, high = point(0.5, 5, "low", stderr=0.03), point(0.55, 9, "high", stderr=0.04)
-    assert pareto.probability(low, [low, high]) == 1  # nothing needs less memory
-    # 0.05 above, with a standard error of 0.05 of the difference: Phi(1)
-    assert pareto.probability(high, [low, high]) == pytest.approx(0.8413, abs=2e-3)
-
-
-@pytest.mark.parametrize("one, expected", [((0.5, 9), 0), ((0.6, 9), 1), ((0.5, 5), 1), ((0.4, 5), 0), ((0.4, 4), 1)])
-def test_probability_without_noise_is_dominance(one, expected):
-    rival = point(0.5, 5, "rival", stderr=0.0)
-    assert pareto.probability(point(*one, "one", stderr=0.0), [rival]) == expected
-
-
-def test_probability_agrees_with_drawing_scores():
-    generator = np.random.default_rng(1)
-    every = [point(float(generator.normal(i / 10, 0.3)), i // 2, str(i), stderr=0.1 + 0.05 * i) for i in range(8)]
-    scores = np.array([[one.score] for one in every]) + np.array([[one.stderr] for one in every]) * generator.normal(
-        size=(8, 40_000)
-    )
-    for index, one in enumerate(every):
-        rivals = [i for i in range(8) if i != index and every[i].memory <= one.memory]
-        drawn = np.mean(np.all(scores[index] > scores[rivals], axis=0))
-        assert pareto.probability(one, every) == pytest.approx(drawn, abs=0.01)
+def test_errors_and_probabilities_are_those_of_paired_trials():
+    rows = [[40.0, 10], [10.0, 10]]  # losses; of two rows drawn from them: both, or one of them twice
+    records = [{"by_row": rows}, {"by_row": [[39.0, 10], [11.0, 10]]}, {"by_row": [[30.0, 10], [5.0, 10]]}]
+    every = [point(-2.5, 5, "low"), point(-2.5, 9, "high"), point(-1.75, 1, "reference", reference=True)]
+    low, high, reference = pareto.compared(every, records, "response_logprob")
+    # the trials are 0.1, 0 or -0.1 apart, and the reference 0.95, 0.75 or 0.55 above their mean
+    assert (low.paired, high.paired) == pytest.approx((0.05 * 0.5**0.5,) * 2, abs=2e-3)
+    assert low.probability == 1 and high.probability == pytest.approx(0.25, abs=0.03)  # equal is no better
+    assert reference.probability is None and reference.paired == pytest.approx(0.2 * 0.5**0.5, abs=0.005)
+    assert pareto.compared([], [], "response_logprob") == []
 
 
 def test_judged_member_expects_what_all_trials_say():
@@ -180,7 +166,6 @@ def test_judged_member_expects_what_all_trials_say():
     (judged,) = [one for one in members if one.run_id == lucky.run_id]
     assert judged.score == lucky.score
     assert judged.expected < lucky.score - 0.2
-    assert all(0 < one.probability <= 1 for one in members)
     assert pareto.judge([], trials, [0.0] * 8) == []
 
 
@@ -237,7 +222,8 @@ def test_json_rows_are_the_points_front_first(written):
     assert (rows[2]["expected"], rows[2]["probability"]) == (None, None)
     assert rows[1] == {
         "front": True, "name": "trial bb", "method": "qpruner2", "bits": "4484", "score": 0.6, "stderr": 0.05,
-        "expected": 0.35, "probability": 0.9, "peak_memory_bytes": 2**31, "memory_source": "predicted", "run_id": "bb",
+        "paired_stderr": None, "expected": 0.35, "probability": 0.9, "peak_memory_bytes": 2**31,
+        "memory_source": "predicted", "run_id": "bb",
     }  # fmt: skip
 
 

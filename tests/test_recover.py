@@ -224,7 +224,7 @@ def test_no_steps_only_measure():
     result = train(model, rows, settings(), 0, validation=rows)
     assert_close(weights(model), before, 0)
     assert (result.losses, result.tokens) == ((), 0)
-    assert (result.validation_loss, result.validation_stderr) == recover.validation_loss(model, rows, 4, PADDING)
+    assert result.validation_rows == recover.row_losses(model, rows, 4, PADDING)
 
 
 def test_model_is_left_in_evaluation_mode():
@@ -244,19 +244,20 @@ def test_validation_loss_is_the_mean_over_all_response_tokens(size):
     part = alpaca.batch(rows, PADDING, False)
     with torch.no_grad():
         expected = model(input_ids=part.tokens, labels=part.labels).loss.item()
-    assert recover.validation_loss(model, rows, size, PADDING)[0] == pytest.approx(expected, abs=1e-5)
+    found = recover.row_losses(model, rows, size, PADDING)
+    assert recover.mean_loss(found)[0] == pytest.approx(expected, abs=1e-5)
+    alone = {recover.row_losses(model, [row], 1, PADDING)[0] for row in rows}
+    assert {count for _, count in found} == {count for _, count in alone}
+    assert sorted(loss for loss, _ in found) == pytest.approx(sorted(loss for loss, _ in alone), abs=1e-4)
 
 
-def test_error_of_the_validation_loss_is_that_of_a_ratio_over_batches():
-    model, rows = adapted(), examples(7)
-    parts = list(alpaca.batches(rows, 2, PADDING, False))
-    with torch.no_grad():
-        sums = [recover.response_loss(model, part) for part in parts]
-    totals, counts = torch.tensor([float(value) for value, _ in sums]), torch.tensor([float(n) for _, n in sums])
+def test_error_of_the_validation_loss_is_that_of_a_ratio_over_rows():
+    rows = [(20.0, 10), (33.0, 12), (5.0, 3)]
+    totals, counts = (torch.tensor([float(one[column]) for one in rows]) for column in (0, 1))
     left = totals - totals.sum() / counts.sum() * counts
-    expected = float(left.std(correction=1) * len(parts) ** 0.5 / counts.sum())  # the residuals sum to zero
-    assert recover.validation_loss(model, rows, 2, PADDING)[1] == pytest.approx(expected, rel=1e-4)
-    assert recover.validation_loss(model, rows, 7, PADDING)[1] == 0
+    expected = float(left.std(correction=1) * len(rows) ** 0.5 / counts.sum())  # the residuals sum to zero
+    assert recover.mean_loss(rows) == (pytest.approx(58 / 25), pytest.approx(expected, rel=1e-4))
+    assert recover.mean_loss(rows[:1]) == (2.0, 0)
 
 
 @pytest.mark.parametrize("rows, size", [(5, 2), (8, 8), (100, 3), (40, 1), (3, 8)])
@@ -397,7 +398,7 @@ def test_full_gradient_equals_autograd_through_all_logits(tied):
 
 def losses_in_turn(monkeypatch, values):
     given = iter(values)
-    monkeypatch.setattr(recover, "validation_loss", lambda *_: (next(given), 0.5))
+    monkeypatch.setattr(recover, "row_losses", lambda *_: ((next(given), 1),))
 
 
 def test_stops_after_so_many_losses_that_are_no_lower_and_goes_back_to_the_lowest(monkeypatch):

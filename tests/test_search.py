@@ -40,6 +40,8 @@ def result(bits):
         "predicted",
         {"recover": 1.0},
         4,
+        by_item={"piqa": [(1.0, -0.5), (0.0, -1.5)]},
+        by_row=[(20.0, 10), (30.0, 12)],
     )
 
 

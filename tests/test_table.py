@@ -56,6 +56,28 @@ def test_table_in_markdown_by_hand(outcomes):
     ]
 
 
+def test_table_ends_with_the_differences_of_qpruner3_item_by_item(outcomes, default):
+    best = outcome(default, "qpruner3")
+    record = {"by_item": {"piqa": [(1.0, -0.25), (1.0, -1.25)]}, "by_row": [(10.0, 10), (18.0, 12)]}
+    best = dataclasses.replace(best, result=dataclasses.replace(best.result, **record))
+    lines = table.table_markdown([*outcomes[:4], best], TASKS, []).splitlines()
+    assert lines[-7:-3] == [
+        "QPruner3 minus each other row, item by item:",
+        "",
+        "| ratio | the other row | mean, points | gold log-prob. | log-prob. of a held-out token |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    # answers (1, 0) and 50 nats of 22 tokens against (1, 1) and 28 of 22; drawn twice: one item, the other, or both
+    for line, label in zip(lines[-3:], ("untouched", "LLM-Pruner (16-bit)", "QPruner1"), strict=True):
+        ratio, other, accuracy, gold, response = line.strip("| ").split(" | ")
+        assert (ratio, other) == ("20 %", label)
+        found, error = map(float, accuracy.split(" ± "))
+        assert found == 50.0 and error == pytest.approx(100 * 0.125**0.5, abs=1.5)
+        assert gold == "+0.250 ± 0.000"
+        assert response.startswith("+1.000 ± 0.0")
+    assert "item by item" not in table.table_markdown(outcomes[:3], TASKS, [])
+
+
 def test_table_in_latex_by_hand(outcomes):
     page = table.table_latex(outcomes[:3], ("piqa",), "100 % of a_b & ± 1")
     assert page.splitlines() == [
@@ -131,8 +153,12 @@ def test_ablation_in_markdown_has_benchmarks_as_rows(ablation):
     assert lines[2] == "- failed: 20% 4-bit type FP4: ValueError: no"
     assert lines[4].startswith("| benchmark | 4-bit type: NF4 | 4-bit type: FP4 | initialization: LoftQ |")
     assert lines[6].startswith("| PIQA | 0.0 ± 2.0 | failed | 10.0 ± 2.0 | 15.0 ± 2.0 |")
-    names = [line.split(" | ")[0] for line in lines[6:]]
+    names = [line.split(" | ")[0] for line in lines[6:12]]
     assert names == ["| PIQA", "| ARC-c", "| mean", "| gold log-prob.", "| val. loss", "| memory, GiB"]
+    assert lines[13] == "Each variant minus the default, item by item:"
+    variants = [(factor.title, title) for factor, title, cell in made if cell.row == cells.VARIANT]
+    assert [tuple(line.strip("| ").split(" | ")[:2]) for line in lines[17:]] == variants[1:]  # the first one failed
+    assert {line.partition("+")[2] for line in lines[17:]} == {"0.0 ± 0.0 | +0.000 ± 0.000 | +0.000 ± 0.000 |"}
 
 
 def test_ablation_in_latex_groups_the_variants_below_their_factors(ablation):
