@@ -37,7 +37,8 @@ def batches(
     if not fits.calibrated(settings.importance, settings.compensate):
         return []
     found = alpaca.SOURCES[settings.text](rows, tokenizer, held_out, settings.samples, settings.max_length, seed)
-    found += written(model, tokenizer, settings.own_samples, settings.max_length, seed)
+    if settings.own_samples:
+        found += written(model, tokenizer, settings.own_samples, settings.max_length, seed)
     return list(alpaca.batches(found, size, tokenizer.pad_token_id, whole=True))
 
 

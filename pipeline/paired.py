@@ -82,11 +82,12 @@ def undominated(scores: np.ndarray, memories: Sequence[int]) -> np.ndarray:
     """
     memory = np.asarray(memories)
     shares = np.empty(len(memory))
-    for index, own in enumerate(memory):
-        cheaper, equal = memory < own, memory == own
-        beaten = (scores[:, cheaper] >= scores[:, [index]]).any(axis=1)
-        beaten |= (scores[:, equal] > scores[:, [index]]).any(axis=1)
-        shares[index] = 1 - beaten.mean()
+    cheaper = np.full(len(scores), -np.inf)  # the best score for less memory, in each draw
+    for value in np.unique(memory):
+        own = scores[:, memory == value]
+        best = own.max(axis=1)
+        shares[memory == value] = 1 - ((own <= cheaper[:, None]) | (own < best[:, None])).mean(axis=0)
+        cheaper = np.maximum(cheaper, best)
     return shares
 
 

@@ -88,6 +88,19 @@ def test_trials_are_found_by_study_across_experiments():
     assert len(found) == 3 and elsewhere.info.run_id in found
 
 
+def test_what_a_trial_measured_item_by_item_is_read_back_and_its_loss_says_what_to_do(tmp_path):
+    with tracking.stage("search", {}) as search:
+        own = search.child("trial 0", {"stage": "trial", "study": "s"})
+        own.json({"by_item": {"piqa": [[1.0, -0.5]]}}, tracking.ITEMS)
+        own.finish()
+    (found,) = tracking.trials("s")
+    assert tracking.items(found) == {"by_item": {"piqa": [[1.0, -0.5]]}}
+    (file,) = tmp_path.rglob(tracking.ITEMS)
+    file.unlink()
+    with pytest.raises(LookupError, match=f"run {own.run_id}.*lost its artifact items.json; delete the run"):
+        tracking.items(found)
+
+
 def test_trial_moves_below_another_search():
     with tracking.stage("search", {}) as first:
         child = first.child("trial", {"study": "a"})

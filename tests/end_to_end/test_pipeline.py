@@ -126,6 +126,8 @@ def test_front_from_mlflow_equals_the_front_of_the_study(project):
     front = {(trial.user_attrs["run_id"], *trial.values) for trial in study.best_trials}
     rows = [row for row in json.loads((project / "reports/pareto.json").read_text()) if row["front"]]
     assert {(row["run_id"], row["score"], row["peak_memory_bytes"]) for row in rows} == front
+    assert rows[0]["probability"] == 1 and all(0 <= row["probability"] <= 1 for row in rows)
+    assert all(0 <= row["paired_stderr"] < row["stderr"] for row in rows)
     tagged = {run.info.run_id for run in by_stage(project, "trial") if run.data.tags["pareto"] == "true"}
     assert tagged == {row["run_id"] for row in rows}
 
