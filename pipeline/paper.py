@@ -106,7 +106,6 @@ def _end(run: Run, outcomes: Sequence[Outcome], paths: Sequence[Path]) -> None:
 
 
 def _write(name: str, pages: dict[str, str]) -> list[Path]:
-
     for ending, text in pages.items():
         storage.write_text(REPORTS / f"{name}.{ending}", text)
     return [REPORTS / f"{name}.{ending}" for ending in pages]
