@@ -26,7 +26,9 @@ def evaluation(setup: Setup) -> dict[str, Figure]:
 
     The same items and the same pruned model without adapters in bf16; plain attention on our side as in a trial, SDPA,
     its default, on the other. ``evaluation_same_choice`` is the share of items on which both choose the same answer,
-    both with plain attention; ``evaluation_fp32_choice`` the share on which each side, as it was timed, chooses as the
+    both with plain attention; ``evaluation_same_choice_softmax`` the same where lm-eval's own takes its softmax in fp32
+    (its option; else it rounds the sum of a choice's log-probabilities to bf16 too, to 0.1 or 0.2 nats);
+    ``evaluation_fp32_choice`` the share on which each side, as it was timed, chooses as the
     model does in fp32; ``evaluation_fp32_difference`` the largest difference of a log-likelihood when both compute in
     fp32, on the first items of each task.
     """
@@ -55,8 +57,12 @@ def evaluation(setup: Setup) -> dict[str, Figure]:
     setup.seconds["ours", "evaluate"], setup.seconds["theirs", "evaluate"] = seconds
     setup.work["evaluation_tokens"], setup.work["evaluation_heads"] = sum(fed), sum(heads)
     theirs.set_attn_implementation("eager")
-    alike = _agreement(
-        setup, mine, plain.samples(plain.language_model(theirs, context.tokenizer), context.tasks, limit)
+    alike, alike_softmax = (
+        _agreement(setup, mine, plain.samples(lm_, context.tasks, limit))
+        for lm_ in (
+            plain.language_model(theirs, context.tokenizer),
+            plain.language_model(theirs, context.tokenizer, softmax_dtype="float32"),
+        )
     )
     exact_model, _ = _models(setup, float32=True)
     exact_lm = evaluate.SharedPrefixLM(exact_model, context.tokenizer, batch_tokens)
@@ -66,6 +72,7 @@ def evaluation(setup: Setup) -> dict[str, Figure]:
     return {
         "evaluation": more_is_better(items / seconds[0], items / seconds[1], "items/s", setup.options.repeats),
         "evaluation_same_choice": more_is_better(alike, SAME_CHOICE, "share of items", items, BAR),
+        "evaluation_same_choice_softmax": more_is_better(alike_softmax, SAME_CHOICE, "share of items", items, BAR),
         "evaluation_fp32_choice": more_is_better(*shares, "share of items", items),
         "evaluation_fp32_difference": less_is_better(difference, FP32_DIFFERENCE, "nats, the largest", 1, BAR),
     }

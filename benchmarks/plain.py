@@ -25,9 +25,9 @@ def samples(lm: Any, loaded: Mapping[str, Any], limit: int) -> dict[str, list[di
     return evaluator.evaluate(lm, asked, limit=limit or None, bootstrap_iters=1)["samples"]
 
 
-def language_model(model: Any, tokenizer: Any) -> HFLM:
+def language_model(model: Any, tokenizer: Any, **options: Any) -> HFLM:
     """Return lm-eval's language model with 16 requests a batch; attention as the model has it."""
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16, device="cpu")
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16, device="cpu", **options)
 
 
 def low_rank(matrix: torch.Tensor, r: int, scale: float) -> quantize.Adapter:

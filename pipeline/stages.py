@@ -211,6 +211,7 @@ def pareto(params: Params, run: Run) -> None:
     for one in every:
         if not one.reference:
             tracking.set_tag(one.run_id, "pareto", "true" if one.run_id in inside else "false")
+            tracking.set_tag(one.run_id, "pareto_probability", f"{one.probability:.2f}")
     for path in stage_.write(every, members, params.pareto.objective, REPORTS):
         run.artifact(path)
     run.metrics({"front_size": len(members), "trials": sum(not one.reference for one in every)})
