@@ -11,7 +11,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 T = TypeVar("T")
-WIDTH = 120
+WIDTH = 132  # of a log; the front's table with the bits of 30 blocks
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:

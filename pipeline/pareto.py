@@ -278,6 +278,7 @@ def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, p
     axes.set_xlabel(f"peak memory of recovery, GiB ({source})")
     axes.set_ylabel(label_of_score)
     axes.set_title("± 1 standard error of the differences between trials, which answer the same items", fontsize=8)
+    axes.margins(y=0.12)  # room for the lowest point's label
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

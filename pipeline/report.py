@@ -58,7 +58,7 @@ def front_table(members: Sequence[Point], objective: str) -> tuple[list[str], li
     """Return (columns, rows) of the front: the objective and accuracy, and how probably the member belongs there."""
     factor, label = scale(objective)
     if objective in LOGPROBS:
-        label = objective.replace("_logprob", " log-prob.")  # the whole name would not leave the bits their room
+        label = f"{objective.removesuffix('_logprob')}, nats"  # the whole name would not leave the bits their room
     digits = 1 if factor == 100 else 3
     columns = ["trial", "method", label, "expected", "mean acc., %", "P(front)", "GiB", "bits"]
     body = [

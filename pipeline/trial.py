@@ -375,7 +375,9 @@ def assemble(context: Context, bits: Sequence[int], *, real: bool | None = None)
     on_cpu = context.device.type == "cpu"
     # On a CPU, 16-bit adapters, byte dropout and plain attention together double the speed of a training step.
     config = lora_config(context.params, context.bank.settings)
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=not on_cpu)
+    with torch.random.fork_rng():  # a dense linear's adapter is drawn
+        torch.manual_seed(context.params.seed)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=not on_cpu)
     if on_cpu:
         recover.use_byte_dropout(adapted, config.lora_dropout)
         model.set_attn_implementation("eager")

@@ -79,7 +79,7 @@ def test_front_table_by_hand():
 def test_front_table_of_log_probabilities_is_in_nats_with_accuracy_beside():
     member = dataclasses.replace(point("random"), score=-1.23456, stderr=0.05, expected=-1.3)
     columns, rows = report.front_table([member], "gold_logprob")
-    assert columns[2] == "gold log-prob."
+    assert columns[2] == "gold, nats"
     assert rows[0][2:6] == ["-1.235 ± 0.050", "-1.300", "50.0 ± 2.5", "-"]
 
 
