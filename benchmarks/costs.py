@@ -28,9 +28,9 @@ def evaluation(setup: Setup) -> dict[str, Figure]:
     its default, on the other. ``evaluation_same_choice`` is the share of items on which both choose the same answer,
     both with plain attention; ``evaluation_same_choice_softmax`` the same where lm-eval's own takes its softmax in fp32
     (its option; else it rounds the sum of a choice's log-probabilities to bf16 too, to 0.1 or 0.2 nats);
-    ``evaluation_fp32_choice`` the share on which each side, as it was timed, chooses as the
-    model does in fp32; ``evaluation_fp32_difference`` the largest difference of a log-likelihood when both compute in
-    fp32, on the first items of each task.
+    ``evaluation_fp32_choice`` the share on which each side, as it was timed, chooses as the model does in fp32;
+    ``evaluation_fp32_difference`` the largest difference of a log-likelihood when both compute in fp32, on the first
+    items of each task.
     """
     context, limit = setup.context, setup.options.limit
     ours, theirs = _models(setup, float32=False)
@@ -150,8 +150,8 @@ def recovery(setup: Setup) -> dict[str, Figure]:
         model = plain.from_bank(context, setup.low)
         seconds = timed(lambda: plain.recover(context, model, rows, padded))
         name = "theirs" if padded else "longest"
-        rows = recover.row_losses(model, context.validation, settings.micro_batch_size, padding)
-        losses[name], _ = recover.mean_loss(rows)
+        held_out = recover.row_losses(model, context.validation, settings.micro_batch_size, padding)
+        losses[name], _ = recover.mean_loss(held_out)
         return seconds
 
     sides = (ours, lambda: theirs(True), lambda: theirs(False))

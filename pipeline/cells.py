@@ -34,6 +34,11 @@ class Cell:
     title: str
     bits: str | None = None
 
+    @property
+    def ratio(self) -> float:
+        """Return its pruning ratio; 0 for the untouched model."""
+        return 0.0 if self.row == UNTOUCHED else self.params.prune.ratio
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -40,7 +40,7 @@ def table(params: Params, run: Run) -> None:
 
     def write(outcomes: Sequence[Outcome]) -> list[Path]:
         tasks, facts = params.evaluate.tasks, _facts(params, outcomes)
-        names = [{"ratio": _ratio(one), "method": one.cell.row} for one in outcomes]
+        names = [{"ratio": one.cell.ratio, "method": one.cell.row} for one in outcomes]
         pages = {
             "md": table_.table_markdown(outcomes, tasks, facts),
             "tex": table_.table_latex(outcomes, tasks, "; ".join(facts)),
@@ -111,12 +111,6 @@ def _write(name: str, pages: dict[str, str]) -> list[Path]:
     return [REPORTS / f"{name}.{ending}" for ending in pages]
 
 
-def _ratio(outcome: Outcome) -> float:
-    from pipeline.pareto import UNTOUCHED
-
-    return 0.0 if outcome.cell.row == UNTOUCHED else outcome.cell.params.prune.ratio
-
-
 def _facts(params: Params, outcomes: Sequence[Outcome]) -> list[str]:
     """Return what a reader must know of the figures."""
     normalized = [task for task in params.evaluate.tasks if definitions.metric(task) == "acc_norm"]
@@ -141,7 +135,7 @@ def _bars(outcomes: Sequence[Outcome], params: Params) -> list[Path]:
 
     panels = []
     for ratio in params.table.ratios:
-        own = [one for one in outcomes if one.result and _ratio(one) == ratio]
+        own = [one for one in outcomes if one.result and one.cell.ratio == ratio]
         bars = [
             report.Bars(LABELS[one.cell.row], one.result.tasks, one.result.peak_memory_bytes)
             for one in own

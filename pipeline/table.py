@@ -99,8 +99,7 @@ def grid(outcomes: Sequence[Outcome], tasks: Sequence[str]) -> list[tuple[str, s
 
 
 def _share(outcome: Outcome) -> str:
-    """Return the ratio of a cell in words."""
-    return f"{100 * (0.0 if outcome.cell.row == UNTOUCHED else outcome.cell.params.prune.ratio):g} %"
+    return f"{100 * outcome.cell.ratio:g} %"
 
 
 def frame(outcomes: Sequence[Outcome], tasks: Sequence[str], names: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -155,13 +154,9 @@ def table_markdown(outcomes: Sequence[Outcome], tasks: Sequence[str], facts: Seq
 def ablation_markdown(made: Variants, outcomes: Sequence[Outcome], tasks: Sequence[str], facts: Sequence[str]) -> str:
     """Return table 2 as Markdown: benchmarks as rows, variants as columns."""
     head = ["benchmark", *(f"{factor.title}: {title}" for factor, title, _ in made)]
-    paired_with = [one for (*_, cell), one in zip(made, outcomes, strict=True) if cell.row != VARIANT][:1]
-    pairs = [
-        ([factor.title, title], one, default)
-        for (factor, title, cell), one in zip(made, outcomes, strict=True)
-        for default in paired_with
-        if cell.row == VARIANT
-    ]
+    columns_ = list(zip(made, outcomes, strict=True))
+    default = next(one for (*_, cell), one in columns_ if cell.row != VARIANT)
+    pairs = [([factor.title, title], one, default) for (factor, title, cell), one in columns_ if cell.row == VARIANT]
     beside = differences("Each variant minus the default", ["factor", "value"], pairs)
     return _page("Table 2", facts, markdown_table(head, transposed(outcomes, tasks)), beside, outcomes)
 
@@ -202,9 +197,8 @@ def transposed(outcomes: Sequence[Outcome], tasks: Sequence[str]) -> list[list[s
 
 def _page(title: str, facts: Sequence[str], body: str, beside: str, outcomes: Sequence[Outcome]) -> str:
     errors = {f"- failed: {one.cell.title}: {one.error}": None for one in outcomes if one.error}
-    return (
-        "\n".join([f"# {title}", "", *(f"- {fact}" for fact in facts), *errors, "", body, "", beside]).rstrip() + "\n"
-    )
+    lines = [f"# {title}", "", *(f"- {fact}" for fact in facts), *errors, "", body]
+    return "\n".join([*lines, "", beside] if beside else [*lines, ""])
 
 
 def table_latex(outcomes: Sequence[Outcome], tasks: Sequence[str], caption: str) -> str:
