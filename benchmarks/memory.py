@@ -1,19 +1,22 @@
-"""The memory predictor against the allocations of real steps on a CPU, as PyTorch's profiler records them.
+"""The memory predictor against the allocations of real steps, on a CPU or on a GPU.
 
-    python -m benchmarks.memory
+    python -m benchmarks.memory [cuda]
 
 Random weights in bitsandbytes' own modules. Training: two optimizer steps of ``recover.run``, two micro-batches each.
-Inference: one tree-masked batch of ``evaluate.score``. The prediction is the CPU's trace (``traced.CPU``); with
-CUDA's kernels in place of the CPU's (``traced.CUDA``) the same trace is what ``memory.predict`` returns. Takes two
-minutes; the last row has the shapes of ``artifacts/base``.
+Inference: one tree-masked batch of ``evaluate.score``. On a CPU PyTorch's profiler records the allocations and the
+prediction is the CPU's trace (``traced.CPU``): two minutes; the last row has the shapes of ``artifacts/base``. On a GPU
+the allocator itself says its peak, less what it held before (cuBLAS's workspaces), and the prediction is
+``memory.predict``'s; it goes on with LLaMA-7B, pruned to equal blocks, with the batches of its preset.
 """
 
+import gc
 import logging
 import random
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import transformers
 import yaml
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline import architecture, checkpoint, evaluate, params, quantize, recover, traced, trial
+from pipeline import architecture, checkpoint, evaluate, memory, params, plan, quantize, recover, traced, trial
 from pipeline.alpaca import Example
 from pipeline.architecture import BlockShape
 from pipeline.evaluate import Request
@@ -47,7 +50,10 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a model's shapes, its bits (``mixed``: random), batch shapes and adapter sizes."""
+    """One row: a model's shapes, its bits (``mixed``: random), batch shapes and adapter sizes.
+
+    With a ``ratio`` the model is LLaMA-7B, pruned by it.
+    """
 
     name: str
     bits: str = "mixed"
@@ -59,6 +65,7 @@ class Case:
     r: int = 8
     double_quant: bool = False
     gradient_checkpointing: bool = False
+    ratio: float | None = None
 
     @property
     def setting(self) -> Setting:
@@ -70,6 +77,8 @@ class Case:
 
     def config(self) -> Any:
         """Return the model's config, as a pruned one."""
+        if self.ratio is not None:
+            return plan.uniform(plan.asked("llama-7b", "24").config, self.ratio)
         if self.name == "SmolLM2's shapes":
             config = checkpoint.load_config("artifacts/base")
         else:
@@ -98,9 +107,20 @@ CASES = [
     Case("SmolLM2's shapes", rows=2, length=64, inference=(2, 128)),
 ]
 
+LLAMA_7B = [
+    replace(Case(name, bits, rows=4, length=256, inference=(64, 128)), ratio=ratio)
+    for name, bits, ratio in (
+        ("LLaMA-7B at 20 %, all 4", "4", 0.2),
+        ("LLaMA-7B at 20 %, mixed", "mixed", 0.2),
+        ("LLaMA-7B at 20 %, 16-bit", "16", 0.2),
+        ("LLaMA-7B at 50 %, mixed", "mixed", 0.5),
+    )
+]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
 
 def peak_of(work: Callable[[], Any]) -> int:
-    """Return the most bytes that some work holds above what was there before, by the allocator's record."""
+    """Return the most bytes that some work holds above what was there before, by the profiler's record on a CPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
     events = [one for one in record.profiler.kineto_results.events() if one.name() == "[memory]"]
@@ -111,19 +131,21 @@ def peak_of(work: Callable[[], Any]) -> int:
     return most
 
 
-def context_of(case: Case, folder: Path) -> trial.Context:
+def context_of(case: Case, folder: Path, device: torch.device = CPU) -> trial.Context:
     """Return what a trial needs: random weights and their layer bank."""
     raw = params.parse(yaml.safe_load(Path("params.yaml").read_text()))
     settings = raw.quantize.model_copy(update={"init": "gaussian", "r": case.r, "double_quant": case.double_quant})
     torch.manual_seed(0)
     config = case.config()
-    state = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
-    quantize.run(state, quantize.names_of(config), settings, 0, folder)
+    with device:
+        state = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
+    state = {name: tensor.cpu() for name, tensor in state.items()}
+    quantize.run(state, quantize.names_of(config), settings, 0, folder, device)
     batch = {"batch_size": 2 * case.rows, "micro_batch_size": case.rows, "max_length": case.length}
     chosen = raw.model_copy(update={"recover": raw.recover.model_copy(update=batch)})
     units = architecture.units(config, "group")
     bank = quantize.Bank(folder)
-    return trial.Context(config, state, bank, None, units, {}, [], [], chosen, torch.device("cpu"))
+    return trial.Context(config, state, bank, None, units, {}, [], [], chosen, device)
 
 
 def bytes_of(model: Any) -> int:
@@ -141,6 +163,10 @@ def every(model: Any) -> list[torch.Tensor]:
 
 def real(case: Case, context: trial.Context, bits: tuple[int, ...]) -> tuple[int, int]:
     """Return the peaks of real training and real inference."""
+    if context.device == CUDA:
+        torch.ones(64, 64, device=CUDA) @ torch.ones(64, 64, device=CUDA)  # cuBLAS takes its workspace
+        gc.collect()
+        before = torch.cuda.memory_allocated()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 1000, (4 * case.rows, case.length), generator=generator).tolist()
     examples = [Example(tuple(row), 1) for row in ids]
@@ -148,8 +174,17 @@ def real(case: Case, context: trial.Context, bits: tuple[int, ...]) -> tuple[int
     if case.gradient_checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     settings = context.params.recover
-    base = bytes_of(model)
-    training = peak_of(lambda: recover.run(model, examples, examples[: case.rows], settings, 2, 0, 0))
+
+    def trained() -> None:
+        recover.run(model, examples, examples[: case.rows], settings, 2, 0, 0)
+
+    if context.device == CUDA:
+        training = (memory.measured(trained, CUDA)[1] or 0) - before
+        del model
+        gc.collect()
+    else:
+        base = bytes_of(model)
+        training = base + peak_of(trained)
 
     fresh = trial.assemble(context, bits, real=True).eval()
     rows, length = case.inference
@@ -161,9 +196,14 @@ def real(case: Case, context: trial.Context, bits: tuple[int, ...]) -> tuple[int
         requests += [Request((*shared, *part), 1) for part in (rest[:middle], rest[middle:])]
     batch = evaluate.trees(requests)
     assert {tree.size for tree in batch} == {length}
-    with torch.inference_mode():
-        inference = peak_of(lambda: list(evaluate.score(fresh, requests, length, [[tree] for tree in batch])))
-    return base + training, base + inference
+
+    @torch.inference_mode()
+    def scored() -> None:
+        list(evaluate.score(fresh, requests, length, [[tree] for tree in batch]))
+
+    if context.device == CUDA:
+        return training, (memory.measured(scored, CUDA)[1] or 0) - before
+    return training, base + peak_of(scored)
 
 
 def predicted(case: Case, config: Any, bits_of: dict[str, int]) -> tuple[int, int]:
@@ -175,29 +215,35 @@ def predicted(case: Case, config: Any, bits_of: dict[str, int]) -> tuple[int, in
     return trace(traced.training), trace(traced.inference)
 
 
-def compare(case: Case) -> tuple[tuple[int, int], tuple[int, int]]:
+def compare(case: Case, device: torch.device = CPU) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return (real, predicted) peaks of training and inference."""
     with tempfile.TemporaryDirectory() as folder:
-        context = context_of(case, Path(folder))
+        context = context_of(case, Path(folder), device)
         draw = random.Random(1)
         widths = tuple(draw.choice((4, 8)) if case.bits == "mixed" else int(case.bits) for _ in context.units)
-        return real(case, context, widths), predicted(case, context.config, context.bits_of(widths))
+        bits_of = context.bits_of(widths)
+        if device == CPU:
+            guess = predicted(case, context.config, bits_of)
+        else:
+            peak = memory.predict(context.config, bits_of, case.setting)
+            guess = peak.training, peak.inference
+        return real(case, context, widths), guess
 
 
-def main() -> None:
+def main(device: torch.device) -> None:
     """Print predicted and real peaks of all cases as a Markdown table."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     checkpoint._quiet()
     print("| case | training, MB | predicted | error | inference, MB | predicted | error |")
     print("|---|---|---|---|---|---|---|")
-    for case in CASES:
+    for case in CASES if device == CPU else [*CASES[:-1], *LLAMA_7B]:
         cells = [
             f"{found / 1e6:.2f} | {guess / 1e6:.2f} | {100 * (guess / found - 1):+.3f} %"
-            for found, guess in zip(*compare(case), strict=True)
+            for found, guess in zip(*compare(case, device), strict=True)
         ]
         print(f"| {case.name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(CUDA if sys.argv[1:] == ["cuda"] else CPU)

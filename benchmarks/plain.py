@@ -26,8 +26,9 @@ def samples(lm: Any, loaded: Mapping[str, Any], limit: int) -> dict[str, list[di
 
 
 def language_model(model: Any, tokenizer: Any, **options: Any) -> HFLM:
-    """Return lm-eval's language model with 16 requests a batch; attention as the model has it."""
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16, device="cpu", **options)
+    """Return lm-eval's language model with 16 requests a batch; attention and device as the model has them."""
+    given = {"batch_size": 16, "device": str(model.device)} | options
+    return HFLM(pretrained=model, tokenizer=tokenizer, **given)
 
 
 def low_rank(matrix: torch.Tensor, r: int, scale: float) -> quantize.Adapter:
@@ -58,9 +59,17 @@ def assemble(context: Context, bits: Sequence[int]) -> PeftModel:
 
 
 def from_bank(context: Context, bits: Sequence[int]) -> PeftModel:
-    """Return the same model from the layer bank, with PEFT's defaults: adapters in fp32, its dropout, SDPA."""
+    """Return the same model from the layer bank, with PEFT's defaults: adapters in fp32, its dropout, SDPA.
+
+    On a GPU of bitsandbytes' modules, elsewhere of dequantized weights, as a trial has them.
+    """
     bits_of = context.bits_of(bits)
-    model = _adapted(context, quantize.simulated(context.state, context.bank, bits_of))
+    if context.device.type == "cuda":
+        model = get_peft_model(
+            trial.mixed_model(context, bits_of), trial.lora_config(context.params, context.bank.settings)
+        )
+    else:
+        model = _adapted(context, quantize.simulated(context.state, context.bank, bits_of))
     trial.set_adapters(model, context.bank, bits_of)
     return model
 
@@ -100,7 +109,7 @@ def recover(context: Context, model: PeftModel, rows: Sequence[Example], padded:
         rows: As many as the steps take.
         padded: To ``recover.max_length`` as the paper has it; else to the longest of each batch.
     """
-    settings = context.params.recover
+    settings, on_cpu = context.params.recover, context.device.type == "cpu"
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -114,7 +123,8 @@ def recover(context: Context, model: PeftModel, rows: Sequence[Example], padded:
             weight_decay=0.0,
             max_grad_norm=1.0,
             seed=context.params.seed,
-            use_cpu=True,
+            use_cpu=on_cpu,
+            optim="adamw_torch" if on_cpu else "paged_adamw_32bit",
             report_to=[],
             save_strategy="no",
             logging_strategy="no",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ class Batch:
     tokens: torch.Tensor
     labels: torch.Tensor
     length: int = 0
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device))
 
 
 def prompt(instruction: str, context: str = "") -> str:

@@ -82,7 +82,7 @@ def probe(model: Any, tokenizer: Any) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def probe_in_fresh_process(folder: Path) -> torch.Tensor:
+def probe_in_fresh_process(folder: Path, device: torch.device) -> torch.Tensor:
     """Return what ``probe`` gives in a new Python process that loads the checkpoint from disk.
 
     Raises:
@@ -90,7 +90,7 @@ def probe_in_fresh_process(folder: Path) -> torch.Tensor:
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.safetensors"
-        command = [sys.executable, "-m", "pipeline.build", str(folder), str(out)]
+        command = [sys.executable, "-m", "pipeline.build", str(folder), str(out), device.type]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
         if done.returncode:
             raise BuildError(f"{folder} does not load in a fresh process:\n{done.stderr[-2000:]}")
@@ -146,7 +146,7 @@ def verified(context: Context, bits: Sequence[int], trained: PeftModel, folder: 
     """
     built = save(context, bits, trained, folder)
     own = probe(built, context.tokenizer)
-    fresh = probe_in_fresh_process(folder)
+    fresh = probe_in_fresh_process(folder, context.device)
     difference = (own - fresh).abs().max().item()
     if difference != 0:
         raise BuildError(
@@ -168,5 +168,6 @@ def lineage_json(values: Mapping[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    save_file({"logits": probe(checkpoint.load_final(source), checkpoint.load_tokenizer(source))}, target)
+    source, target, where = sys.argv[1:]
+    built = checkpoint.load_final(source, where)
+    save_file({"logits": probe(built, checkpoint.load_tokenizer(source))}, target)

@@ -25,6 +25,8 @@ def batches(
 ) -> list[Batch]:
     """Return the calibration batches that section ``prune`` asks for, every position labelled; none if it reads none.
 
+    They are on the model's device.
+
     Args:
         model: The model to prune, which writes the ``own_samples``.
         tokenizer: Its tokenizer.
@@ -39,7 +41,7 @@ def batches(
     found = alpaca.SOURCES[settings.text](rows, tokenizer, held_out, settings.samples, settings.max_length, seed)
     if settings.own_samples:
         found += written(model, tokenizer, settings.own_samples, settings.max_length, seed)
-    return list(alpaca.batches(found, size, tokenizer.pad_token_id, whole=True))
+    return [part.to(model.device) for part in alpaca.batches(found, size, tokenizer.pad_token_id, whole=True)]
 
 
 @torch.inference_mode()
@@ -55,7 +57,7 @@ def written(model: Any, tokenizer: Any, samples: int, length: int, seed: int) ->
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for first in progress(range(0, samples, _AT_ONCE), "the model's own text"):
-            prompt = torch.full((min(_AT_ONCE, samples - first), 1), start)
+            prompt = torch.full((min(_AT_ONCE, samples - first), 1), start, device=model.device)
             tokens = model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),

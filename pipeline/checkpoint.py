@@ -136,10 +136,13 @@ def pruned_config(config: PretrainedConfig, block_shapes: list[BlockShape]) -> P
     return _PRUNED[config.model_type.removeprefix("pruned_")].config_class(**fields)
 
 
-def from_state(config: PretrainedConfig, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+def from_state(
+    config: PretrainedConfig, state: dict[str, torch.Tensor], device: str | torch.device = "cpu"
+) -> PreTrainedModel:
     """Build a model from tensors in memory, without touching the disk."""
     name = config.model_type.removeprefix("pruned_")
-    return _PRUNED[name].from_pretrained(None, config=config, state_dict=state)
+    # Without a device of its own, transformers puts a quantized model on a GPU and any other on the CPU.
+    return _PRUNED[name].from_pretrained(None, config=config, state_dict=state, device_map=device)
 
 
 # --- mixed bit-widths --------------------------------------------------------------------------------------------
@@ -266,7 +269,9 @@ def load_config(folder: str | Path) -> Any:
     return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def load_model(folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    folder: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
     """Load any checkpoint of the pipeline for evaluation, without remote code.
 
     A mixed-bit checkpoint decides its own types: pass no ``dtype`` for it.
@@ -296,7 +301,7 @@ def _quiet() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def load_final(folder: str | Path, device: str = "cpu") -> Any:
+def load_final(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     """Load a built model: bitsandbytes' modules of its bit-widths, with its adapter, in evaluation mode."""
     from peft import PeftModel
 

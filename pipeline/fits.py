@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pipeline import architecture
-from pipeline.architecture import ATTENTION, GRANULARITIES, LINEARS
+from pipeline.architecture import ATTENTION, GRANULARITIES, LINEARS, BlockShape
 
 if TYPE_CHECKING:
     from pipeline.params import BlockRange, Build, Prune, Quantize, Search
@@ -65,7 +65,7 @@ def block_range(config: Any, key: str, span: BlockRange) -> str | None:
 
 
 def ratio(config: Any, prune: Prune, key: str, asked: float) -> str | None:
-    """Refuse a ratio that would empty a block: each keeps one structure of each kind.
+    """Refuse a ratio that would empty a block: each keeps a head, and ``multiple_of`` channels.
 
     Args:
         config: The model's config.
@@ -77,7 +77,8 @@ def ratio(config: Any, prune: Prune, key: str, asked: float) -> str | None:
     if any(block_range(config, key, span) for key, span in spans):
         return None  # which is a fault of its own
     removable = sum(
-        architecture.group_parameters(config, shape, kind) * (architecture.group_count(shape, kind) - 1)
+        architecture.group_parameters(config, shape, kind)
+        * (architecture.group_count(shape, kind) - kept(prune, shape, kind))
         for index, shape in enumerate(architecture.shapes(config))
         for kind in prune.structures
         if prunable(config, prune, index, kind)
@@ -86,9 +87,15 @@ def ratio(config: Any, prune: Prune, key: str, asked: float) -> str | None:
     if asked * parameters > removable:
         return (
             f"{key}: {asked} of {parameters:,} parameters is more than the {removable / parameters:.3f} "
-            "that structures and block ranges allow while each block keeps one of each; lower it or widen the ranges"
+            "that structures and block ranges allow while each block keeps a head and prune.multiple_of channels; "
+            "lower it or widen the ranges"
         )
     return None
+
+
+def kept(prune: Prune, shape: BlockShape, kind: str) -> int:
+    """Return how many structures of a kind a block keeps at least."""
+    return 1 if kind == "attention" else min(prune.multiple_of, shape.channels)
 
 
 def calibrated(importance: str, compensate: bool) -> bool:

@@ -70,6 +70,7 @@ def run(
         seed: Of k-means.
     """
     model.eval()
+    calibration = [part.to(model.device) for part in calibration]
     by_block = mutual_information(model, calibration, settings, seed)
     rises, loss = sensitivity(model, calibration, units, quantization)
     return Priors(
@@ -94,9 +95,9 @@ def mutual_information(model: Any, calibration: Sequence[Batch], settings: Impor
         real = part.labels != IGNORED
         with architecture.block_outputs(model) as found:
             last = model.model(input_ids=part.tokens, use_cache=False).last_hidden_state
-        predictions.append(model.lm_head(last[real]).argmax(-1))
+        predictions.append(model.lm_head(last[real]).argmax(-1).cpu())
         for block, value in enumerate(found):
-            outputs[block].append(value[real].float())
+            outputs[block].append(value[real].float().cpu())
     from sklearn.cluster import MiniBatchKMeans  # seconds to import, and the search only reads what this wrote
 
     outcome = common_outcomes(torch.cat(predictions).numpy(), settings.outcomes)
@@ -147,26 +148,26 @@ def sensitivity(
     """Return (rise of the loss for each unit that alone goes from 8 to 4 bits, the loss with all at 8).
 
     The states that enter a block do not depend on what comes after, so each unit's pass starts at its own block.
-    The model's linears are left at 8 bits.
+    The model's linears are left at 8 bits. What waits for its turn, weights and states, waits in the CPU's memory.
     """
     weights = {name: model.get_submodule(name).weight for unit in units for name in unit.linears}
-    dense = {name: weight.clone() for name, weight in weights.items()}
-    for name, weight in weights.items():
-        weight.copy_(dequantize(quantize(dense[name], 8, settings), weight.dtype))
+    dense = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.copy_(dequantize(quantize(weight, 8, settings), weight.dtype))
     entering: list[list[torch.Tensor]] = []
     base = 0.0
     for part in calibration:
         found = model.model(input_ids=part.tokens, use_cache=False, output_hidden_states=True)
-        entering.append(list(found.hidden_states[:-1]))
+        entering.append([states.cpu() for states in found.hidden_states[:-1]])
         base += _loss_sum(model, found.last_hidden_state, part)
     count = sum(int((part.labels[:, 1:] != IGNORED).sum()) for part in calibration)
     rises = []
     for unit in progress(list(units), "sensitivity"):
         eight = {name: weights[name].clone() for name in unit.linears}
         for name in unit.linears:
-            weights[name].copy_(dequantize(quantize(dense[name], 4, settings), weights[name].dtype))
+            weights[name].copy_(dequantize(quantize(dense[name].to(model.device), 4, settings), weights[name].dtype))
         total = sum(
-            _loss_sum(model, architecture.forward_from(model, unit.block, states[unit.block]), part)
+            _loss_sum(model, architecture.forward_from(model, unit.block, states[unit.block].to(model.device)), part)
             for states, part in zip(entering, calibration, strict=True)
         )
         for name in unit.linears:

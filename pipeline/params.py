@@ -105,6 +105,9 @@ class Prune(Section):
     aggregate: Literal["sum", "mean", "prod", "max", "last"] = Field(description="From a group's members to its score.")
     scope: Literal["local", "global"] = Field(description="The same share of each block, or one ranking of all groups.")
     structures: tuple[Literal["attention", "mlp"], ...] = Field(min_length=1, description="Which structures may go.")
+    multiple_of: Positive = Field(
+        description="The MLP channels that a block keeps are a multiple of it; int8 on a GPU needs 4."
+    )
     attention_blocks: BlockRange
     mlp_blocks: BlockRange
     text: Literal["rows", "snippets", "packed", "responses"] = Field(

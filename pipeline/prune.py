@@ -74,17 +74,17 @@ def at_ratios(
         check(dense.config, settings.model_copy(update={"ratio": ratio}))
     first = scored(dense, calibration, settings, seed)
     for ratio in ratios:
-        model, kept, (scores, grams) = dense, every, first
+        model, config, kept, (scores, grams) = dense, dense.config, every, first
+        state: dict[str, torch.Tensor] = {}
         for step in range(1, settings.steps + 1):
             if step > 1:
+                model = checkpoint.from_state(config, state, dense.device)
                 scores, grams = scored(model, calibration, settings, seed)
-            now = architecture.parameters(model.config)
-            target = round(before * ratio * step / settings.steps) - (before - now)
-            keep = select(scores, model.config, target, settings)
+            target = round(before * ratio * step / settings.steps) - (before - architecture.parameters(config))
+            keep = select(scores, config, target, settings)
             config, state = remove(model, keep, grams)
             kept = [{kind: old[kind][new[kind]] for kind in COUPLED} for old, new in zip(kept, keep, strict=True)]
-            model = checkpoint.from_state(config, state)
-        yield Pruned(model.config, state, (before, architecture.parameters(model.config)), kept)
+        yield Pruned(config, state, (before, architecture.parameters(config)), kept)
 
 
 def scored(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) -> tuple[Scores, Grams | None]:
@@ -110,35 +110,40 @@ def check(config: Any, settings: Prune) -> None:
 
 
 def select(scores: Scores, config: Any, target: int, settings: Prune) -> Keep:
-    """Choose what stays so that ``target`` parameters go, to within half a structure.
+    """Choose what stays so that ``target`` parameters go, to within half a head or half of ``multiple_of`` channels.
 
     ``global`` ranks all structures by score per parameter and takes the lowest. ``local`` takes the same share of every
-    block in range, lowest scores first. Each block keeps at least one structure of each kind.
+    block in range, lowest scores first. Channels go in lots, cheapest first, so that a multiple of ``multiple_of``
+    stays. Each block keeps at least one head and one lot.
 
     Args:
         scores: Of each block and kind, [structures].
         config: The model's config.
         target: Parameters to remove.
-        settings: ``scope``, ``structures`` and the block ranges are read.
+        settings: ``scope``, ``structures``, ``multiple_of`` and the block ranges are read.
     """
-    # (rank, parameters, block, kind, structure), cheapest to lose first
-    ranked: list[tuple[float, int, int, str, int]] = []
+    # (rank, parameters, block, kind, structures), cheapest to lose first
+    ranked: list[tuple[float, int, int, str, list[int]]] = []
     for index, (shape, block) in enumerate(zip(architecture.shapes(config), scores, strict=True)):
         for kind in COUPLED:
             if not fits.prunable(config, settings, index, kind):
                 continue
             cost = architecture.group_parameters(config, shape, kind)
             order = block[kind].argsort(stable=True).tolist()
-            for position, structure in enumerate(order[:-1]):  # the best one always stays
-                local_rank = (position + 1) / len(order)
-                rank = local_rank if settings.scope == "local" else float(block[kind][structure]) / cost
-                ranked.append((rank, cost, index, kind, structure))
+            score = block[kind].tolist()
+            gone_so_far = 0
+            for lot in _lots(order, fits.kept(settings, shape, kind))[:-1]:  # the best one always stays
+                gone_so_far += len(lot)
+                local_rank = gone_so_far / len(order)
+                mean = sum(score[structure] for structure in lot) / len(lot)
+                rank = local_rank if settings.scope == "local" else mean / cost
+                ranked.append((rank, cost * len(lot), index, kind, lot))
     ranked.sort(key=lambda item: (item[0], item[2], item[3], item[4]))
     gone: list[dict[str, set[int]]] = [{kind: set() for kind in COUPLED} for _ in scores]
     left = target
-    for _, cost, index, name, structure in ranked:
-        if cost / 2 <= left:  # a large head may not fit where a channel still does
-            gone[index][name].add(structure)
+    for _, cost, index, name, lot in ranked:
+        if cost / 2 <= left:  # a large head may not fit where channels still do
+            gone[index][name].update(lot)
             left -= cost
     return [
         {
@@ -149,15 +154,22 @@ def select(scores: Scores, config: Any, target: int, settings: Prune) -> Keep:
     ]
 
 
+def _lots(order: list[int], size: int) -> list[list[int]]:
+    """Cut a list into lots of a size, the first one smaller if it does not come out even."""
+    first = len(order) % size
+    cuts = [*([0] if first else []), *range(first, len(order), size)]
+    return [order[start:end] for start, end in zip(cuts, [*cuts[1:], len(order)], strict=True)]
+
+
 def remove(model: Any, keep: Keep, grams: Grams | None = None) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Return (config, tensors) of the model without the structures that are not kept.
+    """Return (config, tensors) of the model without the structures that are not kept, in the CPU's memory.
 
     Args:
         model: The model; not changed.
         keep: Of each block, the structures that stay.
         grams: If given, the reading linears are refitted to their dense outputs (``refit``).
     """
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     shapes = architecture.shapes(model.config)
     smaller = []
     for index, (shape, block) in enumerate(zip(shapes, keep, strict=True)):
@@ -169,7 +181,10 @@ def remove(model: Any, keep: Keep, grams: Grams | None = None) -> tuple[Any, dic
                 rows = architecture.member_indices(model.config, shape, name, block[kind])
                 weight = state[f"{full}.weight"]
                 if side == "in":
-                    fitted = refit(weight, grams[index][kind], rows) if grams else weight[:, rows]
+                    if grams:
+                        fitted = refit(weight.to(model.device), grams[index][kind].to(model.device), rows).cpu()
+                    else:
+                        fitted = weight[:, rows]
                     state[f"{full}.weight"] = fitted.contiguous()
                 else:
                     state[f"{full}.weight"] = weight[rows].contiguous()
@@ -193,6 +208,6 @@ def refit(weight: torch.Tensor, gram: torch.Tensor, columns: torch.Tensor) -> to
     inner = gram[columns][:, columns].double()
     outer = weight.double() @ gram[:, columns].double()
     pull = _REFIT_DAMPING * gram.diagonal().double().median()
-    inner += torch.eye(len(columns), dtype=torch.float64) * pull
+    inner.diagonal().add_(pull)
     outer += weight[:, columns].double() * pull  # towards the unchanged columns, not towards zero
     return torch.linalg.solve(inner, outer.T).T.to(weight.dtype)

@@ -24,6 +24,7 @@ from pipeline.params import Quantize
 
 BITS = (4, 8)
 Stored = dict[str, torch.Tensor]  # a linear's tensors by bitsandbytes' names: `weight`, `weight.absmax`, `SCB`, ...
+CPU = torch.device("cpu")
 _BLOCK = 64  # weights that share one 4-bit scale
 
 
@@ -125,7 +126,14 @@ def initialize(weight: torch.Tensor, bits: int, settings: Quantize) -> tuple[Sto
     return stored, adapter
 
 
-def run(weights: Mapping[str, torch.Tensor], names: Sequence[str], settings: Quantize, seed: int, folder: Path) -> None:
+def run(
+    weights: Mapping[str, torch.Tensor],
+    names: Sequence[str],
+    settings: Quantize,
+    seed: int,
+    folder: Path,
+    device: torch.device = CPU,
+) -> None:
     """Write the layer bank.
 
     Args:
@@ -134,6 +142,7 @@ def run(weights: Mapping[str, torch.Tensor], names: Sequence[str], settings: Qua
         settings: Section ``quantize`` of the params.
         seed: For Gaussian initialization and randomized SVD.
         folder: Where the bank goes: ``codes<bits>.safetensors`` and ``adapters<bits>.safetensors``.
+        device: Where it is computed, a linear at a time.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -141,9 +150,9 @@ def run(weights: Mapping[str, torch.Tensor], names: Sequence[str], settings: Qua
             codes: dict[str, torch.Tensor] = {}
             adapters: dict[str, torch.Tensor] = {}
             for name in progress(names, f"layer bank, {bits} bits"):
-                stored, adapter = initialize(weights[f"{name}.weight"], bits, settings)
-                codes |= {f"{name}.{key}": value.contiguous() for key, value in stored.items()}
-                adapters |= {f"{name}.lora_A": adapter.a, f"{name}.lora_B": adapter.b}
+                stored, adapter = initialize(weights[f"{name}.weight"].to(device), bits, settings)
+                codes |= {f"{name}.{key}": value.contiguous().cpu() for key, value in stored.items()}
+                adapters |= {f"{name}.lora_A": adapter.a.cpu(), f"{name}.lora_B": adapter.b.cpu()}
             save_file(codes, folder / f"codes{bits}.safetensors")
             save_file(adapters, folder / f"adapters{bits}.safetensors")
     (folder / "quantize.json").write_text(settings.model_dump_json(indent=1))

@@ -292,7 +292,7 @@ class _Training:
         count = sum(int((part.labels[:, 1:] != IGNORED).sum()) for part in parts)
         device, total = self.model.device, 0.0
         for part in parts:
-            value, _ = response_loss(self.model, Batch(part.tokens.to(device), part.labels.to(device)))
+            value, _ = response_loss(self.model, part.to(device))
             (value / count).backward()
             total += value.item() / count
             del value  # its graph holds the inputs of 8-bit linears, also after the backward pass
@@ -331,7 +331,9 @@ class _Training:
         """Write the state as safetensors, atomically."""
         tensors = {f"weight.{index}": copy.detach() for index, copy in enumerate(self.masters.copies)}
         tensors |= {f"best.{index}": copy for index, copy in enumerate(self.best or ())}
-        for index, state in self.optimizer.state_dict()["state"].items():
+        # Not `state_dict`, in which bitsandbytes wraps its states.
+        for index, copy in enumerate(self.masters.copies):
+            state = self.optimizer.state[copy]
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
         tensors["random"] = torch.get_rng_state()
         if self.model.device.type == "cuda":
@@ -353,12 +355,12 @@ class _Training:
         self.masters.give_back()
         if "best.0" in tensors:
             self.best = [tensors[f"best.{index}"] for index in range(len(self.masters.copies))]
-        whole = self.optimizer.state_dict()
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")
-                whole["state"].setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(whole)
+                # PyTorch counts steps in a tensor of floats, bitsandbytes in an int.
+                kept = value if value.is_floating_point() else value.item()
+                self.optimizer.state[self.masters.copies[int(index)]][name] = kept
         torch.set_rng_state(tensors["random"].cpu())
         if "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"].cpu(), self.model.device)
@@ -373,7 +375,7 @@ def adamw(weights: Sequence[torch.Tensor], learning_rate: float, device: torch.d
     if device.type == "cuda":
         import bitsandbytes
 
-        return bitsandbytes.optim.PagedAdamW32bit(weights, lr=learning_rate)
+        return bitsandbytes.optim.PagedAdamW32bit(weights, lr=learning_rate, weight_decay=0.0)
     return torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
 
 
@@ -404,9 +406,9 @@ def row_losses(model: Any, examples: Sequence[Example], size: int, padding: int)
     model.eval()
     found: list[tuple[float, int]] = []
     for part in batches(examples, size, padding, False):
-        labels = part.labels[:, 1:].to(model.device)
-        hidden, head = _before_head(model, part.tokens.to(model.device))
-        for states, wanted in zip(hidden, labels, strict=True):
+        here = part.to(model.device)
+        hidden, head = _before_head(model, here.tokens)
+        for states, wanted in zip(hidden, here.labels[:, 1:], strict=True):
             chosen = wanted != IGNORED
             loss = _ChunkedLoss.apply(states[chosen], head, wanted[chosen])
             found.append((loss.item(), int(chosen.sum())))

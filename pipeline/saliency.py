@@ -22,6 +22,7 @@ Grams = list[dict[str, torch.Tensor]]  # of each block: X^T X of what reads each
 FROM_GRAMS = ("activation", "surgeon")
 READER = {"attention": ATTENTION[3], "mlp": MLP[2]}  # the linear that reads a kind's structures
 _HEAD_FACTOR = 4.0
+_BLOCKS_AT_ONCE = 8  # whose Gram matrices a GPU holds; a pass over the text for each such lot
 _ENERGY_BATCHES = 3  # batches that the gradient's energy is measured on: it varies far more by block than by row
 _ENERGY_POWER = 0.7  # below 1: the error of an early block fades on its way
 # Of the median of the Gram matrix's diagonal, added to it: the mean may be that of one massive activation.
@@ -31,15 +32,20 @@ _DAMPING = 1e-2  # while choosing
 def importance(
     model: Any, calibration: Sequence[Batch], settings: Prune, seed: int = 0, grams: Grams | None = None
 ) -> Scores:
-    """Return the score of every coupled structure of a model, by the chosen measure.
+    """Return the score of every coupled structure of a model, by the chosen measure, in the CPU's memory.
 
     Args:
         model: The model. Gradients of its parameters are used and cleared.
-        calibration: Token batches.
+        calibration: Token batches, on the model's device.
         settings: ``importance``, ``level`` and ``aggregate`` are read.
         seed: For random importance.
         grams: As ``input_grams`` returns them, if they are at hand.
     """
+    scores = _importance(model, calibration, settings, seed, grams)
+    return [{kind: values.cpu() for kind, values in block.items()} for block in scores]
+
+
+def _importance(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int, grams: Grams | None) -> Scores:
     kind = settings.importance
     if kind == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -63,7 +69,8 @@ def gradients(
     """Return each linear's mean gradient and mean squared gradient over the rows, as the measure needs them.
 
     The diagonal of the Hessian in eq. 6 is replaced by the diagonal of the empirical Fisher information, the mean over
-    rows of the squared gradient of a row's mean loss.
+    rows of the squared gradient of a row's mean loss. Both are kept in the CPU's memory: they are several times the
+    model.
     """
     first: dict[str, torch.Tensor] = {}
     second: dict[str, torch.Tensor] = {}
@@ -79,7 +86,7 @@ def gradients(
         loss(model, part).backward()
         share = len(part.tokens) / len(rows)
         for name, weight in weights.items():
-            gradient = weight.grad.float()
+            gradient = weight.grad.cpu().float()
             if kind != "taylor2":
                 first[name] = first.get(name, 0) + share * gradient
             if squares:
@@ -104,7 +111,7 @@ def weight_scores(
     """
     scores = {}
     for name in architecture.linears(model.config):
-        weight = model.get_submodule(name).weight.detach().float()
+        weight = model.get_submodule(name).weight.detach().cpu().float()
         if kind == "magnitude":
             scores[name] = weight
         elif kind == "taylor1":
@@ -156,7 +163,7 @@ def fisher_mask(model: Any, calibration: Sequence[Batch]) -> Scores:
     F / 2, F being the mean over rows of (dL/dm)^2; the mean of dL/dm itself is near zero at a minimum.
     """
     squares = [
-        {kind: torch.zeros(architecture.group_count(shape, kind)) for kind in COUPLED}
+        {kind: torch.zeros(architecture.group_count(shape, kind), device=model.device) for kind in COUPLED}
         for shape in architecture.shapes(model.config)
     ]
     model.eval().requires_grad_(False)
@@ -185,7 +192,7 @@ def activation(model: Any, grams: Grams) -> Scores:
                 continue
             reader = model.get_submodule(architecture.linear_name(index, READER[kind])).weight.detach().float()
             count = architecture.group_count(architecture.shapes(model.config)[index], kind)
-            width = gram.shape[0] // count
+            width, gram = gram.shape[0] // count, gram.to(reader.device)
             energy = (
                 torch.stack(
                     [
@@ -196,7 +203,7 @@ def activation(model: Any, grams: Grams) -> Scores:
                 if width > 1
                 else gram.diagonal() * reader.square().sum(0)
             )
-            scores[kind] = energy / block["output"]
+            scores[kind] = energy / block["output"].to(reader.device)
         found.append(scores)
     return found
 
@@ -221,7 +228,9 @@ def surgeon(model: Any, calibration: Sequence[Batch], settings: Prune, grams: Gr
             weight = model.get_submodule(architecture.linear_name(index, name)).weight.detach()
             width = architecture.group_width(model.config, shape, name)
             factor = _HEAD_FACTOR if kind == "attention" else 1.0
-            scores[kind] = surgeon_order(weight, block[kind], width) * energy[index] ** _ENERGY_POWER * factor
+            scores[kind] = (
+                surgeon_order(weight, block[kind].to(weight.device), width) * energy[index] ** _ENERGY_POWER * factor
+            )
         found.append(scores)
     return found
 
@@ -244,21 +253,23 @@ def surgeon_order(weight: torch.Tensor, gram: torch.Tensor, width: int, chunk: i
     """
     count = gram.shape[0] // width
     chunk = max(count // 50, 1) if chunk is None else chunk
-    damped = gram.double() + torch.eye(len(gram), dtype=torch.float64) * _DAMPING * gram.diagonal().double().median()
+    damped = gram.to(torch.float64, copy=True)
+    damped.diagonal().add_(_DAMPING * damped.diagonal().median())
     inverse, rest = torch.linalg.inv(damped).float(), weight.float().clone()
-    alive = torch.ones(count, dtype=torch.bool)
-    costs, highest = torch.full((count,), float("inf")), torch.tensor(0.0)
-    each = torch.arange(count)
+    device = gram.device
+    alive = torch.ones(count, dtype=torch.bool, device=device)
+    costs, highest = torch.full((count,), float("inf"), device=device), torch.zeros((), device=device)
+    each = torch.arange(count, device=device)
     while int(alive.sum()) > 1:
         own = inverse.unflatten(1, (count, width)).unflatten(0, (count, width))[each, :, each, :].clone()
-        own[~alive] = torch.eye(width)
+        own[~alive] = torch.eye(width, device=device)
         columns = rest.unflatten(1, (count, width))
         now = torch.einsum("ogi,gij,ogj->g", columns, torch.linalg.inv(own), columns)
         now[~alive] = float("inf")
         taken = now.topk(min(chunk, int(alive.sum()) - 1), largest=False).indices
         highest = torch.maximum(highest, now[taken].max())
         costs[taken] = highest
-        gone = (taken[:, None] * width + torch.arange(width)).flatten()
+        gone = (taken[:, None] * width + torch.arange(width, device=device)).flatten()
         step = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
         rest -= rest[:, gone] @ step
         inverse -= inverse[:, gone] @ step
@@ -269,7 +280,7 @@ def surgeon_order(weight: torch.Tensor, gram: torch.Tensor, width: int, chunk: i
 
 def gradient_energy(model: Any, calibration: Sequence[Batch]) -> torch.Tensor:
     """Return the mean over tokens of ||dL/dh||^2 at each block's output h, L summed over tokens: [blocks]."""
-    total, tokens = torch.zeros(len(architecture.blocks(model))), 0
+    total, tokens = torch.zeros(len(architecture.blocks(model)), device=model.device), 0
     model.eval().requires_grad_(False)
     for part in progress(calibration, "gradient energy"):
         embedded = model.get_input_embeddings()(part.tokens).requires_grad_(True)
@@ -284,27 +295,34 @@ def gradient_energy(model: Any, calibration: Sequence[Batch]) -> torch.Tensor:
 def input_grams(model: Any, calibration: Sequence[Batch]) -> Grams:
     """Return, for each block, X^T X of the inputs X of the reading linears, and the energy of the block's output.
 
-    Padding is left out. Divided by the number of tokens.
+    Padding is left out. Divided by the number of tokens. They are kept in the CPU's memory: those of a large model are
+    more than the model, so a GPU holds them for a few blocks at a time.
     """
-    found: list[dict[str, torch.Tensor]] = [{} for _ in architecture.blocks(model)]
-    total = 0
     model.eval()
-    for part in progress(calibration, "activations"):
+    count = model.config.num_hidden_layers
+    at_once = count if model.device.type == "cpu" else _BLOCKS_AT_ONCE
+    found: Grams = []
+    for first in range(0, count, at_once):
+        found += _grams_of(model, calibration, range(first, min(first + at_once, count)))
+    return found
+
+
+@torch.no_grad()
+def _grams_of(model: Any, calibration: Sequence[Batch], blocks: range) -> Grams:
+    found: dict[int, dict[str, Any]] = {block: dict.fromkeys((*READER, "output"), 0) for block in blocks}
+    total = 0
+    for part in progress(calibration, f"activations, blocks {blocks[0]} to {blocks[-1]}"):
         real = part.labels != IGNORED
         real[:, 0] = True
         total += int(real.sum())
-        with (
-            torch.no_grad(),
-            _reading(model, lambda value: value) as seen,
-            architecture.block_outputs(model) as outputs,
-        ):
+        with _reading(model, lambda value: value) as seen, architecture.block_outputs(model) as outputs:
             model.model(input_ids=part.tokens, use_cache=False)
-        for (block, kind), value in seen.items():
-            rows = value[real].float()
-            found[block][kind] = found[block].get(kind, 0) + rows.T @ rows
-        for block, value in enumerate(outputs):
-            found[block]["output"] = found[block].get("output", 0) + value[real].float().square().sum()
-    return [{kind: value / total for kind, value in block.items()} for block in found]
+        for block, own in found.items():
+            for kind in READER:
+                rows = seen[block, kind][real].float()
+                own[kind] += rows.T @ rows
+            own["output"] += outputs[block][real].float().square().sum()
+    return [{kind: (value / total).cpu() for kind, value in own.items()} for own in found.values()]
 
 
 class _reading:  # noqa: N801  (a context manager)

@@ -19,10 +19,10 @@ class Compressed(mlflow.pyfunc.PythonModel):
     """A built checkpoint that answers instructions."""
 
     def load_context(self, context: Any) -> None:
-        """Load and verify the checkpoint."""
+        """Load and verify the checkpoint, onto a GPU if there is one."""
         folder = context.artifacts["checkpoint"]
         storage.verify(folder, "build")
-        self.model = checkpoint.load_final(folder)
+        self.model = checkpoint.load_final(folder, "cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = checkpoint.load_tokenizer(folder)
 
     def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
@@ -37,7 +37,7 @@ class Compressed(mlflow.pyfunc.PythonModel):
         limit = (params or {}).get("max_new_tokens", MAX_NEW_TOKENS)
         answers = []
         for text in texts:
-            tokens = torch.tensor([self.tokenizer.encode(alpaca.prompt(text))])
+            tokens = torch.tensor([self.tokenizer.encode(alpaca.prompt(text))], device=self.model.device)
             with torch.inference_mode():
                 out = self.model.generate(
                     input_ids=tokens,

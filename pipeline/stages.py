@@ -72,9 +72,10 @@ def write_pruned(params: Params, targets: Mapping[float, Path]) -> Any:
     """Prune the base model to each ratio into its checkpoint folder; return the last one's ``prune.Pruned``."""
     from pipeline import calibration, checkpoint
     from pipeline import prune as stage_
+    from pipeline.device import device_of
 
     storage.verify(BASE, "fetch")
-    model, tokenizer = checkpoint.load_model(BASE), checkpoint.load_tokenizer(BASE)
+    model, tokenizer = checkpoint.load_model(BASE, device=device_of(params)), checkpoint.load_tokenizer(BASE)
     parts = calibration.batches(model, tokenizer, ALPACA, params.prune, params.data.validation_rows, params.seed)
     made = stage_.at_ratios(model, parts, params.prune, list(targets), params.seed)
     for target, pruned in zip(targets.values(), made, strict=True):
@@ -114,8 +115,9 @@ def write_priors(params: Params, pruned: Path, target: Path) -> Any:
     """Measure the importance of a pruned checkpoint's units into a JSON file; return the ``importance.Priors``."""
     from pipeline import alpaca, architecture, checkpoint
     from pipeline import importance as stage_
+    from pipeline.device import device_of
 
-    model, tokenizer = checkpoint.load_model(pruned), checkpoint.load_tokenizer(pruned)
+    model, tokenizer = checkpoint.load_model(pruned, device=device_of(params)), checkpoint.load_tokenizer(pruned)
     settings = params.importance
     rows = alpaca.rows(
         ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed
@@ -139,10 +141,11 @@ def write_bank(params: Params, pruned: Path, target: Path) -> None:
     """Quantize every linear of a pruned checkpoint into a layer bank."""
     from pipeline import checkpoint, trial
     from pipeline import quantize as stage_
+    from pipeline.device import device_of
 
-    config = checkpoint.load_config(pruned)
+    names, device = stage_.names_of(checkpoint.load_config(pruned)), device_of(params)
     with storage.writing(target) as folder:
-        stage_.run(trial.load_state(pruned), stage_.names_of(config), params.quantize, params.seed, folder)
+        stage_.run(trial.load_state(pruned), names, params.quantize, params.seed, folder, device)
 
 
 @stage
@@ -277,11 +280,12 @@ def build(params: Params, run: Run) -> None:
 @stage
 def evaluate(params: Params, run: Run) -> None:
     """Score the built checkpoint itself, with bitsandbytes' modules, on items that no trial saw."""
-    from pipeline import checkpoint, tasks, trial
+    from pipeline import checkpoint, tasks
     from pipeline import evaluate as stage_
+    from pipeline.device import device_of
 
     storage.verify(FINAL, "build")
-    model = checkpoint.load_final(FINAL, trial.device_of(params).type)
+    model = checkpoint.load_final(FINAL, device_of(params))
     loaded = tasks.load(params.evaluate.tasks, BENCHMARKS)
     skip = stage_.seen(loaded, params.evaluate.limit)
     if not skip:

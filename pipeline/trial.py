@@ -22,7 +22,10 @@ from pipeline import GIB, alpaca, architecture, checkpoint, evaluate, memory, qu
 from pipeline.allocate import Space
 from pipeline.alpaca import Example
 from pipeline.architecture import Unit
+from pipeline.device import device_of
 from pipeline.params import Params
+
+INT8_MULTIPLE = 4  # cuBLAS multiplies int8 matrices whose sides are multiples of it
 
 
 @dataclass(frozen=True)
@@ -194,12 +197,18 @@ def load(params: Params, pruned: Path, bank: Path, rows: Path, items: Path) -> C
 
     Raises:
         CheckpointError: The pruned model or the bank is missing or was changed.
-        ValueError: A bit string in the params does not fit the model.
+        ValueError: A bit string in the params does not fit the model, or the model a GPU.
     """
     storage.verify(pruned, "prune")
     storage.verify(bank, "quantize")
     model = checkpoint.load_model(pruned)
     tokenizer = checkpoint.load_tokenizer(pruned)
+    device = device_of(params)
+    if device.type == "cuda" and any(shape.channels % INT8_MULTIPLE for shape in architecture.shapes(model.config)):
+        raise ValueError(
+            f"{pruned}: a block's number of channels is no multiple of {INT8_MULTIPLE}, which 8 bits need on a GPU; "
+            f"set prune.multiple_of to {INT8_MULTIPLE} or 8 and prune again, or set device to cpu"
+        )
     units = architecture.units(model.config, params.search.granularity)
     for bits in params.search.seed_bits:
         quantize.read_bits(bits, units)
@@ -215,7 +224,7 @@ def load(params: Params, pruned: Path, bank: Path, rows: Path, items: Path) -> C
         train=alpaca.encode(train, tokenizer, length),
         validation=alpaca.encode(held_out, tokenizer, length),
         params=params,
-        device=device_of(params),
+        device=device,
     )
 
 
@@ -255,17 +264,6 @@ def space(context: Context) -> Space:
                 "remove it or loosen the limit"
             )
     return found
-
-
-def device_of(params: Params) -> torch.device:
-    """Return the device that the params ask for.
-
-    Raises:
-        ValueError: CUDA is asked for and there is none.
-    """
-    if params.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda is asked for, but PyTorch sees no GPU; set device to auto or cpu")
-    return torch.device("cuda" if params.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def run(
@@ -370,8 +368,8 @@ def assemble(context: Context, bits: Sequence[int], *, real: bool | None = None)
     if real:
         model = mixed_model(context, bits_of)
     else:
-        model = checkpoint.from_state(context.config, quantize.simulated(context.state, context.bank, bits_of))
-    model.to(context.device)
+        simulated = quantize.simulated(context.state, context.bank, bits_of)
+        model = checkpoint.from_state(context.config, simulated, context.device)
     on_cpu = context.device.type == "cpu"
     # On a CPU, 16-bit adapters, byte dropout and plain attention together double the speed of a training step.
     config = lora_config(context.params, context.bank.settings)
@@ -416,14 +414,14 @@ def trained_state(model: PeftModel, bits_of: Mapping[str, int]) -> dict[str, tor
 
 
 def mixed_model(context: Context, bits_of: Mapping[str, int]) -> Any:
-    """Build a model of bitsandbytes' modules from the bank's codes."""
+    """Build a model of bitsandbytes' modules from the bank's codes, on the context's device."""
     config = copy.deepcopy(context.config)
     settings = context.bank.settings
     named = {name: bits for name, bits in bits_of.items() if bits != 16}
     if named:
         mixed = checkpoint.MixedBitsConfig(named, settings.four_bit, settings.double_quant)
         config.quantization_config = mixed.to_dict()
-    return checkpoint.from_state(config, quantize.quantized(context.state, context.bank, bits_of))
+    return checkpoint.from_state(config, quantize.quantized(context.state, context.bank, bits_of), context.device)
 
 
 def lora_config(params: Params, settings: Any) -> LoraConfig:

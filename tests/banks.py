@@ -27,7 +27,9 @@ def make_bank(folder, config, state, seed=0, **changes):
 
 def real_model(config, state, bank, bits_of):
     """The model of bitsandbytes' modules, as a trial builds it."""
-    return trial.mixed_model(SimpleNamespace(config=config, state=state, bank=bank), bits_of)
+    return trial.mixed_model(
+        SimpleNamespace(config=config, state=state, bank=bank, device=torch.device("cpu")), bits_of
+    )
 
 
 def mixed_bits(config):

@@ -170,7 +170,7 @@ print(json.dumps({"answer": model.predict(["Name a color."]), "logits": logits.f
     from safetensors.torch import load_file
 
     built = tmp_path / "built.safetensors"
-    own = command(project, sys.executable, "-m", "pipeline.build", "artifacts/final", str(built))
+    own = command(project, sys.executable, "-m", "pipeline.build", "artifacts/final", str(built), "cpu")
     assert own.returncode == 0, own.stderr
     assert load_file(built)["logits"].flatten().tolist() == found["logits"]
     client = MlflowClient(store["MLFLOW_TRACKING_URI"])

@@ -1,0 +1,175 @@
+"""What a trial of a large model costs on a GPU, beside the plain way; needs a GPU, and no weights.
+
+    python -m benchmarks.gpu TOKENIZER [preset] [ratio] [--steps N] [--limit N]
+
+A random model of a preset's shapes (llama-7b), pruned to equal blocks by the ratio (0.2), a quarter of the blocks at 8
+bits and the rest at 4 in bitsandbytes' modules, with the sample rows and items, read by the tokenizer in a folder. The
+plain way: transformers' Trainer over the same modules with rows padded to 256 tokens, and lm-eval's own model with 16
+and with 64 requests a batch. Each side runs once before it is timed. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import plain
+from benchmarks.harness import markdown
+from pipeline import GIB, alpaca, architecture, checkpoint, evaluate, plan, quantize, recover, tasks, trial
+
+DEVICE = torch.device("cuda")
+
+
+def random_context(asked: plan.Asked, ratio: float, tokenizer: Any, steps: int, limit: int, folder: Path) -> Any:
+    """Return a trial's context of a random model, its bank made on the GPU; print how long the bank took."""
+    params = asked.params
+    config = plan.uniform(asked.config, ratio)
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    config.max_position_embeddings = max(config.max_position_embeddings, 2048)
+    torch.manual_seed(0)
+    with DEVICE:
+        state = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
+    state = {name: tensor.cpu() for name, tensor in state.items()}
+    names = quantize.names_of(config)
+    start = time.perf_counter()
+    quantize.run(state, names, params.quantize, 0, folder, DEVICE)
+    size = sum(state[f"{name}.weight"].numel() for name in names)
+    print(f"layer bank of {size / 1e9:.2f}e9 parameters: {time.perf_counter() - start:.1f} s\n", flush=True)
+    settings = params.recover.model_copy(update={"steps": steps, "warmup_steps": 1, "save_every": 0})
+    scored = params.evaluate.model_copy(update={"limit": limit})
+    params = params.model_copy(update={"recover": settings, "evaluate": scored})
+    train, held_out = alpaca.split(alpaca.read("data/sample/alpaca.jsonl"), 16, params.seed)
+    rows = [alpaca.encode(part, tokenizer, settings.max_length) for part in (train, held_out)]
+    loaded = tasks.load(params.evaluate.tasks, Path("data/sample/benchmarks"))
+    units = architecture.units(config, "block")
+    return trial.Context(config, state, quantize.Bank(folder), tokenizer, units, loaded, *rows, params, DEVICE)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Return the seconds of some work on the GPU."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+Rows = list[list[str]]
+
+
+def a_trial(context: Any, bits: list[int]) -> Rows:
+    """Return the phases of a trial, and its peaks beside the predicted ones, after a short one that is not counted."""
+    trial.run(context, bits, steps=2, limit=2)
+    held = torch.cuda.memory_allocated()
+    result, _ = trial.run(context, bits)
+    found = [[f"trial: {phase}, s", f"{value:.1f}", "-", "-"] for phase, value in result.seconds.items()]
+    predicted = context.predict(bits)
+    peaks = {
+        "training": (result.peak_memory_bytes - held, predicted.training),
+        "inference": (result.inference_memory_bytes - held, predicted.inference),
+    }
+    for step, (real, guess) in peaks.items():
+        error = f"{100 * (guess / real - 1):+.2f} %"
+        found.append([f"peak of {step}, GiB: measured, predicted", f"{real / GIB:.3f}", f"{guess / GIB:.3f}", error])
+    return found
+
+
+def evaluation(context: Any, bits: list[int]) -> Rows:
+    """Return items a second."""
+    model, limit = trial.assemble(context, bits).eval(), context.params.evaluate.limit
+    count: list[int] = []
+
+    def own() -> None:
+        found = evaluate.run(model, context.tokenizer, context.tasks, limit, context.params.evaluate.batch_tokens)
+        count.append(found.items)
+
+    own()
+    ours, found = seconds(own), []
+    for size in (16, 64):
+        lm = plain.language_model(model, context.tokenizer, batch_size=size)
+        theirs = seconds(lambda lm=lm: plain.samples(lm, context.tasks, limit))
+        rates = (f"{count[0] / one:.1f}" for one in (ours, theirs))
+        found.append([f"evaluation, items/s; theirs {size} a batch", *rates, f"{theirs / ours:.2f}"])
+    return found
+
+
+def recovery(context: Any, bits: list[int]) -> Rows:
+    """Return rows a second, the loss after it, and the rate of operations."""
+    settings, padding, seed = context.params.recover, context.tokenizer.pad_token_id, context.params.seed
+    taken = list(chain(*islice(recover.endless(context.train, settings.batch_size, seed), settings.steps)))
+    losses: list[float] = []
+
+    def own() -> float:
+        model = trial.assemble(context, bits)
+        rows = context.train, context.validation
+        spent = seconds(lambda: recover.run(model, *rows, settings, settings.steps, padding, seed))
+        held_out = recover.row_losses(model, context.validation, settings.micro_batch_size, padding)
+        losses.append(recover.mean_loss(held_out)[0])
+        return spent
+
+    def other() -> float:
+        model = plain.from_bank(context, bits)
+        spent = seconds(lambda: plain.recover(context, model, taken, True))
+        held_out = recover.row_losses(model, context.validation, settings.micro_batch_size, padding)
+        losses.append(recover.mean_loss(held_out)[0])
+        return spent
+
+    ours, theirs = own(), other()
+    rates = (f"{len(taken) / one:.1f}" for one in (ours, theirs))
+    linears = sum(context.state[f"{name}.weight"].numel() for name in quantize.names_of(context.config))
+    done = 4 * linears * sum(len(one.tokens) for one in taken)
+    return [
+        ["recovery, rows/s", *rates, f"{theirs / ours:.2f}"],
+        ["loss of held-out rows after it, nats", *(f"{loss:.3f}" for loss in losses), "-"],
+        [
+            "recovery, TFLOP/s; theirs a bare bf16 matmul",
+            f"{done / ours / 1e12:.0f}",
+            f"{matmul_rate() / 1e12:.0f}",
+            "-",
+        ],
+    ]
+
+
+def matmul_rate() -> float:
+    """Return the operations a second of a large matrix product."""
+    a, b = (torch.randn(*shape, dtype=torch.bfloat16, device=DEVICE) for shape in ((4096, 8192), (8192, 8192)))
+    a @ b
+    return 20 * 2 * 4096 * 8192 * 8192 / seconds(lambda: [a @ b for _ in range(20)])
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("preset", nargs="?", default="llama-7b")
+    parser.add_argument("ratio", nargs="?", type=float, default=0.2)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--limit", type=int, default=24)
+    asked = parser.parse_args()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    checkpoint._quiet()
+    tokenizer = checkpoint.load_tokenizer(asked.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = plan.asked(asked.preset, "24")
+        context = random_context(wanted, asked.ratio, tokenizer, asked.steps, asked.limit, Path(folder))
+        bits = [4 if index % 4 else 8 for index in range(len(context.units))]
+        rows: Rows = []
+        for measure in (a_trial, evaluation, recovery):
+            rows += measure(context, bits)
+            print(rows, flush=True)  # all that is measured stays known if a later part fails
+    name = torch.cuda.get_device_name()
+    print(f"\n{asked.preset}, {100 * asked.ratio:.0f} % pruned, random weights, on one {name}\n")
+    print(markdown(["what", "ours", "theirs", "ratio"], rows))
+
+
+if __name__ == "__main__":
+    main()
