@@ -78,7 +78,9 @@ class Case:
     def config(self) -> Any:
         """Return the model's config, as a pruned one."""
         if self.ratio is not None:
-            return plan.uniform(plan.asked("llama-7b", "24").config, self.ratio)
+            made = plan.uniform(plan.asked("llama-7b", "24").config, self.ratio)
+            made.block_shapes = [[heads, groups, wide // 8 * 8] for heads, groups, wide in made.block_shapes]
+            return made
         if self.name == "SmolLM2's shapes":
             config = checkpoint.load_config("artifacts/base")
         else:
@@ -87,7 +89,7 @@ class Case:
         return checkpoint.pruned_config(config, shapes)
 
 
-PRUNED = ((8, 4, 700), (4, 2, 333), (2, 1, 704), (6, 3, 512))
+PRUNED = ((8, 4, 700), (4, 2, 332), (2, 1, 704), (6, 3, 512))  # int8 on a GPU needs multiples of 4
 CASES = [
     Case("dense", "16"),
     Case("all 4", "4"),

@@ -53,7 +53,7 @@ PAPERS = ("llama-7b", "vicuna-7b", "llama-13b")
 SIZES = {
     "data": {"alpaca": f"path:{ROOT / 'data/sample/alpaca.jsonl'}",
              "benchmarks": f"path:{ROOT / 'data/sample/benchmarks'}", "validation_rows": 1},
-    "prune": {"samples": 1, "max_length": 192, "multiple_of": 4},
+    "prune": {"samples": 1, "max_length": 192, "multiple_of": 1},
     "importance": {"samples": 1, "max_length": 192, "clusters": 4, "outcomes": 4},
     "recover": {"steps": 1, "batch_size": 2, "micro_batch_size": 2, "max_length": 192, "warmup_steps": 1},
     "evaluate": {"limit": 1, "final_limit": 1, "batch_tokens": 4096},
