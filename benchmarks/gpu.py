@@ -11,6 +11,7 @@ and with 64 requests a batch. Each side runs once before it is timed. Prints Mar
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import tempfile
 import time
@@ -70,6 +71,7 @@ Rows = list[list[str]]
 def a_trial(context: Any, bits: list[int]) -> Rows:
     """Return the phases of a trial, and its peaks beside the predicted ones, after a short one that is not counted."""
     trial.run(context, bits, steps=2, limit=2)
+    gc.collect()
     held = torch.cuda.memory_allocated()
     result, _ = trial.run(context, bits)
     found = [[f"trial: {phase}, s", f"{value:.1f}", "-", "-"] for phase, value in result.seconds.items()]

@@ -10,6 +10,7 @@ bitsandbytes pages are in managed memory, which the allocator does not count. No
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -182,6 +183,7 @@ def measured(work: Callable[[], T], device: torch.device) -> tuple[T, int | None
     """Run something; return its result and the peak of allocated bytes on CUDA, None elsewhere."""
     if device.type != "cuda":
         return work(), None
+    gc.collect()  # an earlier trial's model refers to itself and would count
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     result = work()

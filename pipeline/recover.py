@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from pipeline.alpaca import IGNORED, Batch, Example, batch, batches
+from pipeline.alpaca import IGNORED, Batch, Example, batch, batches, padded
 from pipeline.memory import LOSS_CHUNK
 from pipeline.params import Recover
 
@@ -229,7 +229,7 @@ def run(
             next(rows)
     for step in progress(range(training.step, steps)):
         model.train()
-        training.take_step([batch(part, padding, False) for part in _parts(next(rows), settings.micro_batch_size)])
+        training.take_step([batch(part, padding, False) for part in _parts(next(rows), settings)])
         if settings.validate_every and (training.step % settings.validate_every == 0 or training.step == steps):
             training.judge(held_out())
             if settings.patience and training.worse >= settings.patience:
@@ -263,8 +263,20 @@ def linear_of(name: str) -> str:
     return name.rpartition(".")[0].removesuffix(".base_layer")
 
 
-def _parts(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def _parts(rows: Sequence[Example], settings: Recover) -> list[list[Example]]:
+    """Cut a batch into micro-batches: no more padded tokens in each than in ``micro_batch_size`` rows of full length.
+
+    Memory is a matter of tokens, and the loss is a mean over the whole batch: where rows are short, fewer and fuller
+    passes give the same gradient.
+    """
+    room = settings.micro_batch_size * padded(settings.max_length)
+    found: list[list[Example]] = [[]]
+    for row in rows:
+        longest = max(len(one.tokens) for one in [*found[-1], row])
+        if found[-1] and (len(found[-1]) + 1) * padded(longest) > room:
+            found.append([])
+        found[-1].append(row)
+    return found
 
 
 class _Training:
