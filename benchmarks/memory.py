@@ -166,7 +166,10 @@ def every(model: Any) -> list[torch.Tensor]:
 def real(case: Case, context: trial.Context, bits: tuple[int, ...]) -> tuple[int, int]:
     """Return the peaks of real training and real inference."""
     if context.device == CUDA:
-        torch.ones(64, 64, device=CUDA) @ torch.ones(64, 64, device=CUDA)  # cuBLAS takes its workspace
+        for dtype in (torch.float32, torch.bfloat16):  # cuBLAS takes its workspaces
+            ones = torch.ones(64, 64, device=CUDA, dtype=dtype, requires_grad=True)
+            torch.nn.functional.linear(ones, ones, ones[0]).sum().backward()
+        del ones
         gc.collect()
         before = torch.cuda.memory_allocated()
     generator = torch.Generator().manual_seed(0)

@@ -102,6 +102,8 @@ def _quiet_environment() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars for what takes milliseconds; ours ask to be shown
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # On a GPU, once for each shape; what it costs stands at prune.multiple_of.
+    warnings.filterwarnings("ignore", message="inner dimension .* is not aligned", category=UserWarning)
 
 
 if __name__ == "__main__":

@@ -51,27 +51,29 @@ class Recorder:
 
     def references(self, study: Any) -> None:
         """Measure the reference rows that the study lacks."""
+        done = study.references()
+        for name in self.params.search.references:
+            if name not in done:
+                self._reference(study, name)
+
+    def _reference(self, study: Any, name: str) -> None:
         from pipeline import trial
 
-        done = study.references()
-        widths = {"dense": 16, "llm_pruner": 16, "uniform8": 8}
-        for name in self.params.search.references:
-            if name in done:
-                continue
-            context = trial.untouched(self.context, BASE) if name == "dense" else self.context
-            bits = (widths[name],) * len(context.units)
-            own = self._open(name, name, "16" if widths[name] == 16 else "8" * len(bits), reference=True)
-            try:
-                result, _ = trial.run(
-                    context, bits, progress=steps(name), trained=name != "dense", keep=unfinished(self.study, name)
-                )
-            except Exception as error:
-                own.finish("FAILED", error)
-                console.note(f"reference {name} failed: {error}")
-                continue
-            log_result(own, result)
-            study.record_reference(name, own.run_id, result)
-            own.finish()
+        context = trial.untouched(self.context, BASE) if name == "dense" else self.context
+        width = 8 if name == "uniform8" else 16
+        bits = (width,) * len(context.units)
+        own = self._open(name, name, "16" if width == 16 else "8" * len(bits), reference=True)
+        try:
+            result, _ = trial.run(
+                context, bits, progress=steps(name), trained=name != "dense", keep=unfinished(self.study, name)
+            )
+        except Exception as error:
+            own.finish("FAILED", error)
+            console.note(f"reference {name} failed: {error}")
+            return
+        log_result(own, result)
+        study.record_reference(name, own.run_id, result)
+        own.finish()
 
     def attempt(self, study: Any) -> Callable[[Any, Any, int], Any]:
         """Return what runs one trial for ``search.run``: tracked, recorded, its failure returned."""

@@ -207,7 +207,7 @@ def load(params: Params, pruned: Path, bank: Path, rows: Path, items: Path) -> C
     if device.type == "cuda" and any(shape.channels % INT8_MULTIPLE for shape in architecture.shapes(model.config)):
         raise ValueError(
             f"{pruned}: a block's number of channels is no multiple of {INT8_MULTIPLE}, which 8 bits need on a GPU; "
-            f"set prune.multiple_of to {INT8_MULTIPLE} or 8 and prune again, or set device to cpu"
+            f"set prune.multiple_of to a multiple of {INT8_MULTIPLE} and prune again, or set device to cpu"
         )
     units = architecture.units(model.config, params.search.granularity)
     for bits in params.search.seed_bits:

@@ -166,15 +166,14 @@ def mixed(context):
 
 
 def test_trial_measures_its_memory_and_keeps_the_prediction_beside_it(context):
-    torch.ones(64, 64, device=CUDA) @ torch.ones(64, 64, device=CUDA)  # cuBLAS takes its workspace
+    trial.run(context, mixed(context))  # cuBLAS takes its workspaces
     gc.collect()
     held = torch.cuda.memory_allocated()
     result, _ = trial.run(context, mixed(context))
     assert result.memory_source == "measured"
     predicted = result.other["predicted_peak_memory_bytes"]
     assert predicted == context.predict(mixed(context)).training
-    # Rows may be shorter than the prediction takes them to be; kernels of this size round much.
-    assert 0.5 * predicted < result.peak_memory_bytes - held < 1.2 * predicted
+    assert 0.5 * predicted < result.peak_memory_bytes - held < 1.02 * predicted  # rows may be shorter
     assert len(result.losses) == 3 and result.losses[-1] < 10
     again, _ = trial.run(context, mixed(context))
     assert again.gold_logprob == pytest.approx(result.gold_logprob, abs=0.02)

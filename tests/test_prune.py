@@ -260,6 +260,26 @@ def test_selection_meets_its_target_to_half_a_structure(scope, structures, share
 
 
 @pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("channels", [96, 90, 21])
+@pytest.mark.parametrize("size", [1, 4, 8, 64])
+@pytest.mark.parametrize("share", [0.2, 0.55, 2])
+def test_channels_that_stay_are_the_best_and_a_multiple(scope, channels, size, share, settings):
+    config = tiny_config(intermediate_size=channels)
+    scores, cost = scores_of(config), architecture.group_parameters(config, BlockShape(4, 2, channels), "mlp")
+    target = round(share * 4 * channels * cost)
+    keep = prune.select(scores, config, target, settings(scope=scope, structures=("mlp",), multiple_of=size))
+    for here, block in zip(keep, scores, strict=True):
+        kept = len(here["mlp"])
+        assert kept == channels or kept % size == 0
+        assert kept >= min(size, channels)
+        assert here["mlp"].tolist() == sorted(block["mlp"].argsort(descending=True)[:kept].tolist())
+    if share > 1:
+        assert all(len(here["mlp"]) == min(size, channels) for here in keep)
+    elif target <= 4 * (channels - min(size, channels)) * cost:
+        assert abs(removed_parameters(config, keep) - target) <= max(size / 2, 0.5) * cost
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
 def test_selection_keeps_the_best_of_each_kind_in_each_block(scope, settings):
     config = tiny_config()
     scores = scores_of(config)

@@ -132,11 +132,29 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(plain_descent, size)
     for micro in (8, size):
         model = adapted()
         before = weights(model)
-        result = train(model, rows, settings(micro_batch_size=micro), 1)
+        chosen = settings(micro_batch_size=micro, max_length=32)  # as long as any row: no more rows fit
+        assert len(recover._parts(rows, chosen)) == 8 // micro
+        result = train(model, rows, chosen, 1)
         steps.append(({name: value - before[name] for name, value in weights(model).items()}, result.losses[0]))
     assert max(value.abs().max() for value in steps[0][0].values()) > 1e-3
     assert_close(steps[1][0], steps[0][0], 1e-5)
     assert steps[1][1] == pytest.approx(steps[0][1], abs=1e-5)
+
+
+def test_micro_batches_hold_as_many_rows_as_the_tokens_of_full_ones():
+    def sizes(lengths, **changes):
+        rows = [Example(tuple(range(length)), 1) for length in lengths]
+        parts = recover._parts(rows, settings(**changes))
+        assert [row for part in parts for row in part] == rows
+        return [len(part) for part in parts]
+
+    # Room for 4 x 64 tokens; rows are padded to 32, 64, ... as the longest beside them.
+    assert sizes([20] * 8) == [8]
+    assert sizes([20] * 9) == [8, 1]
+    assert sizes([33] * 8) == [4, 4]
+    assert sizes([20] * 5 + [64] * 3) == [5, 3]
+    assert sizes([20] * 3 + [64] * 3) == [4, 2]
+    assert sizes([64], micro_batch_size=1) == [1]
 
 
 def test_step_is_the_gradient_of_the_mean_token_loss(plain_descent):
@@ -174,7 +192,7 @@ def test_nan_loss_names_the_step(monkeypatch):
 
     monkeypatch.setattr(recover, "response_loss", breaks)
     with pytest.raises(RecoverError, match=r"loss is nan at step 2; lower recover\.learning_rate \(0\.001\)"):
-        train(adapted(), examples(), settings(), 6)
+        train(adapted(), examples(), settings(max_length=32), 6)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -416,7 +434,7 @@ def test_stops_after_so_many_losses_that_are_no_lower_and_goes_back_to_the_lowes
     torch.manual_seed(0)
     at_the_lowest.train()
     for _ in range(4):
-        training.take_step([alpaca.batch(part, PADDING, False) for part in recover._parts(next(rows), 4)])
+        training.take_step([alpaca.batch(part, PADDING, False) for part in recover._parts(next(rows), whole)])
     assert_close(weights(model), weights(at_the_lowest), 0)
 
 
