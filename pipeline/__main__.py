@@ -12,6 +12,10 @@ STAGES = ("fetch", "prune", "importance", "quantize", "search", "pareto", "build
 PAPER = ("table", "ablation")  # the paper's results: commands of their own, outside DVC's graph
 USER_ERROR = 2
 INTERRUPTED = 130
+_LESS_MEMORY = (
+    "\nLower recover.micro_batch_size (training), evaluate.batch_tokens (evaluation) or prune.max_length (pruning), or "
+    "set device to cpu; `mlflow run . -e plan` tells what fits"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,13 +69,16 @@ def _stage(name: str, params: object) -> int:
     try:
         shells[name](params)  # type: ignore[arg-type]
     except expected_errors() as error:
-        print(f"error in stage {name}: {error}", file=sys.stderr)
+        advice = _LESS_MEMORY if type(error).__name__ == "OutOfMemoryError" else ""
+        print(f"error in stage {name}: {error}{advice}", file=sys.stderr)
         return 1
     return 0
 
 
 def expected_errors() -> tuple[type[Exception], ...]:
     """Return the errors whose message says all that a user needs; any other one shows its traceback."""
+    import torch
+
     from pipeline.build import BuildError
     from pipeline.fetch import FetchError
     from pipeline.paper import CellsFailed
@@ -86,6 +93,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
         FetchError,
         RecoverError,
         SearchError,
+        torch.OutOfMemoryError,
         ValueError,
         FileNotFoundError,
     )

@@ -99,7 +99,7 @@ PLAIN_PRUNING = {"importance": "taylor1", "text": "rows", "samples": 32, "own_sa
 def raw_params(monkeypatch):
     """The default params as a plain dictionary, free to change, with pruning that fits a model of four blocks.
 
-    Whatever was fetched into the checkout is not there.
+    On the CPU, also where there is a GPU (which test_cuda.py is for). Whatever was fetched into the checkout is not there.
     """
     import yaml
 
@@ -107,6 +107,7 @@ def raw_params(monkeypatch):
     monkeypatch.setattr(fits, "BASE", Path("nothing/fetched"))
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     raw["prune"] |= PLAIN_PRUNING
+    raw["device"] = "cpu"
     return raw
 
 
