@@ -99,7 +99,7 @@ PLAIN_PRUNING = {"importance": "taylor1", "text": "rows", "samples": 32, "own_sa
 def raw_params(monkeypatch):
     """The default params as a plain dictionary, free to change, with pruning that fits a model of four blocks.
 
-    On the CPU, also where there is a GPU (which test_cuda.py is for). Whatever was fetched into the checkout is not there.
+    On the CPU, also where there is a GPU (which test_cuda.py is for); whatever was fetched is not there.
     """
     import yaml
 
