@@ -3,7 +3,8 @@
     python -m benchmarks.granularity [granularities=block,group] [text=FILE] [limit=0]
 
 For each granularity and each of five memory budgets: the greedy allocation by sensitivity per byte, which every search
-starts from, as a whole trial. Needs the stages up to ``quantize``. Writes ``reports/granularity.csv``; a line a model,
+starts from, as a whole trial. Finer units could fill a budget better; the first granularity's own peak is therefore the
+budget of the others. Needs the stages up to ``quantize``. Writes ``reports/granularity.csv``; a line a model,
 then the mean paired differences to the first granularity, over items and over windows of 256 tokens of ``text``, the
 budgets averaged first, each with its standard error.
 """
@@ -27,8 +28,17 @@ WINDOWS = 60  # of the text
 Values = dict[float, np.ndarray]  # budget -> a figure of each item or window
 
 
-def measure(settings: params.Params, text: str, limit: int) -> tuple[list[dict], dict[str, Values]]:
-    """Return a row for each budget, and the paired figures: each item's gold log-probability, each window's loss."""
+def measure(
+    settings: params.Params, text: str, limit: int, budgets: dict[float, int]
+) -> tuple[list[dict], dict[str, Values]]:
+    """Return a row for each budget, and the paired figures: each item's gold log-probability, each window's loss.
+
+    Args:
+        settings: The params.
+        text: Held-out text; empty: none.
+        limit: Items of a task; 0: all.
+        budgets: Share -> peak bytes that are allowed; those that it lacks are added as they came out.
+    """
     context = trial.load(settings, stages.PRUNED, stages.BANK, stages.ALPACA, stages.BENCHMARKS)
     with tempfile.TemporaryDirectory() as scratch:
         priors = stages.write_priors(settings, stages.PRUNED, Path(scratch) / "importance.json")
@@ -37,10 +47,11 @@ def measure(settings: params.Params, text: str, limit: int) -> tuple[list[dict],
     items: Values = {}
     heldout: Values = {}
     for share in BUDGETS:
-        within = replace(space, budget=space.base + int(share * sum(space.deltas)))
+        within = replace(space, budget=budgets.get(share, space.base + int(share * sum(space.deltas))))
         bits = within.allocate([value / delta for value, delta in zip(priors.sensitivity, space.deltas, strict=True)])
         skip = evaluate.seen(context.tasks, settings.evaluate.limit)
         result, model = trial.run(context, bits, limit=limit, skip=skip)
+        budgets.setdefault(share, context.predict(bits).training)
         items[share] = np.array([logprob for task in result.by_item.values() for _, logprob in task])
         row = {
             "granularity": settings.search.granularity,
@@ -72,9 +83,10 @@ def difference(one: Values, other: Values) -> tuple[float, float]:
 def main(granularities: list[str], text: str, limit: int) -> None:
     """Measure, write and print."""
     given, rows, found = params.load(), [], {}
+    budgets: dict[float, int] = {}
     for name in granularities:
         search = given.search.model_copy(update={"granularity": name, "seed_bits": ()})
-        more, found[name] = measure(given.model_copy(update={"search": search}), text, limit)
+        more, found[name] = measure(given.model_copy(update={"search": search}), text, limit, budgets)
         rows += more
         pd.DataFrame(rows).to_csv(stages.REPORTS / "granularity.csv", index=False)
     first, *others = granularities
