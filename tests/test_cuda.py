@@ -19,6 +19,7 @@ from pipeline import (
     memory,
     prune,
     quantize,
+    recorder,
     recover,
     saliency,
     storage,
@@ -177,6 +178,18 @@ def test_trial_measures_its_memory_and_keeps_the_prediction_beside_it(context):
     assert len(result.losses) == 3 and result.losses[-1] < 10
     again, _ = trial.run(context, mixed(context))
     assert again.gold_logprob == pytest.approx(result.gold_logprob, abs=0.02)
+
+
+def test_study_on_a_gpu_is_not_that_on_a_cpu(default, tmp_path, monkeypatch):
+    for name in ("PRUNED", "BANK"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / storage.CHECKSUMS).write_text("{}")
+    monkeypatch.setattr(recorder.tracking, "md5", str)
+    names = {
+        recorder.study_name(default.model_copy(update={"device": device}), tmp_path / "PRUNED", tmp_path / "BANK")
+        for device in ("cpu", "cuda", "auto")
+    }
+    assert len(names) == 2
 
 
 def test_real_modules_compute_what_the_simulation_does(context):

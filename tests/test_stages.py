@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -38,6 +39,30 @@ def searched(folder, settings, monkeypatch, broken=None):
         recorder.references(study)
         search.run(study, settings.search, SPACE, PRIORS, 0, recorder.attempt(study))
     return study, run
+
+
+class Model:
+    """Stands for what a trial leaves behind."""
+
+
+def test_no_model_of_an_earlier_trial_is_left_when_the_next_one_is_measured(tmp_path, settings, monkeypatch):
+    left = []
+
+    def fake(context, bits, **_):
+        assert all(one() is None for one in left)
+        model = Model()
+        left.append(weakref.ref(model))
+        return result(bits), model
+
+    monkeypatch.setattr(trial, "run", fake)
+    chosen = settings.search.model_copy(update={"references": ("llm_pruner", "uniform8")})
+    context = types.SimpleNamespace(units=[None] * UNITS)
+    study = Study(tmp_path, "study", UNITS)
+    with tracking.stage("search", {}) as run:
+        recorder = Recorder(run, "study", settings.model_copy(update={"search": chosen}), context)
+        recorder.references(study)
+        search.run(study, chosen, SPACE, PRIORS, 0, recorder.attempt(study))
+    assert len(left) == 6
 
 
 def found(status="FINISHED", stage="trial"):
