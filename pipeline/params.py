@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from pipeline import combinations, definitions, fits
 from pipeline.architecture import FAMILIES
@@ -368,6 +368,17 @@ def _ratios(raw: Any) -> Iterator[tuple[str, float]]:
                 yield f"{key}.{name}", one
 
 
+def _sound(section: type[Any], raw: Any) -> Any:
+    """Return a section without the fields that are at fault: what reads one of them stumbles, the rest is judged."""
+    try:
+        return section.model_validate(raw)
+    except ValidationError as error:
+        wrong = {fault["loc"][0] for fault in error.errors()}
+    sound = [name for name in section.model_fields if name in raw and name not in wrong]
+    kinds = {name: TypeAdapter(section.model_fields[name].annotation) for name in sound}
+    return section.model_construct(**{name: kind.validate_python(raw[name]) for name, kind in kinds.items()})
+
+
 def _of_the_model(raw: Any) -> tuple[Callable[[Any], str | None], ...]:
     """Return the checks against the model's config; none if that is not at hand or of no known family."""
     try:
@@ -378,19 +389,19 @@ def _of_the_model(raw: Any) -> tuple[Callable[[Any], str | None], ...]:
         return ()
     return (
         lambda raw: fits.dense(config),
-        lambda raw: fits.block_range(config, "attention_blocks", Prune.model_validate(raw["prune"]).attention_blocks),
-        lambda raw: fits.block_range(config, "mlp_blocks", Prune.model_validate(raw["prune"]).mlp_blocks),
+        lambda raw: fits.block_range(config, "attention_blocks", _sound(Prune, raw["prune"]).attention_blocks),
+        lambda raw: fits.block_range(config, "mlp_blocks", _sound(Prune, raw["prune"]).mlp_blocks),
         *(
-            lambda raw, key=key, ratio=ratio: fits.ratio(config, Prune.model_validate(raw["prune"]), key, ratio)
+            lambda raw, key=key, ratio=ratio: fits.ratio(config, _sound(Prune, raw["prune"]), key, ratio)
             for key, ratio in _ratios(raw)
         ),
-        lambda raw: fits.rank(config, Quantize.model_validate(raw["quantize"])),
+        lambda raw: fits.rank(config, _sound(Quantize, raw["quantize"])),
         *(
             lambda raw, name=name: fits.length(config, name, raw[name]["max_length"])
             for name in ("prune", "importance", "recover")
         ),
-        lambda raw: fits.seed_bits(config, Search.model_validate(raw["search"])),
-        lambda raw: fits.choice(config, Build.model_validate(raw["build"]), raw["search"]["granularity"]),
+        lambda raw: fits.seed_bits(config, _sound(Search, raw["search"])),
+        lambda raw: fits.choice(config, _sound(Build, raw["build"]), raw["search"]["granularity"]),
     )
 
 

@@ -124,6 +124,17 @@ def test_limits_themselves_are_allowed(raw, section, values):
     params.parse(raw)
 
 
+def test_a_wrong_value_does_not_hide_that_the_ratios_are_too_large(raw):
+    raw["prune"] |= {"importance": "fisher", "ratio": 0.8}
+    raw["table"]["ratios"] = [0.2, 0.7]
+    with pytest.raises(params.ParamsError) as caught:
+        params.parse(raw)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "params.yaml has 3 faults:"
+    for key in ("prune.importance", "prune.ratio: 0.8", "table.ratios: 0.7"):
+        assert sum(line.startswith(f"  {key}") for line in lines) == 1
+
+
 def test_all_nonsense_is_listed_at_once_and_nothing_is_written(raw, tmp_path, monkeypatch, capsys):
     alone = ("attention_range", "prune_length", "recover_length", "seed_bits", "choice", "warmup", "clusters")
     together = (*alone, "rank")
@@ -131,7 +142,7 @@ def test_all_nonsense_is_listed_at_once_and_nothing_is_written(raw, tmp_path, mo
         for section, values in NONSENSE[name][0].items():
             raw[section] |= values
     raw["seed"] = "forty"
-    raw["quantize"]["four_bit"] = "nf5"  # hides the rank: the section itself is at fault
+    raw["quantize"]["four_bit"] = "nf5"  # and the rank is judged nevertheless
     raw["data"]["alpaca"] = f"path:{ROOT / 'data/sample/alpaca.jsonl'}"
     raw["data"]["benchmarks"] = f"path:{ROOT / 'data/sample/benchmarks'}"
     project = tmp_path / "project"
@@ -141,9 +152,9 @@ def test_all_nonsense_is_listed_at_once_and_nothing_is_written(raw, tmp_path, mo
     for arguments in (["check"], ["prune"], ["run", "search"]):
         assert command.main(arguments) == 2
         error = capsys.readouterr().err
-        assert "params.yaml has 9 faults:" in error
+        assert "params.yaml has 10 faults:" in error
         for name in together:
-            assert (NONSENSE[name][1] in error) is (name != "rank")
+            assert NONSENSE[name][1] in error
         assert "seed: " in error and "quantize.four_bit: " in error
         assert [path.name for path in project.iterdir()] == ["params.yaml"]
 
