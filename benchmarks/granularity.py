@@ -1,16 +1,18 @@
 """Blocks or finer units: models of equal memory, recovered and judged on items that no search sees.
 
-    python -m benchmarks.granularity [granularities=block,group] [text=FILE] [limit=0]
+    python -m benchmarks.granularity [granularities=block,group] [text=FILE] [limit=0] [fronts=FOLDER,FOLDER]
 
 For each granularity and each of five memory budgets: the greedy allocation by sensitivity per byte, which every search
-starts from, as a whole trial. Finer units could fill a budget better; the first granularity's own peak is therefore the
-budget of the others. Needs the stages up to ``quantize``. Writes ``reports/granularity.csv``; a line a model,
-then the mean paired differences to the first granularity, over items and over windows of 256 tokens of ``text``, the
-budgets averaged first, each with its standard error.
+starts from, as a whole trial; or, with ``fronts``, the best of a finished search's front: the projects' folders, one for
+each granularity, of the same pruned model. Finer units could fill a budget better; the first granularity's own peak is
+therefore the budget of the others. Needs the stages up to ``quantize``. Writes ``reports/granularity.csv``; a line a
+model, then the mean paired differences to the first granularity, over items and over windows of 256 tokens of ``text``,
+the budgets averaged first, each with its standard error.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from dataclasses import replace
@@ -21,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.perplexity import losses
-from pipeline import console, evaluate, params, stages, trial
+from pipeline import console, evaluate, params, quantize, stages, trial
 
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25)  # of what raising every unit would take
 WINDOWS = 60  # of the text
@@ -29,7 +31,7 @@ Values = dict[float, np.ndarray]  # budget -> a figure of each item or window
 
 
 def measure(
-    settings: params.Params, text: str, limit: int, budgets: dict[float, int]
+    settings: params.Params, text: str, limit: int, budgets: dict[float, int], front: Path | None
 ) -> tuple[list[dict], dict[str, Values]]:
     """Return a row for each budget, and the paired figures: each item's gold log-probability, each window's loss.
 
@@ -38,17 +40,24 @@ def measure(
         text: Held-out text; empty: none.
         limit: Items of a task; 0: all.
         budgets: Share -> peak bytes that are allowed; those that it lacks are added as they came out.
+        front: Folder of a project whose front is taken; None: the greedy allocation.
     """
     context = trial.load(settings, stages.PRUNED, stages.BANK, stages.ALPACA, stages.BENCHMARKS)
-    with tempfile.TemporaryDirectory() as scratch:
-        priors = stages.write_priors(settings, stages.PRUNED, Path(scratch) / "importance.json")
+    if front is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            priors = stages.write_priors(settings, stages.PRUNED, Path(scratch) / "importance.json")
     space = replace(trial.space(context), max_eights=len(context.units))
     rows: list[dict] = []
     items: Values = {}
     heldout: Values = {}
     for share in BUDGETS:
         within = replace(space, budget=budgets.get(share, space.base + int(share * sum(space.deltas))))
-        bits = within.allocate([value / delta for value, delta in zip(priors.sensitivity, space.deltas, strict=True)])
+        if front is None:
+            bits = within.allocate(
+                [value / delta for value, delta in zip(priors.sensitivity, space.deltas, strict=True)]
+            )
+        else:
+            bits = quantize.read_bits(best(front, within.budget), context.units)
         skip = evaluate.seen(context.tasks, settings.evaluate.limit)
         result, model = trial.run(context, bits, limit=limit, skip=skip)
         budgets.setdefault(share, context.predict(bits).training)
@@ -74,19 +83,27 @@ def measure(
     return rows, {"gold log-probability of held-out items": items, "loss of held-out text": heldout}
 
 
+def best(front: Path, budget: int) -> str:
+    """Return the bits of the member with the highest expected score among those within a budget of bytes."""
+    rows = json.loads((front / stages.REPORTS / "pareto.json").read_text())
+    within = [row for row in rows if row["front"] and row["peak_memory_bytes"] <= budget]
+    return max(within, key=lambda row: row["expected"])["bits"]
+
+
 def difference(one: Values, other: Values) -> tuple[float, float]:
     """Return (mean, standard error over items) of one's figures minus the other's, averaged over the budgets first."""
     each = np.mean([one[share] - other[share] for share in BUDGETS], axis=0)
     return float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each)))
 
 
-def main(granularities: list[str], text: str, limit: int) -> None:
+def main(granularities: list[str], text: str, limit: int, fronts: list[Path]) -> None:
     """Measure, write and print."""
     given, rows, found = params.load(), [], {}
     budgets: dict[float, int] = {}
-    for name in granularities:
+    for index, name in enumerate(granularities):
+        front = fronts[index] if fronts else None
         search = given.search.model_copy(update={"granularity": name, "seed_bits": ()})
-        more, found[name] = measure(given.model_copy(update={"search": search}), text, limit, budgets)
+        more, found[name] = measure(given.model_copy(update={"search": search}), text, limit, budgets, front)
         rows += more
         pd.DataFrame(rows).to_csv(stages.REPORTS / "granularity.csv", index=False)
     first, *others = granularities
@@ -104,4 +121,5 @@ def main(granularities: list[str], text: str, limit: int) -> None:
 if __name__ == "__main__":
     options = dict(item.split("=") for item in sys.argv[1:])
     words = Path(options["text"]).read_text(encoding="utf-8") if "text" in options else ""
-    main(options.get("granularities", "block,group").split(","), words, int(options.get("limit", 0)))
+    folders = [Path(one) for one in options["fronts"].split(",")] if "fronts" in options else []
+    main(options.get("granularities", "block,group").split(","), words, int(options.get("limit", 0)), folders)

@@ -248,3 +248,15 @@ def test_difference_of_granularities_is_paired_over_items():
     second = {share: values + np.array([0.1, 0.2, 0.3]) for share, values in first.items()}
     mean, error = granularity.difference(second, first)
     assert mean == pytest.approx(0.2) and error == pytest.approx(0.1 / 3**0.5)
+
+
+def test_best_of_a_front_within_a_budget(tmp_path):
+    rows = [
+        {"front": True, "bits": "44", "expected": -3.2, "peak_memory_bytes": 10},
+        {"front": True, "bits": "84", "expected": -3.0, "peak_memory_bytes": 12},
+        {"front": True, "bits": "88", "expected": -2.9, "peak_memory_bytes": 14},
+        {"front": False, "bits": "48", "expected": -2.0, "peak_memory_bytes": 11},
+    ]
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports/pareto.json").write_text(json.dumps(rows))
+    assert [granularity.best(tmp_path, budget) for budget in (10, 11, 12, 13, 99)] == ["44", "44", "84", "84", "88"]
