@@ -3,8 +3,8 @@
     python -m benchmarks.granularity [granularities=block,group] [text=FILE] [limit=0] [fronts=FOLDER,FOLDER]
 
 For each granularity and each of five memory budgets: the greedy allocation by sensitivity per byte, which every search
-starts from, as a whole trial; or, with ``fronts``, the best of a finished search's front: the projects' folders, one for
-each granularity, of the same pruned model. Finer units could fill a budget better; the first granularity's own peak is
+starts from, as a whole trial; or, with ``fronts``, the best of a finished search's front (folders of projects, one for
+each granularity, of the same pruned model). Finer units could fill a budget better; the first granularity's own peak is
 therefore the budget of the others. Needs the stages up to ``quantize``. Writes ``reports/granularity.csv``; a line a
 model, then the mean paired differences to the first granularity, over items and over windows of 256 tokens of ``text``,
 the budgets averaged first, each with its standard error.
