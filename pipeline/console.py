@@ -11,7 +11,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 T = TypeVar("T")
-WIDTH = 132  # of a log; the front's table with the bits of 30 blocks
+BITS = 32  # the longest bit string that leaves the front's table room for the rest
+WIDTH = 134  # of a log: that table
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:

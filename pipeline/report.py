@@ -54,8 +54,16 @@ def method_table(rows: Sequence[tuple[str, Point]], tasks: Sequence[str]) -> tup
     return columns, body
 
 
-def front_table(members: Sequence[Point], objective: str) -> tuple[list[str], list[list[str]]]:
-    """Return (columns, rows) of the front: the objective and accuracy, and how probably the member belongs there."""
+def front_table(
+    members: Sequence[Point], objective: str, widest: int | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Return (columns, rows) of the front: the objective and accuracy, and how probably the member belongs there.
+
+    Args:
+        members: The front.
+        objective: What it was judged by.
+        widest: Longer bit strings are summed up; None: none is.
+    """
     factor, label = scale(objective)
     if objective in LOGPROBS:
         label = f"{objective.removesuffix('_logprob')}, nats"  # the whole name would not leave the bits their room
@@ -70,7 +78,7 @@ def front_table(members: Sequence[Point], objective: str) -> tuple[list[str], li
             _percent(one.metrics["accuracy"], one.metrics["accuracy_stderr"]),
             "-" if one.probability is None else f"{one.probability:.2f}",
             f"{one.memory / GIB:.4f}",
-            one.bits,
+            one.bits if widest is None or len(one.bits) <= widest else summary(one.bits),
         ]
         for one in members
     ]

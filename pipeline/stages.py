@@ -384,7 +384,7 @@ def show_front(params: Params) -> None:
     every, members = _front(params)
     columns, rows = stage_.method_table(stage_.methods(every, members), ())
     console.table("Methods", columns, rows)
-    columns, rows = stage_.front_table(members, params.pareto.objective)
+    columns, rows = stage_.front_table(members, params.pareto.objective, console.BITS)
     console.table("Pareto front: lowest memory first", columns, rows)
     experiment = tracking.run(members[0].run_id).info.experiment_id if members else tracking.experiment_id()
     console.note(

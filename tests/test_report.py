@@ -76,6 +76,13 @@ def test_front_table_by_hand():
     assert rows == [["trial random", "random", "25.0 ± 2.5", "24.0", "25.0 ± 2.5", "0.88", "0.2500", "4488"]]
 
 
+def test_long_bit_strings_are_summed_up_where_room_is_short():
+    members = [point("a", bits="48" * 16), point("b", bits="4448" * 30), point("c", bits="16")]
+    shown = [row[-1] for row in report.front_table(members, "accuracy", 32)[1]]
+    assert shown == ["48" * 16, "30 of 120 at 8", "16"]
+    assert [row[-1] for row in report.front_table(members, "accuracy")[1]] == [one.bits for one in members]
+
+
 def test_front_table_of_log_probabilities_is_in_nats_with_accuracy_beside():
     member = dataclasses.replace(point("random"), score=-1.23456, stderr=0.05, expected=-1.3)
     columns, rows = report.front_table([member], "gold_logprob")
