@@ -123,6 +123,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def peak_of(work: Callable[[], Any]) -> int:
     """Return the most bytes that some work holds above what was there before, by the profiler's record on a CPU."""
+    gc.collect()  # what ends while it records would be taken off
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
     events = [one for one in record.profiler.kineto_results.events() if one.name() == "[memory]"]

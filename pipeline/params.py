@@ -31,6 +31,7 @@ SOURCES = {
 SOURCE_FORMS = ", ".join(form for _, form in SOURCES.values())
 BITS = re.compile(r"^[48]+$")
 
+MOST = 0.9  # of the parameters may go
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -95,7 +96,7 @@ class BlockRange(Section):
 class Prune(Section):
     """Structured pruning (paper section 3.1)."""
 
-    ratio: float = Field(ge=0, lt=0.9, description="Fraction of the whole model's parameters to remove.")
+    ratio: float = Field(ge=0, lt=MOST, description="Fraction of the whole model's parameters to remove.")
     importance: Literal[
         "taylor1", "taylor2", "taylor_mix", "magnitude", "random", "activation", "fisher_mask", "surgeon"
     ] = Field(
@@ -271,7 +272,7 @@ class Register(Section):
 class Table(Section):
     """The paper's tables 1 and 3: each method at each ratio."""
 
-    ratios: tuple[Annotated[float, Field(gt=0, lt=0.9)], ...] = Field(
+    ratios: tuple[Annotated[float, Field(gt=0, lt=MOST)], ...] = Field(
         min_length=1, description="Fractions of the parameters to remove; each gives a block of rows."
     )
     steps: int = Field(ge=0, description="Optimizer steps of a cell's recovery.")
@@ -294,7 +295,7 @@ class Table(Section):
 class Ablation(Section):
     """The paper's table 2: one factor varied at a time; its steps and items are those of section ``table``."""
 
-    ratio: float = Field(gt=0, lt=0.9, description="Fraction of the parameters to remove.")
+    ratio: float = Field(gt=0, lt=MOST, description="Fraction of the parameters to remove.")
 
 
 class Params(Section):
@@ -364,7 +365,7 @@ def _ratios(raw: Any) -> Iterator[tuple[str, float]]:
         section = raw.get(key)
         value = section.get(name) if isinstance(section, dict) else None
         for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, (int, float)):
+            if isinstance(one, (int, float)) and 0 <= one < MOST:
                 yield f"{key}.{name}", one
 
 

@@ -209,7 +209,7 @@ def test_asking_for_more_trials_adds_them_and_a_kill_loses_none(project):
 
 def test_interrupted_search_leaves_killed_runs(project):
     before = len(by_stage(project, "trial"))
-    process = start(project, "-P", "n_trials=11")
+    process = start(project, "-P", "n_trials=30")  # many, as a slow machine notices the first one late
     wait_for_trials(project, before)
     os.killpg(process.pid, signal.SIGINT)
     process.wait(timeout=240)
