@@ -33,8 +33,7 @@ DEVICE = torch.device("cuda")
 def random_context(asked: plan.Asked, ratio: float, tokenizer: Any, steps: int, limit: int, folder: Path) -> Any:
     """Return a trial's context of a random model, its bank made on the GPU; print how long the bank took."""
     params = asked.params
-    config = plan.uniform(asked.config, ratio)
-    config.block_shapes = [[heads, groups, wide // 8 * 8] for heads, groups, wide in config.block_shapes]
+    config = plan.uniform(asked.config, ratio, multiple_of=8)
     config.vocab_size = max(config.vocab_size, len(tokenizer))
     config.max_position_embeddings = max(config.max_position_embeddings, 2048)
     torch.manual_seed(0)

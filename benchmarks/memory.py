@@ -78,9 +78,7 @@ class Case:
     def config(self) -> Any:
         """Return the model's config, as a pruned one."""
         if self.ratio is not None:
-            made = plan.uniform(plan.asked("llama-7b", "24").config, self.ratio)
-            made.block_shapes = [[heads, groups, wide // 8 * 8] for heads, groups, wide in made.block_shapes]
-            return made
+            return plan.uniform(plan.asked("llama-7b", "24").config, self.ratio, multiple_of=8)
         if self.name == "SmolLM2's shapes":
             config = checkpoint.load_config("artifacts/base")
         else:

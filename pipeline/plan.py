@@ -162,7 +162,7 @@ def parameters(config: Any) -> int:
         return sum(one.numel() for one in AutoModelForCausalLM.from_config(config).parameters())
 
 
-def uniform(config: Any, ratio: float) -> Any:
+def uniform(config: Any, ratio: float, multiple_of: int = 1) -> Any:
     """Return the config of a model whose blocks each lose the same heads and channels.
 
     Heads go as far as whole key/value heads allow, channels make up the ratio.
@@ -170,6 +170,7 @@ def uniform(config: Any, ratio: float) -> Any:
     Args:
         config: The model's config.
         ratio: Of the whole model's parameters.
+        multiple_of: The channels that stay are rounded down to a multiple of it.
 
     Raises:
         ValueError: The blocks do not hold so many parameters.
@@ -178,7 +179,8 @@ def uniform(config: Any, ratio: float) -> Any:
 
     before = architecture.shapes(config)
     share = ratio * parameters(config) / sum(_removable(config, shape) for shape in before)
-    shapes = [_smaller(config, shape, share) for shape in before] if share < 1 else []
+    exact = [_smaller(config, shape, share) for shape in before] if share < 1 else []
+    shapes = [replace(shape, channels=shape.channels // multiple_of * multiple_of) for shape in exact]
     if not shapes or any(shape.channels < 1 for shape in shapes):
         raise ValueError(f"ratio {ratio} is more than the blocks hold; give a smaller one")
     return checkpoint.pruned_config(config, shapes)

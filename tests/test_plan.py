@@ -84,6 +84,13 @@ def test_uniform_pruning_removes_the_ratio(source, ratio):
     assert shape.kv_heads / before.kv_heads >= 1 - ratio / 0.7  # embeddings and what a whole head is too much for
 
 
+def test_uniform_pruning_rounds_channels_down():
+    config = plan._config(plan.MODELS["huggyllama/llama-7b"], "")
+    exact, rounded = (architecture.shapes(plan.uniform(config, 0.2, multiple_of=size))[0] for size in (1, 8))
+    assert exact.channels % 8 and rounded.channels == exact.channels // 8 * 8
+    assert rounded.kv_heads == exact.kv_heads
+
+
 def test_ratio_beyond_the_blocks_is_refused():
     with pytest.raises(ValueError, match="more than the blocks hold"):
         plan.uniform(plan._config(plan.MODELS["Qwen/Qwen2.5-0.5B"], ""), 0.9)
