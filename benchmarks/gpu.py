@@ -14,7 +14,6 @@ import argparse
 import gc
 import logging
 import tempfile
-import time
 from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import plain
-from benchmarks.harness import markdown
+from benchmarks.harness import markdown, timed
 from pipeline import GIB, alpaca, architecture, checkpoint, evaluate, plan, quantize, recover, tasks, trial
 
 DEVICE = torch.device("cuda")
@@ -41,10 +40,9 @@ def random_context(asked: plan.Asked, ratio: float, tokenizer: Any, steps: int, 
         state = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
     state = {name: tensor.cpu() for name, tensor in state.items()}
     names = quantize.names_of(config)
-    start = time.perf_counter()
-    quantize.run(state, names, params.quantize, 0, folder, DEVICE)
+    spent = seconds(lambda: quantize.run(state, names, params.quantize, 0, folder, DEVICE))
     size = sum(state[f"{name}.weight"].numel() for name in names)
-    print(f"layer bank of {size / 1e9:.2f}e9 parameters: {time.perf_counter() - start:.1f} s\n", flush=True)
+    print(f"layer bank of {size / 1e9:.2f}e9 parameters: {spent:.1f} s\n", flush=True)
     settings = params.recover.model_copy(update={"steps": steps, "warmup_steps": 1, "save_every": 0})
     scored = params.evaluate.model_copy(update={"limit": limit})
     params = params.model_copy(update={"recover": settings, "evaluate": scored})
@@ -58,10 +56,7 @@ def random_context(asked: plan.Asked, ratio: float, tokenizer: Any, steps: int, 
 def seconds(work: Callable[[], Any]) -> float:
     """Return the seconds of some work on the GPU."""
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return timed(lambda: (work(), torch.cuda.synchronize()))
 
 
 Rows = list[list[str]]

@@ -3,11 +3,12 @@
     python -m benchmarks.granularity [granularities=block,group] [text=FILE] [limit=0] [fronts=FOLDER,FOLDER]
 
 For each granularity and each of five memory budgets: the greedy allocation by sensitivity per byte, which every search
-starts from, as a whole trial; or, with ``fronts``, the best of a finished search's front (folders of projects, one for
-each granularity, of the same pruned model). Finer units could fill a budget better; the first granularity's own peak is
-therefore the budget of the others. Needs the stages up to ``quantize``. Writes ``reports/granularity.csv``; a line a
-model, then the mean paired differences to the first granularity, over items and over windows of 256 tokens of ``text``,
-the budgets averaged first, each with its standard error.
+starts from, as a whole trial. Finer units could fill a budget better; the first granularity's own peak is therefore the
+budget of the others. Or, with ``fronts``, for each of 24 budgets the best of a finished search's front (folders of
+projects, one for each granularity, of the same pruned model): what a user with that much memory would get. Needs the
+stages up to ``quantize``. Writes ``reports/granularity.csv``; a line a budget, then the mean paired differences to the
+first granularity, over items and over windows of 256 tokens of ``text``, the budgets averaged first, each with its
+standard error.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -24,8 +26,10 @@ import pandas as pd
 
 from benchmarks.perplexity import losses
 from pipeline import console, evaluate, params, quantize, stages, trial
+from pipeline.allocate import Bits
 
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25)  # of what raising every unit would take
+FRONT_BUDGETS = tuple(hundredths / 100 for hundredths in range(2, 26))
 WINDOWS = 60  # of the text
 Values = dict[float, np.ndarray]  # budget -> a figure of each item or window
 
@@ -47,33 +51,40 @@ def measure(
         with tempfile.TemporaryDirectory() as scratch:
             priors = stages.write_priors(settings, stages.PRUNED, Path(scratch) / "importance.json")
     space = replace(trial.space(context), max_eights=len(context.units))
-    rows: list[dict] = []
-    items: Values = {}
-    heldout: Values = {}
-    for share in BUDGETS:
-        within = replace(space, budget=budgets.get(share, space.base + int(share * sum(space.deltas))))
-        if front is None:
-            bits = within.allocate(
-                [value / delta for value, delta in zip(priors.sensitivity, space.deltas, strict=True)]
-            )
-        else:
-            bits = quantize.read_bits(best(front, within.budget), context.units)
-        skip = evaluate.seen(context.tasks, settings.evaluate.limit)
+    skip = evaluate.seen(context.tasks, settings.evaluate.limit)
+
+    @cache
+    def judged(bits: Bits) -> tuple[dict, np.ndarray, np.ndarray | None]:
         result, model = trial.run(context, bits, limit=limit, skip=skip)
-        budgets.setdefault(share, context.predict(bits).training)
-        items[share] = np.array([logprob for task in result.by_item.values() for _, logprob in task])
-        row = {
-            "granularity": settings.search.granularity,
-            "budget": share,
+        figures = {
             "raised": bits.count(8),
             "peak_memory_mib": result.peak_memory_bytes / 2**20,
             "accuracy": result.accuracy,
             "gold_logprob": result.gold_logprob,
             "validation_loss": result.validation_loss,
         }
+        each = None
         if text:
-            heldout[share] = losses(model.merge_and_unload().float(), context.tokenizer, text, WINDOWS).numpy()
-            row["text_loss"] = float(heldout[share].mean())
+            each = losses(model.merge_and_unload().float(), context.tokenizer, text, WINDOWS).numpy()
+            figures["text_loss"] = float(each.mean())
+        return figures, np.array([logprob for task in result.by_item.values() for _, logprob in task]), each
+
+    rows: list[dict] = []
+    items: Values = {}
+    heldout: Values = {}
+    for share in FRONT_BUDGETS if front else BUDGETS:
+        within = replace(space, budget=budgets.get(share, space.base + int(share * sum(space.deltas))))
+        if front is None:
+            bits = within.allocate(
+                [value / delta for value, delta in zip(priors.sensitivity, space.deltas, strict=True)]
+            )
+        else:
+            bits = tuple(quantize.read_bits(best(front, within.budget), context.units))
+        budgets.setdefault(share, within.budget if front else context.predict(bits).training)
+        figures, items[share], words = judged(bits)
+        if words is not None:
+            heldout[share] = words
+        row = {"granularity": settings.search.granularity, "budget": share, **figures}
         rows.append(row)
         console.note(
             ", ".join(
@@ -92,7 +103,7 @@ def best(front: Path, budget: int) -> str:
 
 def difference(one: Values, other: Values) -> tuple[float, float]:
     """Return (mean, standard error over items) of one's figures minus the other's, averaged over the budgets first."""
-    each = np.mean([one[share] - other[share] for share in BUDGETS], axis=0)
+    each = np.mean([one[share] - other[share] for share in one], axis=0)
     return float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each)))
 
 

@@ -182,9 +182,9 @@ def _traced(config: Any, model: Any, bits: tuple[tuple[int, ...], ...], setting:
 
 def measured(work: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
     """Run something; return its result and the peak of allocated bytes on CUDA, None elsewhere."""
+    gc.collect()  # an earlier trial's model refers to itself: it would stay, and count
     if device.type != "cuda":
         return work(), None
-    gc.collect()  # an earlier trial's model refers to itself and would count
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     result = work()

@@ -337,6 +337,7 @@ class Supplies:
 
     def __init__(self, params: Params, ratios: Sequence[float] = ()):
         from pipeline import cells
+        from pipeline.importance import MEASURED
 
         self.params = params
         base = storage.sha256(BASE / storage.CHECKSUMS)
@@ -347,7 +348,7 @@ class Supplies:
         self._pruned = at[own]
         self._bank = digest(self._pruned, params.quantize)
         importance = params.quantize.model_dump(include={"four_bit", "double_quant"})
-        self._priors = digest(self._pruned, params.importance, importance, params.search.granularity)
+        self._priors = digest(self._pruned, params.importance, importance, params.search.granularity, MEASURED)
 
     @cached_property
     def pruned(self) -> Path:

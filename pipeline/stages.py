@@ -104,9 +104,9 @@ def importance(params: Params, run: Run) -> None:
     priors = write_priors(params, PRUNED, REPORTS / "importance.json")
     series = {"mutual information, nats": priors.mutual_information, "sensitivity, nats": priors.sensitivity}
     report.bar_chart(priors.units, series, REPORTS / "importance.png")
-    run.metrics({"loss_8bit": priors.loss, "tokens": priors.tokens})
-    for index, (information, rise) in enumerate(zip(priors.mutual_information, priors.sensitivity, strict=True)):
-        run.metrics({"mutual_information": information, "sensitivity": rise}, step=index)
+    run.metrics({"divergence_4bit": priors.divergence, "tokens": priors.tokens})
+    for index, (information, gain) in enumerate(zip(priors.mutual_information, priors.sensitivity, strict=True)):
+        run.metrics({"mutual_information": information, "sensitivity": gain}, step=index)
     run.artifact(REPORTS / "importance.json")
     run.artifact(REPORTS / "importance.png")
 

@@ -6,6 +6,7 @@ Search, references and build all come through here; there is no second way to tu
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -201,6 +202,8 @@ def load(params: Params, pruned: Path, bank: Path, rows: Path, items: Path) -> C
     """
     storage.verify(pruned, "prune")
     storage.verify(bank, "quantize")
+    gc.collect()
+    gc.freeze()  # what is imported by now stays; looking through it took a third of a second a phase
     model = checkpoint.load_model(pruned)
     tokenizer = checkpoint.load_tokenizer(pruned)
     device = device_of(params)

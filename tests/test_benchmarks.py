@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from test_search import PRIORS, SPACE, UNITS, result
 
-from benchmarks import evidence, granularity, record, samplers
+from benchmarks import evidence, granularity, priors, record, samplers
 from pipeline import alpaca, architecture, params, surrogate, tasks, trial
 from pipeline.allocate import raised_of
 
@@ -241,6 +241,22 @@ def test_items_are_read_as_they_were_recorded(tmp_path):
     assert cheap.metric.tolist() == [[[1, 0], [1, 1]], [[0, 0], [0, 1]]] and cheap.memory.tolist() == [5, 7]
     assert cheap.validation_loss.tolist() == [2.0, 1.0] and recovered.validation_loss.tolist() == [3.0]
     assert recovered.gold_logprob.tolist() == [[[-9.0], [-9.5]]]
+
+
+def test_gains_of_units_are_the_falls_of_the_loss():
+    true = np.array([0.3, 0.0, -0.1, 0.05, 0.2])
+    vectors = priors.drawn(40, 5, seed=1)
+    assert vectors.shape == (40, 5) and not vectors[0].any() and vectors[1:].sum(axis=1).tolist() == [1] * 39
+    vectors = np.array(list(product((False, True), repeat=5)))
+    found, fit = priors.gains(vectors, 3.0 - vectors @ true)
+    assert found == pytest.approx(true, abs=1e-4) and fit > 0.999
+
+
+def test_prior_is_judged_by_what_its_best_quarter_gains():
+    true = np.array([4.0, 3.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    assert priors.judged(true, true) == (pytest.approx(1.0), 1.0)
+    assert priors.judged(-true, true) == (pytest.approx(-1.0), 0.0)
+    assert priors.judged(np.array([1.0, 0, 2, 0, 0, 0, 0, 0]), true)[1] == pytest.approx(6 / 7)
 
 
 def test_difference_of_granularities_is_paired_over_items():

@@ -81,7 +81,7 @@ def test_importance_equals_the_cpus(default):
     settings = Importance(samples=6, max_length=12, clusters=4, outcomes=4)
     units = architecture.units(tiny_model().config, "group")
     one, other = both(lambda model, parts: importance.run(model, parts, units, settings, default.quantize, 0))
-    assert other.loss == pytest.approx(one.loss, abs=1e-4)
+    assert other.divergence == pytest.approx(one.divergence, abs=1e-4)
     assert other.sensitivity == pytest.approx(one.sensitivity, abs=1e-4)
     assert other.mutual_information == pytest.approx(one.mutual_information, abs=0.05)
 

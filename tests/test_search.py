@@ -17,7 +17,7 @@ PRIORS = Priors(
     units=tuple(map(str, range(UNITS))),
     mutual_information=(0.1, 0.9, 0.2, 0.8, 0.3, 0.0, 0.0, 0.0),
     sensitivity=(0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.4, 0.0),
-    loss=1.0,
+    divergence=1.0,
     tokens=10,
 )
 
