@@ -157,7 +157,8 @@ def sensitivity(
     (docs/log.md).
 
     The states that enter a block do not depend on what comes after, so each unit's pass starts at its own block.
-    The model's linears are left at 4 bits. What waits for its turn, weights and states, waits in the CPU's memory.
+    The model's linears are left at 4 bits. What waits for its turn, weights, states and the unquantized model's
+    predictions, waits in the CPU's memory.
     """
     weights = {name: model.get_submodule(name).weight for unit in units for name in unit.linears}
     dense = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
@@ -166,11 +167,12 @@ def sensitivity(
         weights[name].copy_(dequantize(quantize(dense[name].to(model.device), bits, settings), weights[name].dtype))
 
     chosen = [part.labels[:, 1:] != IGNORED for part in calibration]
-    # The head is never quantized, so the last states stand for the predictions, which are many times larger.
-    wanted = [
-        model.model(input_ids=part.tokens, use_cache=False).last_hidden_state[:, :-1][here].cpu()
-        for part, here in zip(calibration, chosen, strict=True)
-    ]
+    wanted: list[torch.Tensor] = []
+    entropy = 0.0
+    for part, here in zip(calibration, chosen, strict=True):
+        last = model.model(input_ids=part.tokens, use_cache=False).last_hidden_state[:, :-1][here]
+        wanted.append(model.lm_head(last).float().softmax(-1).to("cpu", last.dtype))
+        entropy += _cross_entropy(model, last, wanted[-1])
     for name in weights:
         set_bits(name, 4)
     entering: list[list[torch.Tensor]] = []
@@ -178,7 +180,7 @@ def sensitivity(
     for part, here, target in zip(calibration, chosen, wanted, strict=True):
         found = model.model(input_ids=part.tokens, use_cache=False, output_hidden_states=True)
         entering.append([states.cpu() for states in found.hidden_states[:-1]])
-        base += _divergence(model, found.last_hidden_state[:, :-1][here], target)
+        base += _cross_entropy(model, found.last_hidden_state[:, :-1][here], target)
     count = sum(int(here.sum()) for here in chosen)
     gains = []
     for unit in progress(list(units), "sensitivity"):
@@ -188,16 +190,16 @@ def sensitivity(
         total = 0.0
         for states, here, target in zip(entering, chosen, wanted, strict=True):
             last = architecture.forward_from(model, unit.block, states[unit.block].to(model.device))
-            total += _divergence(model, last[:, :-1][here], target)
+            total += _cross_entropy(model, last[:, :-1][here], target)
         for name in unit.linears:
             weights[name].copy_(four[name])
         gains.append((base - total) / count)
-    return gains, base / count
+    return gains, (base - entropy) / count
 
 
-def _divergence(model: Any, found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Return the sum over positions of KL(wanted || found), of the predictions from last states [positions, hidden]."""
-    predicted, target = (
-        F.log_softmax(model.lm_head(states.to(model.device)).float(), dim=-1) for states in (found, wanted)
-    )
-    return F.kl_div(predicted, target, log_target=True, reduction="sum").item()
+def _cross_entropy(model: Any, last: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return the sum over positions of the cross-entropy of predictions with the wanted ones [positions, vocabulary].
+
+    It is the divergence and a constant, the wanted ones' entropy.
+    """
+    return F.cross_entropy(model.lm_head(last).float(), wanted.to(last.device).float(), reduction="sum").item()

@@ -99,7 +99,8 @@ PLAIN_PRUNING = {"importance": "taylor1", "text": "rows", "samples": 32, "own_sa
 def raw_params(monkeypatch):
     """The default params as a plain dictionary, free to change, with pruning that fits a model of four blocks.
 
-    On the CPU, also where there is a GPU (which test_cuda.py is for); whatever was fetched is not there.
+    A unit is a block, so that bit strings can be read. On the CPU, also where there is a GPU (which test_cuda.py is
+    for); whatever was fetched is not there.
     """
     import yaml
 
@@ -107,6 +108,7 @@ def raw_params(monkeypatch):
     monkeypatch.setattr(fits, "BASE", Path("nothing/fetched"))
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     raw["prune"] |= PLAIN_PRUNING
+    raw["search"]["granularity"] = "block"
     raw["device"] = "cpu"
     return raw
 

@@ -40,7 +40,7 @@ def tiny_params(model: Path) -> dict:
     raw["importance"] |= {"samples": 4, "max_length": 256, "clusters": 4, "outcomes": 4}
     raw["recover"] |= {"steps": 1, "batch_size": 2, "micro_batch_size": 2, "max_length": 256}
     raw["evaluate"] |= {"tasks": TASKS, "limit": 4, "final_limit": 4}
-    raw["search"] |= {"n_trials": 4, "n_random": 1, "max_8bit_fraction": 0.5}  # 11 feasible vectors
+    raw["search"] |= {"granularity": "block", "n_trials": 4, "n_random": 1, "max_8bit_fraction": 0.5}  # 11 feasible
     raw["build"] |= {"steps": 1}
     raw["table"] |= {"ratios": [0.3], "steps": 1, "limit": 6, "n_trials": 4}
     raw["ablation"] |= {"ratio": 0.3}

@@ -189,14 +189,15 @@ def test_preset_goes_through_every_stage(name, project, tokenizer, monkeypatch):
     assert ("model.layers.0.self_attn.q_proj.bias" in state) is (real["model_type"] == "qwen2")
     assert all(heads // kv == real["num_attention_heads"] // real["num_key_value_heads"]
                for heads, kv, _ in config.block_shapes)  # fmt: skip
-    assert len(read("importance")["units"]) == blocks
+    units = blocks * len(architecture.GRANULARITIES[settings.search.granularity])
+    assert len(read("importance")["units"]) == units
     assert read("search")["finished"] == 2 and read("search")["failed"] == 0
     rows = read("pareto")
-    most = math.floor(blocks * settings.search.max_8bit_fraction)
+    most = math.floor(units * settings.search.max_8bit_fraction)
     assert sum(row["method"] in settings.search.references for row in rows) == len(settings.search.references)
     trials = [row["bits"] for row in rows if row["method"] not in settings.search.references]
     assert len(trials) == 2
-    assert all(len(bits) == blocks and bits.count("8") <= most for bits in trials)
+    assert all(len(bits) == units and bits.count("8") <= most for bits in trials)
     assert read("build")["reload_difference"] == 0
     assert read("evaluate")["items"] == len(settings.evaluate.tasks)
     assert set(settings.evaluate.tasks) <= set(read("evaluate"))
