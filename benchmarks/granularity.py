@@ -79,7 +79,7 @@ def measure(
                 [value / delta for value, delta in zip(priors.sensitivity, space.deltas, strict=True)]
             )
         else:
-            bits = tuple(quantize.read_bits(best(front, within.budget), context.units))
+            bits = quantize.read_bits(best(front, within.budget), context.units)
         budgets.setdefault(share, within.budget if front else context.predict(bits).training)
         figures, items[share], words = judged(bits)
         if words is not None:
