@@ -157,8 +157,7 @@ def sensitivity(
     (docs/log.md).
 
     The states that enter a block do not depend on what comes after, so each unit's pass starts at its own block.
-    The model's linears are left at 4 bits. What waits for its turn, weights, states and the unquantized model's
-    predictions, waits in the CPU's memory.
+    The model's linears are left at 4 bits. What waits for its turn, weights and states, waits in the CPU's memory.
     """
     weights = {name: model.get_submodule(name).weight for unit in units for name in unit.linears}
     dense = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
@@ -171,7 +170,7 @@ def sensitivity(
     entropy = 0.0
     for part, here in zip(calibration, chosen, strict=True):
         last = model.model(input_ids=part.tokens, use_cache=False).last_hidden_state[:, :-1][here]
-        wanted.append(model.lm_head(last).float().softmax(-1).to("cpu", last.dtype))
+        wanted.append(_mean_embedding(model, last))
         entropy += _cross_entropy(model, last, wanted[-1])
     for name in weights:
         set_bits(name, 4)
@@ -197,9 +196,27 @@ def sensitivity(
     return gains, (base - entropy) / count
 
 
-def _cross_entropy(model: Any, last: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Return the sum over positions of the cross-entropy of predictions with the wanted ones [positions, vocabulary].
+def _mean_embedding(model: Any, last: torch.Tensor) -> torch.Tensor:
+    """Return what the head's rows, weighted by a model's predictions, add up to: [positions, hidden] in fp32.
 
-    It is the divergence and a constant, the wanted ones' entropy.
+    Args:
+        model: Its head is read.
+        last: The model's last states, [positions, hidden].
     """
-    return F.cross_entropy(model.lm_head(last).float(), wanted.to(last.device).float(), reduction="sum").item()
+    predicted = model.lm_head(last).float().softmax(-1).to(last.dtype)
+    return (predicted @ model.lm_head.weight).float()
+
+
+def _cross_entropy(model: Any, last: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return the sum over positions of the cross-entropy of predictions with the wanted ones.
+
+    It is the divergence and a constant, the wanted ones' entropy. With p the wanted predictions, W the head and x a
+    state it is log sum exp Wx - p'Wx, so of p it takes W'p alone, a vector of the hidden size.
+
+    Args:
+        model: Its head is read.
+        last: States, [positions, hidden].
+        wanted: W'p, [positions, hidden] in fp32.
+    """
+    likeliest = model.lm_head(last).float().logsumexp(-1)
+    return (likeliest - (last.float() * wanted).sum(-1)).sum().item()

@@ -101,7 +101,7 @@ def summary(bits: str) -> str:
 
 
 def heat_map(members: Sequence[Point], units: Sequence[str], path: Path) -> None:
-    """Draw the bits of the front's members: a row a member, a column a unit."""
+    """Draw the bits of the front's members: a band a member, in it a row a part of a block, a column a block."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,50 +109,82 @@ def heat_map(members: Sequence[Point], units: Sequence[str], path: Path) -> None
     from matplotlib.colors import ListedColormap
 
     rows = [one for one in members if one.bits != "16"]
-    bits = np.array([[int(digit) for digit in one.bits] for one in rows]).reshape(len(rows), len(units))
-    figure, axes = pyplot.subplots(figsize=(max(6, len(units) * 0.28), 1.2 + 0.32 * len(rows)), dpi=150)
-    axes.imshow(
-        bits,
-        cmap=ListedColormap(["#dbe4ee", "#c8442c"]),
-        vmin=4,
-        vmax=8,
-        aspect="auto",
-    )
+    parts = _parts(units)
+    bits = bands([one.bits for one in rows], len(units), len(parts))
+    tall, blocks = bits.shape[1:]
+    bits = bits.reshape(-1, blocks)
+    figure, axes = pyplot.subplots(figsize=(max(6, blocks * 0.28), 1.2 + (0.32 if tall == 1 else 0.17) * len(bits)))
+    axes.imshow(bits, cmap=ListedColormap(["#dbe4ee", "#c8442c"]), vmin=4, vmax=8, aspect="auto")
     axes.set_yticks(
-        range(len(rows)),
+        [tall * index + (len(parts) - 1) / 2 for index in range(len(rows))],
         [f"{100 * one.metrics['accuracy']:.1f} %, {one.memory / GIB:.3f} GiB" for one in rows],
         fontsize=7,
     )
-    axes.set_xticks(range(len(units)), units, fontsize=6, rotation=0 if len(units) <= 40 else 90)
-    axes.set_xlabel("unit (block 0 first); red: 8 bits, grey: 4 bits")
-    axes.set_xticks([x - 0.5 for x in range(len(units) + 1)], minor=True)
-    axes.set_yticks([y - 0.5 for y in range(len(rows) + 1)], minor=True)
+    for index in range(len(rows)):
+        for row, part in enumerate(parts):
+            axes.text(blocks - 0.3, tall * index + row, part, fontsize=6, va="center")
+    _name_blocks(axes, blocks)
+    axes.set_xlabel("block; red: 8 bits, grey: 4 bits")
+    axes.set_xticks([x - 0.5 for x in range(blocks + 1)], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(len(bits) + 1)], minor=True)
     axes.grid(which="minor", color="white", lw=1)
     axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    _save(figure, path)
+
+
+def bands(bits: Sequence[str], units: int, parts: int) -> np.ndarray:
+    """Return bit strings as bands of pixels, [strings, parts of a block, blocks].
+
+    Where a block has several parts a band ends with a row of nan, the gap to the next one.
+    """
+    pixels = np.full((len(bits), parts + (parts > 1), units // parts), np.nan)
+    for band, text in zip(pixels, bits, strict=True):
+        band[:parts] = np.array([int(digit) for digit in text]).reshape(-1, parts).T
+    return pixels
 
 
 def bar_chart(units: Sequence[str], series: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draw one bar chart a series over the units."""
+    """Draw one bar chart a series over the blocks, a bar for each part that is a unit of its own."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        len(series), 1, figsize=(max(7, len(units) * 0.25), 2.4 * len(series)), dpi=150, squeeze=False
+    parts = _parts(units)
+    blocks, width = len(units) // len(parts), 0.8 / len(parts)
+    figure, charts = pyplot.subplots(
+        len(series), 1, figsize=(max(7, blocks * 0.25 * len(parts) ** 0.5), 2.4 * len(series)), squeeze=False
     )
-    for (label, values), ax in zip(series.items(), axes[:, 0], strict=True):
-        ax.bar(range(len(units)), values, color="#2f6fbb")
-        ax.set_ylabel(label, fontsize=8)
-        ax.set_xticks(range(len(units)), units, fontsize=6, rotation=0 if len(units) <= 40 else 90)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel("unit")
+    for (label, values), axes in zip(series.items(), charts[:, 0], strict=True):
+        for index, part in enumerate(parts):
+            places = [block + (index - (len(parts) - 1) / 2) * width for block in range(blocks)]
+            color = "#2f6fbb" if len(parts) == 1 else f"C{index}"
+            axes.bar(places, values[index :: len(parts)], width, color=color, label=part)
+        axes.set_ylabel(label, fontsize=8)
+        axes.margins(x=0.01)
+        _name_blocks(axes, blocks)
+        axes.spines[["top", "right"]].set_visible(False)
+    if len(parts) > 1:
+        charts[-1, 0].legend(fontsize=7, frameon=False, ncols=len(parts))
+    charts[-1, 0].set_xlabel("block")
+    _save(figure, path)
+
+
+def _parts(units: Sequence[str]) -> list[str]:
+    """Return what each block's units are called; one empty name where a unit is a block."""
+    return list(dict.fromkeys(name.partition(".")[2] for name in units))
+
+
+def _name_blocks(axes: Any, blocks: int) -> None:
+    axes.set_xticks(range(blocks), range(blocks), fontsize=6, rotation=0 if blocks <= 40 else 90)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
@@ -210,9 +242,7 @@ def accuracy_and_memory(panels: Mapping[str, Sequence[Bars]], tasks: Sequence[st
         for side in (axes, right):
             side.spines["top"].set_visible(False)
         axes.legend(frameon=False, fontsize=8, ncols=len(bars), loc="lower right", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def benchmark_fronts(every: Mapping[str, Sequence[Point]], path: Path) -> None:
@@ -253,9 +283,7 @@ def benchmark_fronts(every: Mapping[str, Sequence[Point]], path: Path) -> None:
     for axes in grid[:, 0]:
         axes.set_ylabel("accuracy, %", fontsize=8)
     figure.supxlabel("peak memory of recovery, GiB", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def write(

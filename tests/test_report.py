@@ -2,6 +2,7 @@ import base64
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 
 from pipeline import GIB, report
@@ -104,6 +105,22 @@ def test_heat_map_grows_with_the_units(tmp_path):
     for units in (4, 48):
         report.heat_map([point("a", bits="48" * (units // 2))], list(map(str, range(units))), tmp_path / f"{units}.png")
     assert width_of(tmp_path / "48.png") > 1.5 * width_of(tmp_path / "4.png")
+
+
+def test_bands_have_a_row_for_each_part_of_a_block_and_a_gap_below():
+    (band,) = report.bands(["48448844"], units=8, parts=4)  # two blocks of four parts
+    assert band[:4].tolist() == [[4, 8], [8, 8], [4, 4], [4, 4]]
+    assert np.isnan(band[4]).all()
+
+
+def test_bands_of_blocks_are_single_rows():
+    assert report.bands(["4484", "8444"], units=4, parts=1).tolist() == [[[4, 4, 8, 4]], [[8, 4, 4, 4]]]
+
+
+def test_pictures_of_finer_units_are_as_wide_as_those_of_blocks(tmp_path):
+    for name, units in (("block", range(30)), ("group", [f"{i}.{part}" for i in range(30) for part in "abcd"])):
+        report.heat_map([point("a", bits="4" * len(units))], list(map(str, units)), tmp_path / f"{name}.png")
+    assert width_of(tmp_path / "group.png") == width_of(tmp_path / "block.png")
 
 
 @pytest.mark.parametrize("series", [{"one": [1, 2]}, {"one": [1, 2], "two": [-3.5, 0]}])
