@@ -75,9 +75,7 @@ def measure(
     for share in FRONT_BUDGETS if front else BUDGETS:
         within = replace(space, budget=budgets.get(share, space.base + int(share * sum(space.deltas))))
         if front is None:
-            bits = within.allocate(
-                [value / delta for value, delta in zip(priors.sensitivity, space.deltas, strict=True)]
-            )
+            bits = within.allocate(within.per_byte(priors.sensitivity))
         else:
             bits = quantize.read_bits(best(front, within.budget), context.units)
         budgets.setdefault(share, within.budget if front else context.predict(bits).training)

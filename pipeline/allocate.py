@@ -141,6 +141,10 @@ class Space:
                 bits[unit] = 4
         return tuple(bits)
 
+    def per_byte(self, importance: Sequence[float]) -> list[float]:
+        """Return each unit's importance for a byte that it costs at 8 bits."""
+        return [value / max(delta, 1) for value, delta in zip(importance, self.deltas, strict=True)]
+
     def repair(self, bits: Sequence[int], importance: Sequence[float]) -> Bits:
         """Return the nearest feasible vector: the least important of the raised units go back to 4 bits."""
         fixed = list(bits)

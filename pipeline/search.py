@@ -147,16 +147,11 @@ def seeds(settings: Search, space: Space, priors: Priors, generator: random.Rand
     """Yield what is tried before the sampler: QPruner1, QPruner2, the sensitivity allocation, your own, random ones."""
     yield Candidate((4,) * space.units, "qpruner1")
     yield Candidate(space.allocate(priors.mutual_information), "qpruner2")
-    yield Candidate(space.allocate(_per_byte(priors.sensitivity, space)), "sensitivity")
+    yield Candidate(space.allocate(space.per_byte(priors.sensitivity)), "sensitivity")
     for text in settings.seed_bits:
         yield Candidate(tuple(int(digit) for digit in text), "seed")
     for _ in range(settings.n_random):
         yield Candidate(space.draw(generator), "random")
-
-
-def _per_byte(sensitivity: Sequence[float], space: Space) -> list[float]:
-    """Sensitivity for each byte that the unit costs at 8 bits."""
-    return [value / max(delta, 1) for value, delta in zip(sensitivity, space.deltas, strict=True)]
 
 
 def import_history(path: str, units: int, objective: str) -> list[Observation]:

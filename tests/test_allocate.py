@@ -215,3 +215,7 @@ def test_unseen_walks_through_the_whole_space_then_gives_none(limit, budget):
         assert found not in seen
         seen.add(found)
     assert seen == feasible(limit, budget)
+
+
+def test_per_byte_divides_by_what_a_unit_costs():
+    assert space(deltas=(5, 2, 0)).per_byte([10, -3, 4]) == [2, -1.5, 4]  # what costs nothing counts as one byte
