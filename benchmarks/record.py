@@ -37,15 +37,17 @@ Items = dict[str, list[tuple[float, float]]]  # task -> of each item (its metric
 def vectors(space: Space, priors: Priors, count: int, seed: int) -> list[Bits]:
     """Return distinct feasible vectors, spread at every length of the list.
 
-    In turn: a single raised unit, a greedy vector of some size by sensitivity, a neighbour of one, a random vector.
+    In turn: a single raised unit, a greedy vector of some size by sensitivity per byte, a neighbour of one, a random
+    vector.
     """
     generator = random.Random(seed)
+    importance = space.per_byte(priors.sensitivity)
     seen = {(4,) * space.units}
     found = list(seen)
     sources = [
         _singles(space, generator),
-        _greedy(space, priors.sensitivity, generator),
-        _neighbours(space, priors.sensitivity, generator),
+        _greedy(space, importance, generator),
+        _neighbours(space, importance, generator),
         _random(space, generator),
     ]
     while sources and len(found) < count:
