@@ -1,14 +1,15 @@
 """Blocks or finer units: models of equal memory, recovered and judged on items that no search sees.
 
-    python -m benchmarks.granularity [granularities=block,group] [text=FILE] [limit=0] [fronts=FOLDER,FOLDER]
+    python -m benchmarks.granularity [granularities=block,group] [text=FILE] [limit=0] [budgets=0.05,0.1,...]
+        [fronts=FOLDER,FOLDER]
 
-For each granularity and each of five memory budgets: the greedy allocation by sensitivity per byte, which every search
-starts from, as a whole trial. Finer units could fill a budget better; the first granularity's own peak is therefore the
-budget of the others. Or, with ``fronts``, for each of 24 budgets the best of a finished search's front (folders of
-projects, one for each granularity, of the same pruned model): what a user with that much memory would get. Needs the
-stages up to ``quantize``. Writes ``reports/granularity.csv``; a line a budget, then the mean paired differences to the
-first granularity, over items and over windows of 256 tokens of ``text``, the budgets averaged first, each with its
-standard error.
+For each granularity and each of some memory budgets (shares of what raising every unit would take): the greedy
+allocation by sensitivity per byte, which every search starts from, as a whole trial. Finer units could fill a budget
+better; the first granularity's own peak is therefore the budget of the others. Or, with ``fronts``, for each budget the
+best of a finished search's front (folders of projects, one for each granularity, of the same pruned model): what a user
+with that much memory would get. Needs the stages up to ``quantize``. Writes ``reports/granularity.csv``; a line a
+budget, then the mean paired differences to the first granularity, over items and over windows of 256 tokens of
+``text``, the budgets averaged first, each with its standard error.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -28,14 +30,19 @@ from benchmarks.perplexity import losses
 from pipeline import console, evaluate, params, quantize, stages, trial
 from pipeline.allocate import Bits
 
-BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25)  # of what raising every unit would take
+BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25)
 FRONT_BUDGETS = tuple(hundredths / 100 for hundredths in range(2, 26))
 WINDOWS = 60  # of the text
 Values = dict[float, np.ndarray]  # budget -> a figure of each item or window
 
 
 def measure(
-    settings: params.Params, text: str, limit: int, budgets: dict[float, int], front: Path | None
+    settings: params.Params,
+    text: str,
+    limit: int,
+    shares: Sequence[float],
+    budgets: dict[float, int],
+    front: Path | None,
 ) -> tuple[list[dict], dict[str, Values]]:
     """Return a row for each budget, and the paired figures: each item's gold log-probability, each window's loss.
 
@@ -43,6 +50,7 @@ def measure(
         settings: The params.
         text: Held-out text; empty: none.
         limit: Items of a task; 0: all.
+        shares: The budgets, of what raising every unit would take.
         budgets: Share -> peak bytes that are allowed; those that it lacks are added as they came out.
         front: Folder of a project whose front is taken; None: the greedy allocation.
     """
@@ -72,7 +80,7 @@ def measure(
     rows: list[dict] = []
     items: Values = {}
     heldout: Values = {}
-    for share in FRONT_BUDGETS if front else BUDGETS:
+    for share in shares:
         within = replace(space, budget=budgets.get(share, space.base + int(share * sum(space.deltas))))
         if front is None:
             bits = within.allocate(within.per_byte(priors.sensitivity))
@@ -105,14 +113,14 @@ def difference(one: Values, other: Values) -> tuple[float, float]:
     return float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each)))
 
 
-def main(granularities: list[str], text: str, limit: int, fronts: list[Path]) -> None:
+def main(granularities: list[str], text: str, limit: int, shares: Sequence[float], fronts: list[Path]) -> None:
     """Measure, write and print."""
     given, rows, found = params.load(), [], {}
     budgets: dict[float, int] = {}
     for index, name in enumerate(granularities):
         front = fronts[index] if fronts else None
         search = given.search.model_copy(update={"granularity": name, "seed_bits": ()})
-        more, found[name] = measure(given.model_copy(update={"search": search}), text, limit, budgets, front)
+        more, found[name] = measure(given.model_copy(update={"search": search}), text, limit, shares, budgets, front)
         rows += more
         pd.DataFrame(rows).to_csv(stages.REPORTS / "granularity.csv", index=False)
     first, *others = granularities
@@ -131,4 +139,11 @@ if __name__ == "__main__":
     options = dict(item.split("=") for item in sys.argv[1:])
     words = Path(options["text"]).read_text(encoding="utf-8") if "text" in options else ""
     folders = [Path(one) for one in options["fronts"].split(",")] if "fronts" in options else []
-    main(options.get("granularities", "block,group").split(","), words, int(options.get("limit", 0)), folders)
+    asked = [float(share) for share in options["budgets"].split(",")] if "budgets" in options else None
+    main(
+        options.get("granularities", "block,group").split(","),
+        words,
+        int(options.get("limit", 0)),
+        asked or (FRONT_BUDGETS if folders else BUDGETS),
+        folders,
+    )
