@@ -115,23 +115,23 @@ class _Masters:
 class _ChunkedLoss(torch.autograd.Function):
     """Sum of cross-entropies of ``hidden @ head.T``, a chunk of positions at a time.
 
-    The gradients are computed along with the loss, so that no chunk's logits outlive the chunk. The head's own is
-    computed only if the head is trained.
+    The gradients that are wanted are computed along with the loss, so that no chunk's logits outlive the chunk.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(hidden)
+        gradient = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
         heads = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), LOSS_CHUNK):
             here = slice(start, start + LOSS_CHUNK)
-            logits = (hidden[here] @ head.T).float()
-            wanted = labels[here]
-            total += F.cross_entropy(logits, wanted, reduction="sum")
-            logits = logits.softmax(-1)
-            logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
-            gradient[here] = logits.to(hidden.dtype) @ head
+            logits = (hidden[here] @ head.T).float().log_softmax(-1)
+            at_labels = torch.arange(len(logits), device=logits.device), labels[here]
+            total -= logits[at_labels].sum()
+            if gradient is not None:
+                logits.exp_()
+                logits[at_labels] -= 1
+                gradient[here] = logits.to(hidden.dtype) @ head
             if heads is not None:
                 heads += logits.T @ hidden[here].float()
             del logits  # else they live until the next chunk's exist
