@@ -67,35 +67,55 @@ class Peak:
 def predict(config: Any, bits_of: Mapping[str, int], setting: Setting) -> Peak:
     """Predict peak memory on CUDA from shapes alone.
 
-    Training peaks while the loss or the last block is computed, when all that earlier blocks keep is alive. So one
-    trace, with the earlier blocks at 4 bits, serves all bit vectors that agree in the last block; each earlier block
-    adds what its own bits add (``_added``). Inference peaks in the widest block or at the logits; each kind of block
-    is traced apart. Both equal a trace of the whole to the byte, unless the last block is far smaller than others. The
-    first call for a model takes seconds, later ones milliseconds.
+    Training as in ``training``. Inference peaks in the widest block or at the logits; each kind of block is traced
+    apart. Both equal a trace of the whole to the byte, unless the last block is far smaller than others. The first call
+    for a model takes seconds, later ones milliseconds.
 
     Args:
         config: The model's config, pruned or not.
         bits_of: Bits of each linear: 4, 8 or 16.
         setting: Batch and adapter sizes.
     """
-    shapes = architecture.shapes(config)
-    bits = [tuple(bits_of[architecture.linear_name(index, name)] for name in LINEARS) for index in range(len(shapes))]
-    model = config.to_json_string(use_diff=False)
-    if setting.full:  # a block's widths say what it trains, so each is traced as it is
-        weights, training = _traced(config, model, tuple(bits), setting, "training")
-    else:
-        weights, training = _last_block_at(config, model, bits[-1], setting)
-    widest = 0
-    for index, (shape, own) in enumerate(zip(shapes, bits, strict=True)):
-        if index < len(shapes) - 1 and not setting.full:
-            stored, kept = _added(config, index, shape, own, setting)
-            weights += stored
-            training += stored + kept
+    weights, peak = training(config, bits_of, setting)
+    model, widest = config.to_json_string(use_diff=False), 0
+    for index, (shape, own) in enumerate(_blocks(config, bits_of)):
         alone = (shape.heads, shape.kv_heads, shape.channels)
         twice = _of_blocks(config, [index, index])  # only a first block's input is all that lives
         block_weights, block_peak = _traced(twice, (model, alone), (own, own), setting, "inference")
         widest = max(widest, block_peak - block_weights)
-    return Peak(training, weights + widest, "predicted")
+    return Peak(peak, weights + widest, "predicted")
+
+
+def training(config: Any, bits_of: Mapping[str, int], setting: Setting) -> tuple[int, int]:
+    """Return (bytes of the model alone, peak bytes of training it), predicted from shapes.
+
+    Training peaks while the loss or the last block is computed, when all that earlier blocks keep is alive. So one
+    trace, with the earlier blocks at 4 bits, serves all bit vectors that agree in the last block; each earlier block
+    adds what its own bits add (``_added``).
+
+    Args:
+        config: As for ``predict``.
+        bits_of: As for ``predict``.
+        setting: As for ``predict``.
+    """
+    blocks = _blocks(config, bits_of)
+    model = config.to_json_string(use_diff=False)
+    if setting.full:  # a block's widths say what it trains, so each is traced as it is
+        return _traced(config, model, tuple(own for _, own in blocks), setting, "training")
+    weights, peak = _last_block_at(config, model, blocks[-1][1], setting)
+    for index, (shape, own) in enumerate(blocks[:-1]):
+        stored, kept = _added(config, index, shape, own, setting)
+        weights += stored
+        peak += stored + kept
+    return weights, peak
+
+
+def _blocks(config: Any, bits_of: Mapping[str, int]) -> list[tuple[BlockShape, tuple[int, ...]]]:
+    """Return of each block its shape and the bits of its linears."""
+    return [
+        (shape, tuple(bits_of[architecture.linear_name(index, name)] for name in LINEARS))
+        for index, shape in enumerate(architecture.shapes(config))
+    ]
 
 
 def _added(config: Any, block: int, shape: BlockShape, bits: tuple[int, ...], setting: Setting) -> tuple[int, int]:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.nn import functional as F
 
 from pipeline.alpaca import IGNORED, Batch, Example, batch, batches, padded
 from pipeline.memory import LOSS_CHUNK

@@ -253,7 +253,7 @@ def space(context: Context) -> Space:
     settings = context.params.search
     budget = settings.memory_budget_gib
     found = Space.of(
-        lambda bits: context.predict(bits).training,
+        lambda bits: memory.training(context.config, context.bits_of(bits), context.memory_setting)[1],
         len(context.units),
         settings.max_8bit_fraction,
         None if budget is None else int(budget * GIB),
