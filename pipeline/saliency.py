@@ -261,18 +261,21 @@ def surgeon_order(weight: torch.Tensor, gram: torch.Tensor, width: int, chunk: i
     costs, highest = torch.full((count,), float("inf"), device=device), torch.zeros((), device=device)
     each = torch.arange(count, device=device)
     while int(alive.sum()) > 1:
-        own = inverse.unflatten(1, (count, width)).unflatten(0, (count, width))[each, :, each, :].clone()
-        own[~alive] = torch.eye(width, device=device)
-        columns = rest.unflatten(1, (count, width))
-        now = torch.einsum("ogi,gij,ogj->g", columns, torch.linalg.inv(own), columns)
+        if width == 1:  # the same without a thousand matrices of one number
+            now = rest.square().sum(0) / inverse.diagonal()
+        else:
+            own = inverse.unflatten(1, (count, width)).unflatten(0, (count, width))[each, :, each, :].clone()
+            own[~alive] = torch.eye(width, device=device)
+            columns = rest.unflatten(1, (count, width))
+            now = torch.einsum("ogi,gij,ogj->g", columns, torch.linalg.inv(own), columns)
         now[~alive] = float("inf")
         taken = now.topk(min(chunk, int(alive.sum()) - 1), largest=False).indices
         highest = torch.maximum(highest, now[taken].max())
         costs[taken] = highest
         gone = (taken[:, None] * width + torch.arange(width, device=device)).flatten()
         step = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-        rest -= rest[:, gone] @ step
-        inverse -= inverse[:, gone] @ step
+        rest.addmm_(rest[:, gone], step, alpha=-1)
+        inverse.addmm_(inverse[:, gone], step, alpha=-1)
         alive[taken] = False
         rest[:, gone], inverse[gone], inverse[:, gone] = 0, 0, 0
     return costs
