@@ -65,8 +65,9 @@ def save(context: Context, bits: Sequence[int], trained: PeftModel, folder: Path
     real = trial.mixed_model(context, bits_of)
     real.save_pretrained(folder)  # before PEFT renames its linears
     adapted = get_peft_model(real, trial.lora_config(context.params, context.bank.settings))
-    set_peft_model_state_dict(adapted, get_peft_model_state_dict(trained))
-    adapted.save_pretrained(folder / checkpoint.ADAPTER)
+    set_peft_model_state_dict(adapted, get_peft_model_state_dict(trained, save_embedding_layers=False))
+    # The embeddings are the base's; left to itself, PEFT asks a hub whether they are.
+    adapted.save_pretrained(folder / checkpoint.ADAPTER, save_embedding_layers=False)
     (folder / checkpoint.ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is one level up
     context.tokenizer.save_pretrained(folder)
     return adapted.eval()

@@ -465,7 +465,9 @@ def register_model(
 
     client()
     # The one use of the fluent API: log_model has no client counterpart. The run exists already.
-    with mlflow.start_run(run_id=run.run_id):
+    with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
+        # The signature is given; MLflow looks for one in the type hints all the same and says what it misses there.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\.pyfunc")
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(model_code),
