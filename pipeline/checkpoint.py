@@ -294,11 +294,12 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def _quiet() -> None:
-    """Loading takes a second here; its progress bars would hide the stage's own."""
+    """Loading takes a second here; its progress bars would hide the stage's own. Int8 tells each time that it casts."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def load_final(folder: str | Path, device: str | torch.device = "cpu") -> Any:

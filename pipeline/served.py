@@ -12,8 +12,6 @@ import torch
 
 from pipeline import alpaca, checkpoint, storage
 
-MAX_NEW_TOKENS = 64
-
 
 class Compressed(mlflow.pyfunc.PythonModel):
     """A built checkpoint that answers instructions."""
@@ -31,10 +29,10 @@ class Compressed(mlflow.pyfunc.PythonModel):
         Args:
             context: Unused.
             model_input: A list of strings, or a dataframe with one column of them.
-            params: ``max_new_tokens`` may be given.
+            params: ``max_new_tokens``; MLflow fills in what the model's signature has.
         """
+        assert params is not None
         texts = model_input.iloc[:, 0] if hasattr(model_input, "columns") else model_input
-        limit = (params or {}).get("max_new_tokens", MAX_NEW_TOKENS)
         answers = []
         for text in texts:
             tokens = torch.tensor([self.tokenizer.encode(alpaca.prompt(text))], device=self.model.device)
@@ -42,7 +40,7 @@ class Compressed(mlflow.pyfunc.PythonModel):
                 out = self.model.generate(
                     input_ids=tokens,
                     attention_mask=torch.ones_like(tokens),
-                    max_new_tokens=limit,
+                    max_new_tokens=params["max_new_tokens"],
                     do_sample=False,
                     pad_token_id=self.tokenizer.pad_token_id,
                 )

@@ -335,6 +335,7 @@ def register_(params: Params, run: Run) -> None:
         pinned,
         tags,
         ["What is the capital of France?"],
+        max_new_tokens=64,
     )
     run.tags({"model": uri})
     storage.write_text(REPORTS / "register.json", json.dumps({"model": uri, "alias": params.register_.alias}, indent=1))

@@ -454,20 +454,23 @@ def register_model(
     requirements: list[str],
     tags: Mapping[str, str],
     example: list[str],
+    max_new_tokens: int,
 ) -> str:
     """Log a checkpoint as a pyfunc model defined by code, register it and move the alias to it.
+
+    Strings in, strings out, with ``max_new_tokens`` as a parameter of a prediction.
 
     Returns:
         The model's URI, ``models:/<name>/<version>``.
     """
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import ColSpec, Schema
+    from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 
     client()
+    text = Schema([ColSpec("string")])
+    limit = ParamSchema([ParamSpec("max_new_tokens", "long", max_new_tokens)])
     # The one use of the fluent API: log_model has no client counterpart. The run exists already.
-    with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
-        # The signature is given; MLflow looks for one in the type hints all the same and says what it misses there.
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\.pyfunc")
+    with mlflow.start_run(run_id=run.run_id):
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(model_code),
@@ -475,7 +478,7 @@ def register_model(
             code_paths=code,
             pip_requirements=requirements,
             registered_model_name=name,
-            signature=ModelSignature(Schema([ColSpec("string")]), Schema([ColSpec("string")])),
+            signature=ModelSignature(text, text, limit),
             metadata={"example": example},
         )
     version = info.registered_model_version

@@ -153,7 +153,8 @@ model = mlflow.pyfunc.load_model("models:/qpruner@champion")
 inner = model.unwrap_python_model()
 from pipeline import build
 logits = build.probe(inner.model, inner.tokenizer)
-print(json.dumps({"answer": model.predict(["Name a color."]), "logits": logits.flatten().tolist()}))
+answer, short = (model.predict(["Name a color."], params=params) for params in (None, {"max_new_tokens": 1}))
+print(json.dumps({"answer": answer, "short": short, "logits": logits.flatten().tolist()}))
 """
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}"}
     done = subprocess.run(
@@ -167,6 +168,7 @@ print(json.dumps({"answer": model.predict(["Name a color."]), "logits": logits.f
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert isinstance(found["answer"][0], str)
+    assert len(found["short"][0]) < len(found["answer"][0])
     from safetensors.torch import load_file
 
     built = tmp_path / "built.safetensors"
