@@ -289,10 +289,10 @@ def _starts(model: Model, space: Space, own: np.ndarray, prior: Sequence[float],
     alone: np.ndarray = np.eye(space.units, dtype=bool)
     gains = model.predict(alone)[0] - model.predict(np.zeros((1, space.units), dtype=bool))[0]
     found = [*own[space.feasible(own)], *(raised_of([space.draw(generator)])[0] for _ in range(8))]
-    for importance in (gains, np.array(prior)):
-        for costs in (np.ones(space.units), np.maximum(np.array(space.deltas, dtype=float), 1)):
+    for importance in (gains.tolist(), prior):
+        for weights in (importance, space.per_byte(importance)):
             raised: np.ndarray = np.zeros(space.units, dtype=bool)
-            for unit in np.argsort(-importance / costs, kind="stable"):
+            for unit in np.argsort(-np.array(weights), kind="stable"):
                 raised[unit] = True
                 if space.feasible(raised[None])[0]:
                     found.append(raised.copy())
