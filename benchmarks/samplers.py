@@ -52,7 +52,7 @@ class Landscape:
         pairs: Gain of each pair of units raised together, [units, units], upper triangle.
         noise: Standard deviation of a trial's quality around the true one.
         stderr: Standard error that a trial reports.
-        sensitivity: What the sweep measured, [units].
+        sensitivity: What stage ``importance`` measured, [units].
         about: Where it comes from and how well it fits.
     """
 
@@ -153,7 +153,7 @@ def recorded(folder: Path, objective: str = "gold_logprob") -> Landscape:
 
 
 def priors_of(landscape: Landscape, kind: str, seed: int) -> Priors:
-    """Return what the search is told: the ``good`` sweep, ``none``, or a ``shuffled`` or ``reversed`` one."""
+    """Return what the search is told: the ``good`` sensitivity, ``none``, or a ``shuffled`` or ``reversed`` one."""
     true = list(landscape.sensitivity)
     if kind == "none":
         true = [0.0] * len(true)

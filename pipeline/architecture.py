@@ -218,24 +218,3 @@ def block_outputs(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def forward_from(model: nn.Module, block: int, hidden: torch.Tensor) -> torch.Tensor:
-    """Run the model from a block on, without attention mask.
-
-    Args:
-        model: A causal language model.
-        block: First block to run.
-        hidden: What that block receives, [B, L, hidden].
-
-    Returns:
-        The final hidden states, after the last norm, [B, L, hidden].
-    """
-    import torch
-
-    inner = model.get_submodule("model")
-    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-    rotary = inner.rotary_emb(hidden, position_ids=positions)
-    for layer in inner.layers[block:]:
-        hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
-    return inner.norm(hidden)

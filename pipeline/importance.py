@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ class Priors:
     Attributes:
         units: Names of the units.
         mutual_information: Of each unit's block with the prediction, in nats.
-        sensitivity: Fall of the divergence, in nats a token, when the unit alone goes from 4 to 8 bits.
+        sensitivity: Fall of the divergence, in nats a token and to first order, when the unit goes from 4 to 8 bits.
         divergence: Of the predictions with every unit at 4 bits from those of the unquantized model.
         tokens: Positions that the figures come from.
     """
@@ -51,8 +52,8 @@ class Priors:
         )
 
 
-# Part of what names kept priors: a version that measures something else measures anew.
-MEASURED = [one.name for one in fields(Priors)]
+# Part of what names kept priors: a version that measures something else, or otherwise, measures anew.
+MEASURED = [*(one.name for one in fields(Priors)), "by gradient"]
 
 
 def run(
@@ -145,55 +146,58 @@ def discrete_mutual_information(x: np.ndarray, y: np.ndarray) -> float:
     return max(plug_in - float(bias), 0.0)
 
 
-@torch.inference_mode()
 def sensitivity(
     model: Any, calibration: Sequence[Batch], units: Sequence[Unit], settings: Quantize
 ) -> tuple[list[float], float]:
     """Return (what each unit alone gains by going from 4 to 8 bits, the divergence with all at 4 bits), nats a token.
 
     The divergence is Kullback and Leibler's, of the predictions from those of the unquantized model: the rise of the
-    loss that is to be expected, without the chance of which token came next. A gain is its fall, measured where a
-    search starts and mostly stays, with the other units at 4 bits. Seen from 8 bits, units order otherwise
-    (docs/log.md).
+    loss that is to be expected, without the chance of which token came next. A gain is its fall to first order, the
+    gradient with all units at 4 bits, where a search starts, along the change of the unit's weights: one pass back for
+    all units. Raising each in turn costs a pass a unit and chooses no better (docs/log.md).
 
-    The states that enter a block do not depend on what comes after, so each unit's pass starts at its own block.
-    The model's linears are left at 4 bits. What waits for its turn, weights and states, waits in the CPU's memory.
+    The model's linears are left at 4 bits. What waits for its turn, changes of weights, waits in the CPU's memory.
     """
-    weights = {name: model.get_submodule(name).weight for unit in units for name in unit.linears}
-    dense = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+    model.requires_grad_(False)
+    wanted, entropy = [], 0.0
+    with torch.no_grad():
+        for part in calibration:
+            last = _states(model, part)
+            wanted.append(_mean_embedding(model, last))
+            entropy += _cross_entropy(model, last, wanted[-1]).item()
+    names = [name for unit in units for name in unit.linears]
+    weights = {name: model.get_submodule(name).weight for name in names}
+    changes, gains = {}, dict.fromkeys(names, 0.0)
+    for name, weight in weights.items():
+        four, eight = (dequantize(quantize(weight, bits, settings), weight.dtype) for bits in (4, 8))
+        changes[name] = (eight - four).cpu()
+        weight.copy_(four)
 
-    def set_bits(name: str, bits: int) -> None:
-        weights[name].copy_(dequantize(quantize(dense[name].to(model.device), bits, settings), weights[name].dtype))
+    def take(name: str, weight: torch.Tensor) -> None:  # one weight's gradient exists at a time
+        change = changes[name].to(weight.device)
+        gains[name] -= (weight.grad.float() * change.float()).sum().item()
+        weight.grad = None
 
-    chosen = [part.labels[:, 1:] != IGNORED for part in calibration]
-    wanted: list[torch.Tensor] = []
-    entropy = 0.0
-    for part, here in zip(calibration, chosen, strict=True):
-        last = model.model(input_ids=part.tokens, use_cache=False).last_hidden_state[:, :-1][here]
-        wanted.append(_mean_embedding(model, last))
-        entropy += _cross_entropy(model, last, wanted[-1])
-    for name in weights:
-        set_bits(name, 4)
-    entering: list[list[torch.Tensor]] = []
+    handles = [
+        weight.requires_grad_(True).register_post_accumulate_grad_hook(partial(take, name))
+        for name, weight in weights.items()
+    ]
     base = 0.0
-    for part, here, target in zip(calibration, chosen, wanted, strict=True):
-        found = model.model(input_ids=part.tokens, use_cache=False, output_hidden_states=True)
-        entering.append([states.cpu() for states in found.hidden_states[:-1]])
-        base += _cross_entropy(model, found.last_hidden_state[:, :-1][here], target)
-    count = sum(int(here.sum()) for here in chosen)
-    gains = []
-    for unit in progress(list(units), "sensitivity"):
-        four = {name: weights[name].clone() for name in unit.linears}
-        for name in unit.linears:
-            set_bits(name, 8)
-        total = 0.0
-        for states, here, target in zip(entering, chosen, wanted, strict=True):
-            last = architecture.forward_from(model, unit.block, states[unit.block].to(model.device))
-            total += _cross_entropy(model, last[:, :-1][here], target)
-        for name in unit.linears:
-            weights[name].copy_(four[name])
-        gains.append((base - total) / count)
-    return gains, (base - entropy) / count
+    for part, target in zip(progress(calibration, "sensitivity"), wanted, strict=True):
+        value = _cross_entropy(model, _states(model, part), target)
+        value.backward()
+        base += value.item()
+    for handle in handles:
+        handle.remove()
+    model.requires_grad_(False)
+    count = sum(map(len, wanted))
+    return [sum(gains[name] for name in unit.linears) / count for unit in units], (base - entropy) / count
+
+
+def _states(model: Any, part: Batch) -> torch.Tensor:
+    """Return the model's last states at the positions that predict a labelled token, [positions, hidden]."""
+    last = model.model(input_ids=part.tokens, use_cache=False).last_hidden_state
+    return last[:, :-1][part.labels[:, 1:] != IGNORED]
 
 
 def _mean_embedding(model: Any, last: torch.Tensor) -> torch.Tensor:
@@ -207,7 +211,7 @@ def _mean_embedding(model: Any, last: torch.Tensor) -> torch.Tensor:
     return (predicted @ model.lm_head.weight).float()
 
 
-def _cross_entropy(model: Any, last: torch.Tensor, wanted: torch.Tensor) -> float:
+def _cross_entropy(model: Any, last: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Return the sum over positions of the cross-entropy of predictions with the wanted ones.
 
     It is the divergence and a constant, the wanted ones' entropy. With p the wanted predictions, W the head and x a
@@ -219,4 +223,4 @@ def _cross_entropy(model: Any, last: torch.Tensor, wanted: torch.Tensor) -> floa
         wanted: W'p, [positions, hidden] in fp32.
     """
     likeliest = model.lm_head(last).float().logsumexp(-1)
-    return (likeliest - (last.float() * wanted).sum(-1)).sum().item()
+    return (likeliest - (last.float() * wanted).sum(-1)).sum()

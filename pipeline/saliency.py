@@ -23,6 +23,7 @@ FROM_GRAMS = ("activation", "surgeon")
 READER = {"attention": ATTENTION[3], "mlp": MLP[2]}  # the linear that reads a kind's structures
 _HEAD_FACTOR = 4.0
 _BLOCKS_AT_ONCE = 8  # whose Gram matrices a GPU holds; a pass over the text for each such lot
+_TILE = 256  # columns of a Gram matrix computed at a time, from the diagonal on: the other half is the same
 _ENERGY_BATCHES = 3  # batches that the gradient's energy is measured on: it varies far more by block than by row
 _ENERGY_POWER = 0.7  # below 1: the error of an early block fades on its way
 # Of the median of the Gram matrix's diagonal, added to it: the mean may be that of one massive activation.
@@ -216,7 +217,7 @@ def surgeon(model: Any, calibration: Sequence[Batch], settings: Prune, grams: Gr
     ``compensate: true``. A head's error is multiplied by ``_HEAD_FACTOR``: what it moves to other tokens is felt beyond
     its own output.
     """
-    energy = gradient_energy(model, calibration[:: max(len(calibration) // _ENERGY_BATCHES, 1)])
+    energy = gradient_energy(model, calibration[:: -(-len(calibration) // _ENERGY_BATCHES)])
     shapes = architecture.shapes(model.config)
     found: Scores = []
     for index, block in enumerate(progress(grams, "importance (surgeon)")):
@@ -312,7 +313,8 @@ def input_grams(model: Any, calibration: Sequence[Batch]) -> Grams:
 
 @torch.no_grad()
 def _grams_of(model: Any, calibration: Sequence[Batch], blocks: range) -> Grams:
-    found: dict[int, dict[str, Any]] = {block: dict.fromkeys((*READER, "output"), 0) for block in blocks}
+    halves: dict[tuple[int, str], torch.Tensor] = {}
+    energy = torch.zeros(len(blocks), device=model.device)
     total = 0
     for part in progress(calibration, f"activations, blocks {blocks[0]} to {blocks[-1]}"):
         real = part.labels != IGNORED
@@ -320,12 +322,24 @@ def _grams_of(model: Any, calibration: Sequence[Batch], blocks: range) -> Grams:
         total += int(real.sum())
         with _reading(model, lambda value: value) as seen, architecture.block_outputs(model) as outputs:
             model.model(input_ids=part.tokens, use_cache=False)
-        for block, own in found.items():
+        for place, block in enumerate(blocks):
+            energy[place] += outputs[block][real].float().square().sum()
             for kind in READER:
-                rows = seen[block, kind][real].float()
-                own[kind] += rows.T @ rows
-            own["output"] += outputs[block][real].float().square().sum()
-    return [{kind: (value / total).cpu() for kind, value in own.items()} for own in found.values()]
+                inputs = seen[block, kind][real].float()
+                width = inputs.shape[1]
+                half = halves.setdefault((block, kind), torch.zeros(width, width, device=model.device))
+                for start in range(0, width, _TILE):
+                    here = slice(start, start + _TILE)
+                    half[here, start:].addmm_(inputs[:, here].T, inputs[:, start:])
+    return [
+        {kind: _whole(halves[block, kind] / total).cpu() for kind in READER} | {"output": (energy[place] / total).cpu()}
+        for place, block in enumerate(blocks)
+    ]
+
+
+def _whole(half: torch.Tensor) -> torch.Tensor:
+    """Return the symmetric matrix whose upper half is given."""
+    return half.triu() + half.triu(1).T
 
 
 class _reading:  # noqa: N801  (a context manager)

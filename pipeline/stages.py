@@ -122,7 +122,8 @@ def write_priors(params: Params, pruned: Path, target: Path) -> Any:
     rows = alpaca.rows(
         ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed
     )
-    parts = list(alpaca.batches(rows, 8, tokenizer.pad_token_id, whole=False))
+    # Few rows at a time: a pass back through a large model keeps every block's states.
+    parts = list(alpaca.batches(rows, 4, tokenizer.pad_token_id, whole=False))
     units = architecture.units(model.config, params.search.granularity)
     priors = stage_.run(model, parts, units, settings, params.quantize, params.seed)
     storage.write_text(target, json.dumps(asdict(priors), indent=1))

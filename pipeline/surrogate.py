@@ -4,7 +4,7 @@ Peak memory is known exactly, so only quality needs a model. Raising units from 
 
     quality(z) = level + b . (s . z) + c . |z| + sum_i w_i z_i + sum_i v_i s_i z_i + pairs(z) + noise,
 
-with z the raised units, s their scores by the sensitivity sweep, and independent normal priors on b, c, w, v and the
+with z the raised units, s their sensitivities, and independent normal priors on b, c, w, v and the
 products of pairs: a Gaussian process with a linear kernel a term. How much each term matters is learnt, so scores that
 mislead cost little. The noise has the observations' own standard errors, times a learnt factor below one: trials answer
 the same items, and what the items have in common moves all of them alike.

@@ -470,7 +470,9 @@ def register_model(
     text = Schema([ColSpec("string")])
     limit = ParamSchema([ParamSpec("max_new_tokens", "long", max_new_tokens)])
     # The one use of the fluent API: log_model has no client counterpart. The run exists already.
-    with mlflow.start_run(run_id=run.run_id):
+    with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
+        # The signature is given: hints that MLflow can read would take its place, and an example would load the model.
+        warnings.filterwarnings("ignore", "(?s).*(type hint|input example)", UserWarning)
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(model_code),

@@ -49,6 +49,27 @@ def test_the_first_token_is_drawn_from_the_whole_distribution(tokenizer, monkeyp
     assert (1 / VOCABULARY - expected).abs().sum() / 2 > 2 * chance  # the test could tell another distribution
 
 
+def test_texts_stand_end_to_end_in_the_windows(tokenizer, monkeypatch):
+    model = tiny_model()
+    one = calibration.written(model, tokenizer, 3, 5, SEED)
+    monkeypatch.setattr(calibration, "_TEXT", 5)
+    found = calibration.written(model, tokenizer, 2, 7, SEED)  # 14 tokens: three texts of five, the last one cut
+    whole = [token for text in one for token in text.tokens]
+    assert [token for window in found for token in window.tokens] == whole[:14]
+    assert [len(window.tokens) for window in found] == [7, 7]
+
+
+def test_no_token_without_probability_is_drawn(tokenizer, monkeypatch):
+    draws = iter([0.0, 1 - 2**-24])  # the ends of what torch.rand gives
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, next(draws)))
+    model = tiny_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[torch.arange(VOCABULARY) != 7] = 0  # every other token is alike
+        model.lm_head.weight[7] = 1e30 * torch.randn(model.config.hidden_size)
+    (found,) = calibration.written(model, tokenizer, 1, 2, SEED)
+    assert not set(found.tokens) & set(SPECIAL)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_windows_are_full_seeded_and_without_special_tokens(family, tokenizer, monkeypatch):
     monkeypatch.setattr(calibration, "_AT_ONCE", 4)

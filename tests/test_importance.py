@@ -144,24 +144,39 @@ def divergence(model, other, calibration):
         ("group", "qwen3", "nf4"),
     ],
 )
-def test_sensitivity_equals_brute_force(granularity, family, four_bit):
+def test_sensitivity_is_the_slope_of_the_divergence_from_4_towards_8_bits(granularity, family, four_bit):
     chosen, calibration = quantization(four_bit=four_bit), batches(2)
     model = tiny_model(family)
     units = architecture.units(model.config, granularity)
     gains, base = importance.sensitivity(model, calibration, units, chosen)
 
     every = list(architecture.linears(model.config))
-    four = tiny_model(family)
+    dense, four, eight = (tiny_model(family) for _ in range(3))
     simulate(four, every, 4, chosen)
-    assert base == pytest.approx(divergence(four, tiny_model(family), calibration), rel=1e-3, abs=1e-6)
+    simulate(eight, every, 8, chosen)
+    assert base == pytest.approx(divergence(four, dense, calibration), rel=1e-3, abs=1e-6)
     assert len(gains) == len(units)
     for unit, gain in zip(units, gains, strict=True):
-        fresh = tiny_model(family)
-        simulate(fresh, [name for name in every if name not in unit.linears], 4, chosen)
-        simulate(fresh, unit.linears, 8, chosen)
-        left = divergence(fresh, tiny_model(family), calibration)
-        assert gain == pytest.approx(base - left, rel=1e-3, abs=1e-6)
+        at = []
+        for step in (-0.02, 0.02):
+            between = tiny_model(family).double()
+            between.load_state_dict(four.state_dict())
+            with torch.no_grad():
+                for name in unit.linears:
+                    weight = between.get_submodule(name).weight
+                    weight += step * (eight.get_submodule(name).weight - weight)
+            at.append(divergence(between, dense.double(), calibration))
+        assert gain == pytest.approx((at[0] - at[1]) / 0.04, rel=1e-2, abs=1e-6)
     assert max(gains) > 1e-4
+
+
+def test_sensitivity_of_units_adds_up_to_the_same_for_any_granularity():
+    found = [
+        importance.sensitivity(tiny_model(), batches(2), architecture.units(tiny_model().config, each), quantization())
+        for each in architecture.GRANULARITIES
+    ]
+    totals = [sum(gains) for gains, _ in found]
+    assert totals == pytest.approx([totals[0]] * len(totals), rel=1e-3)
 
 
 def test_sensitivity_leaves_every_linear_at_4_bits():
@@ -171,6 +186,7 @@ def test_sensitivity_leaves_every_linear_at_4_bits():
     simulate(four, architecture.linears(four.config), 4, chosen)
     expected = four.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert not any(weight.requires_grad or weight.grad is not None for weight in model.parameters())
 
 
 def test_sensitivity_counts_labelled_tokens_only():

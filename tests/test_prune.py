@@ -636,7 +636,9 @@ def test_refit_keeps_the_type_of_the_weight():
     assert prune.refit(weight.bfloat16(), (values.T @ values).float(), KEPT).dtype == torch.bfloat16
 
 
-def test_input_grams_are_those_of_the_reading_linears():
+@pytest.mark.parametrize("tile", [saliency._TILE, 40])  # wider than the inputs; no divisor of their number
+def test_input_grams_are_those_of_the_reading_linears(tile, monkeypatch):
+    monkeypatch.setattr(saliency, "_TILE", tile)
     model, parts = tiny_model(), batches()
     grams = saliency.input_grams(model, parts)
     seen = []
