@@ -37,7 +37,7 @@ def perplexity(model, tokenizer, text: str) -> float:
 def draw(folder: Path, rows: Path, text: Path, settings: params.Prune, ratios: list[float], seed: int) -> list[float]:
     """Prune with one draw of the calibration rows; print a line and return the perplexity for each ratio."""
     tokenizer, model, start = checkpoint.load_tokenizer(folder), checkpoint.load_model(folder), time.time()
-    parts = calibration.batches(model, tokenizer, rows, settings, 16, seed)
+    parts = calibration.batches(tokenizer, rows, settings, 16, seed)
     found = []
     for pruned in prune.at_ratios(model, parts, settings, ratios, seed):
         smaller = checkpoint.from_state(pruned.config, pruned.state).float().eval()

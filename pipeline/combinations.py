@@ -16,10 +16,20 @@ from pipeline.architecture import FAMILIES
 def _needs_samples(raw: Any) -> str | None:
     prune = raw["prune"]
     needing = fits.calibrated(prune["importance"], prune["compensate"])
-    if prune["samples"] + prune["own_samples"] == 0 and needing:
+    if prune["samples"] == 0 and needing:
         return (
             f"prune.samples: samples is 0, but importance {prune['importance']!r} or compensation needs rows; "
             "set samples to 10 or more"
+        )
+    return None
+
+
+def _noise_is_read(raw: Any) -> str | None:
+    prune = raw["prune"]
+    if prune["noise"] and not fits.fitted(prune["importance"], prune["compensate"]):
+        return (
+            f"prune.noise: noise {prune['noise']} changes what layers receive, which importance "
+            f"{prune['importance']!r} without compensation does not read; set noise to 0"
         )
     return None
 
@@ -156,6 +166,7 @@ def _enough_tokens(raw: Any) -> str | None:
 
 CHECKS = (
     _needs_samples,
+    _noise_is_read,
     _micro_batches,
     _patience_has_losses,
     _seeds_within_limit,

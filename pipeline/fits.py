@@ -103,6 +103,11 @@ def calibrated(importance: str, compensate: bool) -> bool:
     return compensate or importance not in ("magnitude", "random")
 
 
+def fitted(importance: str, compensate: bool) -> bool:
+    """Return whether pruning reads what layers receive, not only gradients of the loss."""
+    return compensate or importance in ("activation", "surgeon")
+
+
 def span_of(prune: Prune, kind: str) -> BlockRange:
     """Return the blocks in which a kind of structure may go."""
     return prune.attention_blocks if kind == "attention" else prune.mlp_blocks

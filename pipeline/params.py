@@ -115,8 +115,8 @@ class Prune(Section):
         description="Alpaca rows in their prompts; a piece of each text; texts end to end; the longest responses so."
     )
     samples: int = Field(ge=0, description="Calibration rows, or windows of max_length tokens of the texts.")
-    own_samples: int = Field(
-        ge=0, description="Windows of max_length tokens that the model writes itself, beside them."
+    noise: float = Field(
+        ge=0, le=1, description="Share of their tokens replaced by random ones where activations are measured."
     )
     max_length: Positive = Field(description="Tokens of a calibration row.")
     steps: Positive = Field(description="1: one shot; more: score again after each part of the removal.")

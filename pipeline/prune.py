@@ -16,8 +16,9 @@ import torch
 from pipeline import architecture, checkpoint, fits, saliency
 from pipeline.alpaca import Batch
 from pipeline.architecture import COUPLED, BlockShape
+from pipeline.calibration import noised
 from pipeline.params import Prune
-from pipeline.saliency import FROM_GRAMS, Grams, Scores, input_grams
+from pipeline.saliency import Grams, Scores, input_grams
 
 Keep = list[dict[str, torch.Tensor]]  # of each block: structure kind -> indices of those that stay, ascending
 # Of the median of the Gram matrix's diagonal; more than ``saliency`` adds, as the fit has to hold on other text.
@@ -53,7 +54,7 @@ def run(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) ->
         model: The model; left as it is except for gradients.
         calibration: Token batches with every position labelled.
         settings: Section ``prune`` of the params.
-        seed: For random importance.
+        seed: For random importance and noise.
 
     Raises:
         ValueError: The settings do not fit this model.
@@ -89,8 +90,10 @@ def at_ratios(
 
 def scored(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) -> tuple[Scores, Grams | None]:
     """Return the score of every structure, and what ``remove`` refits with if ``compensate`` asks for it."""
-    wanted = settings.compensate or settings.importance in FROM_GRAMS
-    grams = input_grams(model, calibration) if wanted else None
+    grams = None
+    if fits.fitted(settings.importance, settings.compensate):
+        text = list(noised(calibration, settings.noise, model.config.vocab_size, seed))
+        grams = input_grams(model, text)
     return saliency.importance(model, calibration, settings, seed, grams), grams if settings.compensate else None
 
 

@@ -19,7 +19,6 @@ from pipeline.params import Prune
 
 Scores = list[dict[str, torch.Tensor]]  # of each block: structure kind -> score of each structure
 Grams = list[dict[str, torch.Tensor]]  # of each block: X^T X of what reads each kind, and the energy of its output
-FROM_GRAMS = ("activation", "surgeon")
 READER = {"attention": ATTENTION[3], "mlp": MLP[2]}  # the linear that reads a kind's structures
 _HEAD_FACTOR = 4.0
 _BLOCKS_AT_ONCE = 8  # whose Gram matrices a GPU holds; a pass over the text for each such lot

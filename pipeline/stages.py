@@ -76,7 +76,7 @@ def write_pruned(params: Params, targets: Mapping[float, Path]) -> Any:
 
     storage.verify(BASE, "fetch")
     model, tokenizer = checkpoint.load_model(BASE, device=device_of(params)), checkpoint.load_tokenizer(BASE)
-    parts = calibration.batches(model, tokenizer, ALPACA, params.prune, params.data.validation_rows, params.seed)
+    parts = calibration.batches(tokenizer, ALPACA, params.prune, params.data.validation_rows, params.seed, model.device)
     made = stage_.at_ratios(model, parts, params.prune, list(targets), params.seed)
     for target, pruned in zip(targets.values(), made, strict=True):
         with storage.writing(target) as folder:

@@ -87,7 +87,7 @@ def model_folder(tmp_path_factory, tokenizer):
 
 
 WHOLE = {"first": 0, "last": -1}
-PLAIN_PRUNING = {"importance": "taylor1", "text": "rows", "samples": 32, "own_samples": 0, "max_length": 128} | {
+PLAIN_PRUNING = {"importance": "taylor1", "text": "rows", "samples": 32, "noise": 0, "max_length": 128} | {
     "compensate": False,
     "multiple_of": 1,
     "attention_blocks": WHOLE,

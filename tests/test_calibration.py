@@ -1,12 +1,11 @@
-"""Calibration text: what the model writes itself follows its own distribution, seeded, without special tokens."""
+"""Calibration text: Alpaca's, and the same with a share of random tokens for what layers receive."""
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY, tiny_model, write_jsonl
+from conftest import VOCABULARY, batches, tiny_model, write_jsonl
 
-from pipeline import alpaca, calibration
+from pipeline import alpaca, calibration, prune, saliency
 
-SPECIAL = [0, 1]  # of the tiny tokenizer: <s> and </s>
 HELD_OUT, SEED = 2, 3
 
 
@@ -19,110 +18,73 @@ def rows(tmp_path):
     return tmp_path / "rows.jsonl"
 
 
-def test_what_it_writes_is_what_it_finds_likely(tokenizer):
-    model = tiny_model(tie_word_embeddings=False)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1e5)  # so sure of each token that a draw is the likeliest one
-    model.generation_config.repetition_penalty = 9.0  # is left aside
-    found, other = calibration.written(model, tokenizer, 2, 12, SEED)
-    assert found == other
-    tokens = [tokenizer.bos_token_id, *found.tokens]
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([tokens[:-1]])).logits[0]
-    logits[:, SPECIAL] = -torch.inf
-    assert logits.argmax(-1).tolist() == list(found.tokens)
-    assert found.response == 1
-
-
-def test_the_first_token_is_drawn_from_the_whole_distribution(tokenizer, monkeypatch):
-    monkeypatch.setattr(calibration, "_AT_ONCE", 5000)
-    model = tiny_model()
-    model.generation_config.temperature, model.generation_config.top_k = 0.1, 3  # are left aside
-    drawn = [example.tokens[0] for example in calibration.written(model, tokenizer, 20000, 1, SEED)]
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([[tokenizer.bos_token_id]])).logits[0, 0]
-    logits[SPECIAL] = -torch.inf
-    expected = logits.softmax(-1)
-    seen = torch.bincount(torch.tensor(drawn), minlength=VOCABULARY) / len(drawn)
-    chance = (2 * expected * (1 - expected) / torch.pi / len(drawn)).sqrt().sum() / 2  # of the distance, by drawing
-    assert (seen - expected).abs().sum() / 2 < 1.5 * chance
-    assert (1 / VOCABULARY - expected).abs().sum() / 2 > 2 * chance  # the test could tell another distribution
-
-
-def test_texts_stand_end_to_end_in_the_windows(tokenizer, monkeypatch):
-    model = tiny_model()
-    one = calibration.written(model, tokenizer, 3, 5, SEED)
-    monkeypatch.setattr(calibration, "_TEXT", 5)
-    found = calibration.written(model, tokenizer, 2, 7, SEED)  # 14 tokens: three texts of five, the last one cut
-    whole = [token for text in one for token in text.tokens]
-    assert [token for window in found for token in window.tokens] == whole[:14]
-    assert [len(window.tokens) for window in found] == [7, 7]
-
-
-def test_no_token_without_probability_is_drawn(tokenizer, monkeypatch):
-    draws = iter([0.0, 1 - 2**-24])  # the ends of what torch.rand gives
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, next(draws)))
-    model = tiny_model(tie_word_embeddings=False)
-    with torch.no_grad():
-        model.lm_head.weight[torch.arange(VOCABULARY) != 7] = 0  # every other token is alike
-        model.lm_head.weight[7] = 1e30 * torch.randn(model.config.hidden_size)
-    (found,) = calibration.written(model, tokenizer, 1, 2, SEED)
-    assert not set(found.tokens) & set(SPECIAL)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_windows_are_full_seeded_and_without_special_tokens(family, tokenizer, monkeypatch):
-    monkeypatch.setattr(calibration, "_AT_ONCE", 4)
-    model = tiny_model(family)
-    torch.manual_seed(11)
-    before = torch.get_rng_state()
-    found = calibration.written(model, tokenizer, 7, 40, SEED)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert [len(one.tokens) for one in found] == [40] * 7
-    assert not {token for one in found for token in one.tokens} & set(SPECIAL)
-    assert len({one.tokens for one in found}) == 7
-    assert found == calibration.written(model, tokenizer, 7, 40, SEED)
-    assert found != calibration.written(model, tokenizer, 7, 40, SEED + 1)
-
-
-@pytest.mark.parametrize(("text", "samples", "own"), [("rows", 5, 0), ("responses", 3, 4), ("packed", 0, 6)])
-def test_the_asked_text_is_used(text, samples, own, rows, tokenizer, default):
-    asked = {"text": text, "samples": samples, "own_samples": own, "max_length": 96}
-    model = tiny_model()
-    parts = calibration.batches(model, tokenizer, rows, default.prune.model_copy(update=asked), HELD_OUT, SEED, size=1)
+@pytest.mark.parametrize(("text", "samples"), [("rows", 5), ("responses", 3), ("packed", 0)])
+def test_the_asked_text_is_used(text, samples, rows, tokenizer, default):
+    asked = default.prune.model_copy(update={"text": text, "samples": samples, "max_length": 96})
+    parts = calibration.batches(tokenizer, rows, asked, HELD_OUT, SEED, size=1)
     expected = alpaca.SOURCES[text](rows, tokenizer, HELD_OUT, samples, 96, SEED)
     assert len(expected) == samples
-    expected += calibration.written(model, tokenizer, own, 96, SEED)
-    found = sorted(part.tokens[0, : part.length].tolist() for part in parts)
-    assert found == sorted(list(one.tokens) for one in expected)
+    assert sorted(part.tokens[0, : part.length].tolist() for part in parts) == sorted(
+        list(one.tokens) for one in expected
+    )
     assert all((part.labels[0, 1 : part.length] == part.tokens[0, 1 : part.length]).all() for part in parts)
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "random"])
-def test_nothing_is_written_where_nothing_is_calibrated(importance, rows, tokenizer, default, monkeypatch):
-    asked = {"importance": importance, "samples": 3, "own_samples": 4, "max_length": 96}
+def test_nothing_is_read_where_nothing_is_calibrated(importance, rows, tokenizer, default, monkeypatch):
+    asked = {"importance": importance, "samples": 3, "max_length": 96}
     read = default.prune.model_copy(update=asked | {"compensate": True})
-    assert calibration.batches(tiny_model(), tokenizer, rows, read, HELD_OUT, SEED)
-    monkeypatch.setattr(calibration, "written", None)
+    assert calibration.batches(tokenizer, rows, read, HELD_OUT, SEED)
+    monkeypatch.setattr(alpaca, "SOURCES", {})
     unread = default.prune.model_copy(update=asked | {"compensate": False})
-    assert calibration.batches(tiny_model(), tokenizer, rows, unread, HELD_OUT, SEED) == []
+    assert calibration.batches(tokenizer, rows, unread, HELD_OUT, SEED) == []
 
 
-def test_a_document_starts_after_the_token_that_separates_them(tokenizer):
-    assert calibration._start(tokenizer) == tokenizer.bos_token_id
+def test_noise_replaces_its_share_by_tokens_that_are_all_alike():
+    text = batches(40, rows=8, length=32)
+    share = 0.3
+    before = torch.cat([part.tokens.flatten() for part in text])
+    after = torch.cat([part.tokens.flatten() for part in calibration.noised(text, share, VOCABULARY, SEED)])
+    changed = before != after
+    count = len(before)
+    # a drawn token is the old one once in a vocabulary
+    expected = share * (1 - 1 / VOCABULARY)
+    assert changed.float().mean().item() == pytest.approx(expected, abs=3 * (share * (1 - share) / count) ** 0.5)
+    drawn = torch.bincount(after[changed], minlength=VOCABULARY).double()
+    mean = drawn.mean().item()
+    assert ((drawn - mean) ** 2 / mean).sum().item() < VOCABULARY + 5 * (2 * VOCABULARY) ** 0.5  # chi-squared
 
-    class Separated:
-        bos_token_id, eos_token_id = 5, 6
 
-        def get_vocab(self):
-            return {"a": 0, "<|endoftext|>": 3}
+def test_noise_is_seeded_leaves_labels_and_0_changes_nothing():
+    text = batches(3)
+    one, same, other = (list(calibration.noised(text, 0.5, VOCABULARY, seed)) for seed in (SEED, SEED, SEED + 1))
+    for index, part in enumerate(text):
+        assert torch.equal(one[index].tokens, same[index].tokens)
+        assert not torch.equal(one[index].tokens, other[index].tokens)
+        assert torch.equal(one[index].labels, part.labels) and one[index].length == part.length
+    none = calibration.noised(text, 0.0, VOCABULARY, SEED)
+    assert all(torch.equal(part.tokens, left.tokens) for part, left in zip(text, none, strict=True))
+    every = torch.cat([part.tokens for part in calibration.noised(text, 1.0, VOCABULARY, SEED)])
+    assert (every == torch.cat([part.tokens for part in text])).float().mean() < 0.2
 
-    assert calibration._start(Separated()) == 3
 
-    class Bare(Separated):
-        bos_token_id = None
+@pytest.mark.parametrize("importance", ["surgeon", "taylor1"])
+def test_noise_is_for_what_layers_receive_not_for_gradients(importance, default, monkeypatch):
+    seen = {"grams": [], "gradients": []}
+    for name, kept in (("input_grams", "grams"), ("gradient_energy", "gradients"), ("gradients", "gradients")):
+        real = getattr(saliency, name)
 
-        def get_vocab(self):
-            return {"a": 0}
+        def spy(model, parts, *rest, real=real, kept=kept):
+            seen[kept] += list(parts)
+            return real(model, parts, *rest)
 
-    assert calibration._start(Bare()) == 6
+        monkeypatch.setattr(saliency, name, spy)
+        if name == "input_grams":
+            monkeypatch.setattr(prune, name, spy)
+    text, model = batches(2), tiny_model()
+    asked = {"importance": importance, "compensate": True, "noise": 0.5, "scope": "global", "ratio": 0.2}
+    prune.run(model, text, default.prune.model_copy(update=asked), SEED)
+    whole = {part.tokens.numpy().tobytes() for part in text}
+    assert {part.tokens.numpy().tobytes() for part in seen["gradients"]} <= whole and seen["gradients"]
+    assert len(seen["grams"]) == len(text)
+    assert not {part.tokens.numpy().tobytes() for part in seen["grams"]} & whole

@@ -76,7 +76,11 @@ NONSENSE = {
         {"prune": {"importance": "random", "compensate": True, "samples": 0}},
         "prune.samples: samples is 0, but importance 'random' or compensation needs rows",
     ),
-    "warmup": ({"recover": {"warmup_steps": 7}}, "recover.warmup_steps: 7 steps of warmup do not end within the 6 of"),
+    "noise": (
+        {"prune": {"importance": "taylor1", "noise": 0.3}},
+        "prune.noise: noise 0.3 changes what layers receive, which importance 'taylor1' without compensation",
+    ),
+    "warmup": ({"recover": {"warmup_steps": 5}}, "recover.warmup_steps: 5 steps of warmup do not end within the 4 of"),
     "warmup_of_build": (
         {"recover": {"steps": 0, "warmup_steps": 17}},
         "recover.warmup_steps: 17 steps of warmup do not end within the 16 of build.steps",
@@ -112,8 +116,9 @@ def test_default_values_fit_the_tiny_model(raw):
         ("build", {"choose": "4" * 32}),  # as long as a run's id
         ("prune", {"importance": "surgeon", "compensate": True}),
         ("prune", {"importance": "magnitude", "samples": 0}),
-        ("prune", {"importance": "taylor1", "samples": 0, "own_samples": 4}),
-        ("recover", {"warmup_steps": 6}),
+        ("prune", {"importance": "activation", "noise": 1}),
+        ("prune", {"importance": "taylor1", "compensate": True, "noise": 0.5}),
+        ("recover", {"warmup_steps": 4}),
         ("search", {"n_trials": 2}),  # fewer than n_random: a quick look
     ],
 )
