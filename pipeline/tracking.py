@@ -471,8 +471,8 @@ def register_model(
     limit = ParamSchema([ParamSpec("max_new_tokens", "long", max_new_tokens)])
     # The one use of the fluent API: log_model has no client counterpart. The run exists already.
     with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
-        # The signature is given: hints that MLflow can read would take its place, and an example would load the model.
-        warnings.filterwarnings("ignore", "(?s).*(type hint|input example)", UserWarning)
+        # The signature is given; for an example MLflow would load the model and run it.
+        warnings.filterwarnings("ignore", "(?s).*input example", UserWarning)
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(model_code),
