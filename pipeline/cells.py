@@ -115,7 +115,7 @@ def definition(cell: Cell, origin: Mapping[str, Any]) -> dict[str, Any]:
         found["bits"] = cell.bits
     if cell.row in ("qpruner2", "qpruner3"):
         found["importance"] = params.importance.model_dump(mode="json")
-        found["space"] = [search["max_8bit_fraction"], search["memory_budget_gib"]]
+        found["space"] = [search[name] for name in ("max_8bit_fraction", "memory_budget_gib", "average_bits")]
     if cell.row == "qpruner3":
         found["search"] = search | {"n_trials": params.table.n_trials, "trial_steps": params.recover.steps}
     return found

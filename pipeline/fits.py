@@ -1,4 +1,4 @@
-"""What ``params.yaml`` asks of a model, judged by the model's config alone: before weights load, without torch.
+"""What ``params.yaml`` asks of a model, judged by the model's config alone, before weights load.
 
 Each check takes a config, transformers' own or one ``read`` from a folder, and a section of the params. It returns the
 fault, or None.
@@ -15,10 +15,11 @@ from pipeline import architecture
 from pipeline.architecture import ATTENTION, GRANULARITIES, LINEARS, BlockShape
 
 if TYPE_CHECKING:
-    from pipeline.params import BlockRange, Build, Prune, Quantize, Search
+    from pipeline.params import BlockRange, Build, Evaluate, Prune, Quantize, Recover, Search
 
 BASE = Path("artifacts/base")
 SOURCE = "source.txt"  # in BASE: what was fetched
+_EVEN = 0.95  # of the peak of a model pruned evenly: what no other division of the same ratio was seen to come below
 
 
 def at_hand(source: str) -> Any | None:
@@ -143,6 +144,38 @@ def length(config: Any, section: str, max_length: int) -> str | None:
     most = config.max_position_embeddings
     if max_length > most:
         return f"{section}.max_length: {max_length} tokens are more than the model's {most} positions; lower it"
+    return None
+
+
+def budget(
+    config: Any, asked: float | None, prune: Prune, quantize: Quantize, recover: Recover, evaluate: Evaluate
+) -> str | None:
+    """Refuse a budget of memory that not even 4 bits everywhere can meet.
+
+    The shapes of blocks are known after pruning only, and the search then judges exactly. This is the prediction for
+    blocks that all lose the same share, less a margin.
+
+    Args:
+        config: The model's config.
+        asked: The budget in GiB; None: none.
+        prune: Section ``prune``.
+        quantize: Section ``quantize``.
+        recover: Section ``recover``.
+        evaluate: Section ``evaluate``.
+    """
+    if asked is None:
+        return None
+    from pipeline import GIB, memory, plan, trial
+
+    even = plan.uniform(plan.config_of(vars(config), "model.source"), prune.ratio, prune.multiple_of)
+    setting = trial.memory_setting(SimpleNamespace(recover=recover, evaluate=evaluate), quantize)
+    least = memory.training(even, plan.bits_of(even, 0), setting)[1] / GIB
+    if asked < _EVEN * least:
+        return (
+            f"search.memory_budget_gib: {asked} GiB, but recovery with {prune.ratio} pruned and 4 bits everywhere "
+            f"takes about {least:.2f}; raise it, prune more, or lower recover.micro_batch_size (`mlflow run . -e plan` "
+            "tells what fits)"
+        )
     return None
 
 

@@ -308,14 +308,15 @@ def _searched(supplies: Supplies, own: Run) -> tuple[tuple[int, ...], str]:
     from pipeline.quantize import read_bits
 
     params = cells.changed(supplies.params, "search", n_trials=supplies.params.table.n_trials)
-    context = supplies.context
+    settings, context = params.search, supplies.context
+    history = search.import_history(settings.history, len(context.units), settings.objective)
     name = "table-" + study_name(params, supplies.pruned, supplies.bank)
-    study = _study(name, len(context.units), params.search.objective)
+    study = _study(name, len(context.units), settings.objective)
     own.tags({"study_digest": name})
     recorder = Recorder(own, name, params, context)
     recorder.agree(study)
-    search.run(study, params.search, supplies.space, supplies.priors, params.seed, recorder.attempt(study))
-    trials = pareto.points(tracking.trials(name), params.search.objective)
+    search.run(study, settings, supplies.space, supplies.priors, params.seed, recorder.attempt(study), history)
+    trials = pareto.points(tracking.trials(name), settings.objective)
     found = pareto.best(pareto.judge(pareto.front(trials), trials, supplies.priors.sensitivity))  # as ``build`` chooses
     return read_bits(found.bits, context.units), name
 

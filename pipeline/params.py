@@ -401,6 +401,11 @@ def _of_the_model(raw: Any) -> tuple[Callable[[Any], str | None], ...]:
             lambda raw, name=name: fits.length(config, name, raw[name]["max_length"])
             for name in ("prune", "importance", "recover")
         ),
+        lambda raw: fits.budget(
+            config,
+            raw["search"]["memory_budget_gib"],
+            *(_sound(kind, raw[kind.__name__.lower()]) for kind in (Prune, Quantize, Recover, Evaluate)),
+        ),
         lambda raw: fits.seed_bits(config, _sound(Search, raw["search"])),
         lambda raw: fits.choice(config, _sound(Build, raw["build"]), raw["search"]["granularity"]),
     )

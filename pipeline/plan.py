@@ -112,7 +112,7 @@ def asked(config: str, memory_gib: str) -> Asked:
                     f"config: the shapes of {source} ({document}, model.source) are not known here "
                     f"(known: {', '.join(MODELS)}); give its config.json: -P config=<file>"
                 )
-            return Asked(config, source, _config(MODELS[source], source), params, budget)
+            return Asked(config, source, config_of(MODELS[source], source), params, budget)
         config = place
     path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
     if not path.is_file():
@@ -126,10 +126,19 @@ def asked(config: str, memory_gib: str) -> Asked:
         values = None
     if not isinstance(values, dict):
         raise ParamsError(f"config: {path} is no JSON object; name the config.json of a transformers model")
-    return Asked(config, str(path), _config(values, str(path)), params, budget)
+    return Asked(config, str(path), config_of(values, str(path)), params, budget)
 
 
-def _config(values: dict[str, Any], origin: str) -> Any:
+def config_of(values: dict[str, Any], origin: str) -> Any:
+    """Return a config of transformers.
+
+    Args:
+        values: What its ``config.json`` holds.
+        origin: What to call it in messages.
+
+    Raises:
+        ParamsError: The family is not supported, or a value is wrong.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 

@@ -205,7 +205,7 @@ def run(
             there already, of an interrupted run of the same settings, is taken up.
 
     Raises:
-        RecoverError: There are no rows, or the loss is not finite.
+        RecoverError: There are no rows, or a loss or gradient is not finite.
     """
     for name, rows_ in (("training", train), ("validation", validation)):
         if not rows_:
@@ -214,11 +214,13 @@ def run(
                 "raise recover.max_length or name other rows in data.alpaca"
             )
 
-    def held_out() -> tuple[tuple[float, int], ...]:
-        return row_losses(model, validation, settings.micro_batch_size, padding)
+    def held_out(step: int) -> tuple[tuple[float, int], ...]:
+        found = row_losses(model, validation, settings.micro_batch_size, padding)
+        _must_be_finite("validation loss", mean_loss(found)[0], step, settings)
+        return found
 
     if not steps:
-        return Recovered((), held_out(), {}, 0)
+        return Recovered((), held_out(0), {}, 0)
     torch.manual_seed(seed)
     training = _Training(model, settings, steps)
     rows = endless(train, settings.batch_size, seed)
@@ -230,7 +232,7 @@ def run(
         model.train()
         training.take_step([batch(part, padding, False) for part in _parts(next(rows), settings)])
         if settings.validate_every and (training.step % settings.validate_every == 0 or training.step == steps):
-            training.judge(held_out())
+            training.judge(held_out(training.step))
             if settings.patience and training.worse >= settings.patience:
                 break
         if keep is not None and settings.save_every and (step + 1) % settings.save_every == 0:
@@ -238,7 +240,7 @@ def run(
     training.take_best()
     if keep is not None:
         keep.unlink(missing_ok=True)
-    rows_left = training.rows if training.validation else held_out()
+    rows_left = training.rows if training.validation else held_out(training.step)
     return Recovered(tuple(training.losses), rows_left, training.validation, training.tokens)
 
 
@@ -296,7 +298,7 @@ class _Training:
         """Train on one batch, given as micro-batches.
 
         Raises:
-            RecoverError: The loss is not finite.
+            RecoverError: The loss or its gradient is not finite.
         """
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * _rate(self.step, self.settings.warmup_steps, self.steps)
@@ -307,12 +309,10 @@ class _Training:
             (value / count).backward()
             total += value.item() / count
             del value  # its graph holds the inputs of 8-bit linears, also after the backward pass
-        if not math.isfinite(total):
-            raise RecoverError(
-                f"loss is {total} at step {self.step}; lower recover.learning_rate ({self.settings.learning_rate})"
-            )
+        _must_be_finite("loss", total, self.step, self.settings)
         self.masters.take_gradients()
-        torch.nn.utils.clip_grad_norm_(self.masters.copies, _MAX_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.copies, _MAX_NORM)
+        _must_be_finite("gradient", norm.item(), self.step, self.settings)  # after the last step no loss would tell
         self.optimizer.step()
         self.masters.give_back()
         self.optimizer.zero_grad(set_to_none=True)
@@ -379,6 +379,11 @@ class _Training:
             setattr(self, key, plain[key])
         self.rows = tuple((loss, count) for loss, count in plain["rows"])
         self.validation = {int(step): loss for step, loss in plain["validation"].items()}
+
+
+def _must_be_finite(what: str, value: float, step: int, settings: Recover) -> None:
+    if not math.isfinite(value):
+        raise RecoverError(f"{what} is {value} at step {step}; lower recover.learning_rate ({settings.learning_rate})")
 
 
 def adamw(weights: Sequence[torch.Tensor], learning_rate: float, device: torch.device) -> torch.optim.Optimizer:

@@ -154,13 +154,13 @@ def seeds(settings: Search, space: Space, priors: Priors, generator: random.Rand
         yield Candidate(space.draw(generator), "random")
 
 
-def import_history(path: str, units: int, objective: str) -> list[Observation]:
-    """Return an earlier search's results as observations that teach this one.
+def import_history(path: str | None, units: int, objective: str) -> list[Observation]:
+    """Return an earlier search's results as observations that teach this one; none without a path.
 
     Raises:
         ValueError: A result is of another number of units.
     """
-    results = read_history(path)
+    results = read_history(path) if path else []
     for one in results:
         if len(one["bits"]) != units:
             raise ValueError(

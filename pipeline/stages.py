@@ -159,7 +159,7 @@ def search(params: Params, run: Run) -> None:
 
     settings = params.search
     units = architecture.units(checkpoint.load_config(PRUNED), settings.granularity)
-    history = stage_.import_history(settings.history, len(units), settings.objective) if settings.history else []
+    history = stage_.import_history(settings.history, len(units), settings.objective)
     context = trial.load(params, PRUNED, BANK, ALPACA, BENCHMARKS)
     name = study_name(params, PRUNED, BANK)
     run.params(flatten(params.recover, "recover.") | flatten(params.evaluate, "evaluate."))

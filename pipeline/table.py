@@ -41,7 +41,7 @@ class Entry:
 
 def columns(tasks: Sequence[str]) -> list[str]:
     """Return the headings of a cell's entries."""
-    return [*(TITLES[task] for task in tasks), "mean", "gold log-prob.", "val. loss", "memory, GiB", "bits"]
+    return [*(TITLES.get(task, task) for task in tasks), "mean", "gold log-prob.", "val. loss", "memory, GiB", "bits"]
 
 
 def entries(outcome: Outcome, tasks: Sequence[str]) -> list[Entry]:

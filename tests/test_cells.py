@@ -51,6 +51,8 @@ DEPENDS = [
     ("qpruner1", {"build__steps": 99}, False),
     ("qpruner2", {"importance__clusters": 5}, True),
     ("qpruner2", {"search__max_8bit_fraction": 0.5}, True),
+    ("qpruner2", {"search__average_bits": 4.5}, True),
+    ("qpruner2", {"search__memory_budget_gib": 2.0}, True),
     ("qpruner2", {"search__n_random": 9}, False),
     ("qpruner3", {"search__n_random": 9}, True),
     ("qpruner3", {"table__n_trials": 4}, True),

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from conftest import FAMILIES, ROOT, tiny_config, tiny_model
 
+from pipeline import GIB, architecture, fits, memory, params, plan
 from pipeline import __main__ as command
-from pipeline import architecture, fits, params
 from pipeline.params import ParamsError
 
 
@@ -60,6 +60,10 @@ NONSENSE = {
     "seed_bits_of_groups": (
         {"search": {"granularity": "group", "seed_bits": ["4448"]}},
         "search.seed_bits: bits '4448' are 4 digits, but with granularity group the model has 16 units",
+    ),
+    "budget": (
+        {"search": {"memory_budget_gib": 0.0005}},
+        "search.memory_budget_gib: 0.0005 GiB, but recovery with 0.2 pruned and 4 bits everywhere takes about ",
     ),
     "choice": ({"build": {"choose": "484"}}, "build.choose: bits '484' are 3 digits, but with granularity block"),
     # and those that no model is needed for
@@ -127,6 +131,17 @@ def test_limits_themselves_are_allowed(raw, section, values):
     if section == "prune" and "ratio" in values:
         raw["prune"]["attention_blocks"] = {"first": 0, "last": -1}
     params.parse(raw)
+
+
+def test_budget_is_judged_by_the_prediction_for_an_evenly_pruned_model(raw):
+    even = plan.uniform(tiny_config(), raw["prune"]["ratio"])
+    setting = plan.setting_of(params.parse(raw))
+    least = memory.predict(even, plan.bits_of(even, 0), setting).training / GIB
+    raw["search"]["memory_budget_gib"] = least
+    params.parse(raw)
+    raw["search"]["memory_budget_gib"] = 0.9 * least
+    (line,) = faults(raw)
+    assert line.startswith("search.memory_budget_gib") and "raise it, prune more" in line
 
 
 def test_a_wrong_value_does_not_hide_that_the_ratios_are_too_large(raw):

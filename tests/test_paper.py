@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, tiny_model
 from test_search import PRIORS, SPACE, UNITS, result
 
-from pipeline import architecture, checkpoint, paper, storage, tracking, trial
+from pipeline import architecture, checkpoint, paper, search, storage, tracking, trial
 from pipeline.cells import at_ratio, changed, qpruner3
 from pipeline.paper import COMMANDS, CellsFailed
 from pipeline.quantize import write_bits
@@ -143,6 +143,35 @@ def test_more_trials_continue_the_search_and_keep_the_other_cells(params, trials
     COMMANDS["table"](params)
     COMMANDS["table"](params.model_copy(update={"table": params.table.model_copy(update={"n_trials": 6})}))
     assert len(trials.calls) == 9 + 2 + 1
+
+
+def test_search_of_a_table_is_taught_by_the_history(params, trials, monkeypatch):
+    taught = []
+    own = search.run
+
+    def run(study, settings, space, priors, seed, attempt, history):
+        taught.append([one.bits for one in history])
+        return own(study, settings, space, priors, seed, attempt, history)
+
+    monkeypatch.setattr(search, "run", run)
+    vectors = [(4,) * UNITS, (8,) + (4,) * (UNITS - 1)]
+    earlier = search.export_history("earlier", [result(bits) for bits in vectors])
+    storage.write_text(paper.REPORTS / "earlier.json", json.dumps(earlier))
+    COMMANDS["table"](changed(params, "search", history="reports/earlier.json"))
+    assert taught == [vectors]
+
+
+def test_qpruner3_is_the_best_of_its_searchs_trials(params, trials):
+    COMMANDS["table"](params)
+    tried = [bits(call) for call in trials.calls if call[1] is None]
+    chosen = runs("cell")[-1].data.params["bits"]
+    assert chosen in tried and result(chosen_bits(chosen)).accuracy == max(
+        result(chosen_bits(one)).accuracy for one in tried
+    )
+
+
+def chosen_bits(text):
+    return tuple(int(digit) for digit in text)
 
 
 def test_failed_cell_is_failed_with_its_cause_and_the_others_go_on(params, trials):

@@ -195,6 +195,41 @@ def test_nan_loss_names_the_step(monkeypatch):
         train(adapted(), examples(), settings(max_length=32), 6)
 
 
+class BrokenBackward(torch.autograd.Function):
+    """Passes a value through and breaks its gradient."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, outer):
+        return outer * math.nan
+
+
+@pytest.mark.parametrize("validate_every", [0, 1])
+def test_nan_gradient_of_the_last_step_is_no_result(monkeypatch, validate_every):
+    calls = []
+    own = recover.response_loss
+
+    def breaks(model, part):
+        calls.append(part)
+        value, count = own(model, part)
+        return (BrokenBackward.apply(value) if len(calls) == 3 else value), count
+
+    monkeypatch.setattr(recover, "response_loss", breaks)
+    with pytest.raises(RecoverError, match=r"gradient is nan at step 2; lower recover\.learning_rate"):
+        train(adapted(), examples(), settings(max_length=32, micro_batch_size=8, validate_every=validate_every), 3)
+
+
+def test_validation_loss_that_is_nan_is_no_result(monkeypatch):
+    monkeypatch.setattr(recover, "row_losses", lambda *arguments: ((math.nan, 3), (1.0, 2)))
+    with pytest.raises(RecoverError, match="validation loss is nan at step 3"):
+        train(adapted(), examples(), settings(), 3)
+    with pytest.raises(RecoverError, match="validation loss is nan at step 0"):
+        train(adapted(), examples(), settings(), 0)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_broken_weights_are_reported_at_the_first_step(value):
     model = adapted()

@@ -241,6 +241,10 @@ def test_exported_history_is_imported_as_observations(tmp_path):
     assert search.import_history(path, UNITS, "accuracy")[1] == Observation(vectors[1], 0.01, 0.01, True)
 
 
+def test_no_history_teaches_nothing():
+    assert search.import_history(None, UNITS, "accuracy") == []
+
+
 def test_history_of_another_number_of_units_is_refused(tmp_path):
     path = exported(tmp_path, [(4,) * UNITS], bits="4484")
     with pytest.raises(

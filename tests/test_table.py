@@ -56,6 +56,10 @@ def test_table_in_markdown_by_hand(outcomes):
     ]
 
 
+def test_task_beyond_the_papers_seven_is_headed_by_its_own_name():
+    assert table.columns(("piqa", "sciq"))[:3] == ["PIQA", "sciq", "mean"]
+
+
 def test_table_ends_with_the_differences_of_qpruner3_item_by_item(outcomes, default):
     best = outcome(default, "qpruner3")
     record = {"by_item": {"piqa": [(1.0, -0.25), (1.0, -1.25)]}, "by_row": [(10.0, 10), (18.0, 12)]}
