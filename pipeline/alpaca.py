@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,17 @@ def split(rows: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], lis
     return shuffled[held_out:], shuffled[:held_out]
 
 
-def encode(rows: Sequence[dict[str, str]], tokenizer: Any, max_length: int) -> list[Example]:
+def encode(rows: Iterable[dict[str, str]], tokenizer: Any, max_length: int) -> list[Example]:
     """Tokenize rows; those whose prompt alone fills ``max_length`` are left out."""
-    examples = []
+    return list(_encoded(rows, tokenizer, max_length))
+
+
+def _encoded(rows: Iterable[dict[str, str]], tokenizer: Any, max_length: int) -> Iterator[Example]:
     for row in rows:
         start = tokenizer.encode(prompt(row["instruction"], row["input"]))
         answer = tokenizer.encode(row["output"], add_special_tokens=False) + [tokenizer.eos_token_id]
         if len(start) < max_length:
-            examples.append(Example(tuple((start + answer)[:max_length]), len(start)))
-    return examples
+            yield Example(tuple((start + answer)[:max_length]), len(start))
 
 
 def padded(length: int) -> int:
@@ -123,7 +126,7 @@ def rows(path: str | Path, tokenizer: Any, held_out: int, samples: int, max_leng
         ValueError: In every row the prompt alone fills ``max_length``.
     """
     train, _ = split(read(path), held_out, seed)
-    found = encode(train[: samples * 2], tokenizer, max_length)[:samples]
+    found = list(islice(_encoded(train, tokenizer, max_length), samples))
     if samples and not found:
         raise ValueError(f"no row's prompt leaves room for a response within max_length {max_length}; raise max_length")
     return found

@@ -284,6 +284,11 @@ def load_model(
     return model.eval()
 
 
+def load_base(folder: str | Path, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """Load a model to compress in bfloat16, whatever it was saved in: what all later stages compute and count in."""
+    return load_model(folder, torch.bfloat16, device)
+
+
 def load_tokenizer(folder: str | Path) -> Any:
     """Load a checkpoint's tokenizer, padded on the right."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -22,6 +22,7 @@ from pipeline import definitions, tasks
 from pipeline.memory import LOSS_CHUNK
 
 ROW = 128  # tokens of a row that trees are packed into
+_LARGEST = 8 * ROW  # tokens of a tree; a mask has the square of it
 _CACHED = 16  # rows of logits that a CPU's cache holds
 _PREFIX, _PADDING = -1, -2  # branch of a prefix; tree of what fills a row up
 
@@ -37,8 +38,8 @@ class Scores:
         mean: Mean accuracy, each task with equal weight.
         mean_stderr: Its standard error.
         gold_logprob: Mean over tasks of the mean log-probability of the gold choice among the choices, each choice's
-            log-likelihood divided by its length in bytes where the task's metric does so; of a task without choices,
-            the mean log-likelihood of its target. In nats, below zero.
+            log-likelihood divided by its length where the task's metric does so; of a task without choices, the mean
+            log-likelihood of its target. In nats, below zero.
         gold_logprob_stderr: Its standard error over the items.
         items: Items scored.
         by_item: Task -> of each item its own metric and the log-probability of its gold choice.
@@ -149,6 +150,10 @@ def squared_error(values: Sequence[float]) -> float:
     return variance(values) / len(values) if len(values) > 1 else 0.0
 
 
+# What lm-eval's metrics divide a choice's log-likelihood by: characters, or bytes.
+_LENGTHS: Mapping[str, Callable[[str], int]] = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
+
+
 def gold_logprob(task: Any, sample: Mapping[str, Any], metric: str) -> float:
     """Return the log-probability of the gold choice, normalized over the choices of one question, in nats.
 
@@ -159,8 +164,8 @@ def gold_logprob(task: Any, sample: Mapping[str, Any], metric: str) -> float:
     if task.OUTPUT_TYPE == "loglikelihood":
         return float(values[0])
     choices = task.doc_to_choice(document)
-    if metric == "acc_norm":
-        values = [value / len(choice.encode()) for value, choice in zip(values, choices, strict=True)]
+    if metric in _LENGTHS:
+        values = [value / _LENGTHS[metric](choice) for value, choice in zip(values, choices, strict=True)]
     gold = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
     every = [choices.index(one) if isinstance(one, str) else int(one) for one in _listed(gold)]
     return float(torch.log_softmax(torch.tensor(values, dtype=torch.float64), 0)[every].logsumexp(0))
@@ -210,6 +215,12 @@ class SharedPrefixLM(TemplateLM):
 
     def _request(self, context: list[int], continuation: list[int]) -> Request:
         tokens = (context + continuation)[-(self.max_length + 1) :]
+        window = getattr(self.model.config, "sliding_window", None)
+        if window and len(tokens) > window:
+            raise ValueError(
+                f"evaluate.tasks: a text has {len(tokens)} tokens, and the model sees {window} at a time (its sliding "
+                "window), which the mask of shared contexts leaves out; take the task out"
+            )
         return Request(tuple(tokens), len(tokens) - len(continuation))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -222,20 +233,23 @@ class SharedPrefixLM(TemplateLM):
 
 
 def trees(requests: Sequence[Request]) -> list[Tree]:
-    """Group neighbouring requests that share at least half of what they would feed before the continuation."""
+    """Group neighbouring requests that share at least half of their contexts, up to ``_LARGEST`` tokens."""
     found: list[Tree] = []
     members: list[int] = []
     prefix = 0
 
+    def size(prefix: int, members: Sequence[int]) -> int:
+        return prefix + sum(len(requests[index].tokens) - 1 - prefix for index in members)
+
     def close() -> None:
-        size = prefix + sum(len(requests[index].tokens) - 1 - prefix for index in members)
-        found.append(Tree(tuple(members), prefix, size))
+        found.append(Tree(tuple(members), prefix, size(prefix, members)))
 
     for index, request in enumerate(requests):
         limit = len(request.tokens) - 1
         if members:
             shared = min(_common(requests[members[0]].tokens, request.tokens), limit, prefix)
-            if shared * 2 >= max(min(prefix, request.start), 1):
+            # Half of its own context, whatever the others share: a first token that all texts begin with is no kinship.
+            if shared * 2 >= max(request.start, 1) and size(shared, [*members, index]) <= _LARGEST:
                 members.append(index)
                 prefix = shared
                 continue

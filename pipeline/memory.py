@@ -41,6 +41,7 @@ class Setting:
         accumulate: Whether a batch has several micro-batches, so that gradients live through the forward pass.
         gradient_checkpointing: Whether a block's activations are computed again in the backward pass.
         full: Whether all that is not quantized is trained, not only the adapters.
+        keeps_best: Whether the weights of the lowest validation loss are kept in 32 bits.
     """
 
     tokens: int
@@ -53,6 +54,7 @@ class Setting:
     accumulate: bool = True
     gradient_checkpointing: bool = False
     full: bool = False
+    keeps_best: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,6 @@ def _added(config: Any, block: int, shape: BlockShape, bits: tuple[int, ...], se
     }
     kept = sum(2 * tokens * size for names, size in read.items() if any(width[name] == 8 for name in names))
     return stored, kept
-
-
-def dense_bytes(config: Any) -> int:
-    """Return the bytes of what is never quantized, in 16 bits: embeddings, norms, biases, the head unless tied."""
-    return 2 * architecture.dense_parameters(config)
 
 
 def _held(size: tuple[int, int], bits: int, setting: Setting) -> int:

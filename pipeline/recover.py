@@ -245,7 +245,7 @@ def run(
 
 
 def train_in_full(model: Any, quantized: Container[str]) -> None:
-    """Let gradients reach all that is not quantized, not only the adapters.
+    """Let gradients reach all that is not quantized, not only the adapters; what they reach is the model's own copy.
 
     A quantized weight is a constant: bitsandbytes' codes or their values, which only its adapter changes. At 16 bits
     nothing is quantized, and this is full-parameter fine-tuning.
@@ -255,7 +255,8 @@ def train_in_full(model: Any, quantized: Container[str]) -> None:
         quantized: Names of the linears that are quantized.
     """
     for name, weight in model.get_base_model().named_parameters():
-        if weight.is_floating_point() and linear_of(name) not in quantized:
+        if weight.is_floating_point() and not (name.endswith(".weight") and linear_of(name) in quantized):
+            weight.data = weight.detach().clone()  # the tensors that a model is built of are shared by all trials
             weight.requires_grad_(True)
 
 

@@ -50,7 +50,12 @@ def _importance(model: Any, calibration: Sequence[Batch], settings: Prune, seed:
     if kind == "random":
         generator = torch.Generator().manual_seed(seed)
         return [
-            {name: torch.rand(architecture.group_count(shape, name), generator=generator) for name in COUPLED}
+            {
+                # Selection divides by the parameters of a structure, which here must not tell.
+                name: torch.rand(architecture.group_count(shape, name), generator=generator)
+                * architecture.group_parameters(model.config, shape, name)
+                for name in COUPLED
+            }
             for shape in architecture.shapes(model.config)
         ]
     if kind == "fisher_mask":
@@ -151,7 +156,8 @@ def structure_scores(model: Any, scores: dict[str, torch.Tensor], level: str, ag
 def aggregated(members: torch.Tensor, how: str) -> torch.Tensor:
     """Reduce the members of each group, [members, groups], to one score each, [groups]."""
     if how == "prod":
-        # The geometric mean orders as the product does and does not underflow.
+        # The geometric mean does not underflow; it orders structures of a kind as the product does, and makes those of
+        # kinds with other numbers of members comparable.
         return members.clamp(min=1e-30).log().mean(0).exp()
     return {"sum": members.sum(0), "mean": members.mean(0), "max": members.amax(0), "last": members[-1]}[how]
 

@@ -75,7 +75,7 @@ def write_pruned(params: Params, targets: Mapping[float, Path]) -> Any:
     from pipeline.device import device_of
 
     storage.verify(BASE, "fetch")
-    model, tokenizer = checkpoint.load_model(BASE, device=device_of(params)), checkpoint.load_tokenizer(BASE)
+    model, tokenizer = checkpoint.load_base(BASE, device_of(params)), checkpoint.load_tokenizer(BASE)
     parts = calibration.batches(tokenizer, ALPACA, params.prune, params.data.validation_rows, params.seed, model.device)
     made = stage_.at_ratios(model, parts, params.prune, list(targets), params.seed)
     for target, pruned in zip(targets.values(), made, strict=True):

@@ -300,7 +300,7 @@ def training(model: Any, setting: Setting, machine: Machine = CUDA, loss: Any = 
     weights = ledger.live
     held = []
     for parameter in [one for one in model.parameters() if one.requires_grad]:
-        copies = 0 if parameter.dtype == torch.float32 else 1
+        copies = (parameter.dtype != torch.float32) + setting.keeps_best
         states = 0 if machine.paged and parameter.numel() >= _PAGED else 2
         held += [torch.empty_like(parameter, dtype=torch.float32) for _ in range(copies + states)]
         if setting.accumulate:

@@ -190,6 +190,7 @@ def memory_setting(params: Params, bank: Any) -> memory.Setting:
         dropout=settings.dropout,
         accumulate=settings.batch_size > settings.micro_batch_size,
         full=settings.train == "full",
+        keeps_best=settings.validate_every > 0,
     )
 
 
@@ -238,7 +239,7 @@ def untouched(context: Context, base: Path) -> Context:
         CheckpointError: The base model is missing or was changed.
     """
     storage.verify(base, "fetch")
-    model = checkpoint.load_model(base)
+    model = checkpoint.load_base(base)
     config = checkpoint.pruned_config(model.config, architecture.shapes(model.config))
     return replace(context, config=config, state=model.state_dict())
 
@@ -409,9 +410,10 @@ def merged(model: PeftModel) -> Iterator[None]:
 def trained_state(model: PeftModel, bits_of: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """Return the tensors that full training may have changed, by the names they have in the pruned model."""
     found = {}
-    for name, weight in model.get_base_model().named_parameters():
+    for name, weight in model.get_base_model().named_parameters(remove_duplicate=False):  # a tied head by both names
         linear, _, kind = name.rpartition(".")
-        if "lora_" not in name and bits_of.get(recover.linear_of(name), 16) == 16:
+        quantized = kind == "weight" and bits_of.get(recover.linear_of(name), 16) != 16
+        if "lora_" not in name and not quantized:
             found[f"{linear.removesuffix('.base_layer')}.{kind}"] = weight.detach().cpu()
     return found
 

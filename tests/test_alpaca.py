@@ -144,6 +144,12 @@ def test_calibration_rows_are_the_first_training_rows(samples, tokenizer):
     assert not set(found) & set(alpaca.encode(validation, tokenizer, 1000))
 
 
+def test_calibration_looks_for_rows_until_it_has_them(tmp_path):
+    long = {"instruction": "x" * 900, "input": "", "output": "y"}
+    write_jsonl(tmp_path / "rows.jsonl", [long] * 30 + [ROWS[1]] * 2)
+    assert len(alpaca.rows(tmp_path / "rows.jsonl", Letters(), 0, 2, 500, 0)) == 2
+
+
 def test_calibration_replaces_rows_that_are_too_long(tmp_path):
     long = {"instruction": "x" * 900, "input": "", "output": "y"}
     write_jsonl(tmp_path / "rows.jsonl", [row for i in range(20) for row in (long, ROWS[1] | {"output": str(i)})])

@@ -318,6 +318,12 @@ def test_score_does_not_depend_on_the_kind_of_attention(tokenizer, loaded, atten
         ([((1, 2, 3, 5, 7, 8, 9), 4), ((1, 2, 3, 6, 7, 8, 9), 4)], [Tree((0, 1), 3, 3 + 3 + 3)]),
         # contexts that differ early share too little
         ([((1, 5, 3, 4, 7, 8), 4), ((1, 6, 3, 4, 7, 8), 4)], [Tree((0,), 5, 5), Tree((1,), 5, 5)]),
+        # a first token that all texts begin with is no kinship, nor is what one long context shares with a short one
+        (
+            [((0, 2, 3, 4, 10), 4), ((0, 2, 3, 4, 11), 4), ((0, 5, 6, 7, 10), 4), ((0, 5, 6, 7, 11), 4)],
+            [Tree((0, 1), 4, 4), Tree((2, 3), 4, 4)],
+        ),
+        ([((0, 2, 10), 2), ((0, 3, 4, 5, 10), 4)], [Tree((0,), 2, 2), Tree((1,), 4, 4)]),
         # two questions
         (
             [((1, 2, 3, 10), 3), ((1, 2, 3, 11), 3), ((9, 8, 7, 12), 3), ((9, 8, 7, 13), 3)],
@@ -332,6 +338,23 @@ def test_score_does_not_depend_on_the_kind_of_attention(tokenizer, loaded, atten
 )
 def test_trees_by_hand(requests, expected):
     assert evaluate.trees([Request(*request) for request in requests]) == expected
+
+
+def test_tree_grows_no_larger_than_its_mask_can_bear():
+    primer = tuple(range(150))
+    found = evaluate.trees([Request((*primer, 1000 + index, *range(60), 7), 151) for index in range(100)])
+    assert len(found) > 1 and all(tree.size <= 1024 for tree in found)
+    assert [index for tree in found for index in tree.requests] == list(range(100))
+    long = Request(tuple(range(3000)), 2990)
+    assert [tree.size for tree in evaluate.trees([long])] == [2999]
+
+
+def test_text_beyond_a_sliding_window_is_refused(tokenizer):
+    model = tiny_model("mistral", sliding_window=8)
+    lm = SharedPrefixLM(model, tokenizer, 512)
+    assert lm._loglikelihood_tokens([(None, [5] * 6, [7, 8])])
+    with pytest.raises(ValueError, match="a text has 9 tokens, and the model sees 8 at a time"):
+        lm._loglikelihood_tokens([(None, [5] * 7, [7, 8])])
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 256, 600, 10_000])
@@ -356,14 +379,15 @@ def softmax(values, index):
     [
         ("acc", 0, 1, [-1.0, -2.0, -0.5]),
         ("acc", 0, "bb", [-1.0, -2.0, -0.5]),
-        ("acc_norm", 0, 1, [-1.0, -2.0 / 2, -0.5 / 3]),
+        ("acc_norm", 0, 1, [-1.0, -2.0 / 2, -0.5 / 2]),
+        ("acc_bytes", 0, 1, [-1.0, -2.0 / 2, -0.5 / 3]),
         ("acc_norm", 0, "1", None),
         ("acc", 2, 1, [-1.0, -2.0, -0.5]),
         ("acc", 0, [1], [-1.0, -2.0, -0.5]),
     ],
 )
 def test_gold_logprob_by_hand(metric, multiple_input, gold, values):
-    choices = ["a", "bb", "é" + "c"]  # 1, 2 and 3 bytes
+    choices = ["a", "bb", "é" + "c"]  # 1, 2 and 2 characters; 1, 2 and 3 bytes
     task = SimpleNamespace(
         OUTPUT_TYPE="multiple_choice",
         multiple_input=multiple_input,
@@ -395,7 +419,7 @@ def test_gold_logprob_of_a_run_equals_one_from_plain_forward_passes(model, token
             with torch.no_grad():
                 logprob = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
             value = sum(logprob[i - 1, tokens[i]].item() for i in range(first, len(tokens)))
-            length = len(continuation[1:].encode()) if definitions.metric(name) == "acc_norm" else 1
+            length = len(continuation[1:]) if definitions.metric(name) == "acc_norm" else 1
             values.append(value / length)
         document = requests[start].doc
         gold = task.doc_to_text(document) if name == "winogrande" else int(task.doc_to_target(document))

@@ -248,6 +248,19 @@ def test_nothing_is_measured_without_a_gpu():
     assert (result, found) == ((2, 12, 512), None)
 
 
+def test_keeping_the_best_weights_adds_a_copy_of_what_is_trained():
+    config = tiny_config()
+    bits_of = dict.fromkeys(architecture.linears(config), 4)
+    plain, keeping = (memory.predict(config, bits_of, setting(keeps_best=best)) for best in (False, True))
+    adapters = sum(
+        setting().r * sum(architecture.linear_shape(config, shape, name))
+        for shape in architecture.shapes(config)
+        for name in architecture.LINEARS
+    )
+    assert keeping.training - plain.training == 4 * adapters
+    assert keeping.inference == plain.inference
+
+
 def test_full_training_adds_gradients_copies_and_states_of_all_that_is_not_quantized():
     config = pruned()
     bits_of = {name: 8 if "down_proj" in name else 4 for name in architecture.linears(config)}
