@@ -27,7 +27,7 @@ bench: setup ## what a trial costs beside the plain way; NAMES="evaluation query
 	python -m benchmarks.bench $(NAMES)
 
 ui: setup ## the MLflow UI on http://127.0.0.1:5000
-	mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db
+	mlflow ui --host 127.0.0.1 --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
 
 setup: $(VENV)/installed ## the virtual environment with the pinned requirements
 

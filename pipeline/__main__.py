@@ -10,6 +10,7 @@ import warnings
 
 STAGES = ("fetch", "prune", "importance", "quantize", "search", "pareto", "build", "evaluate", "register", "report")
 PAPER = ("table", "ablation")  # the paper's results: commands of their own, outside DVC's graph
+FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 _LESS_MEMORY = (
@@ -48,16 +49,24 @@ def main(arguments: list[str] | None = None) -> int:
             if asked.entry == "plan":
                 return project.plan(asked.config, asked.memory_gib)
             return project.run(asked.entry, asked.n_trials)
-        return _stage(asked.command, load())
+        _stage(asked.command, load())
+        return 0
     except ParamsError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; finished trials and cells are kept, run the same command to go on", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if not isinstance(error, expected_errors()):
+            raise
+        where = "" if asked.command in ("check", "run") else f" in stage {asked.command}"
+        advice = _LESS_MEMORY if type(error).__name__ == "OutOfMemoryError" else ""
+        print(f"error{where}: {error}{advice}", file=sys.stderr)
+        return FAILED
 
 
-def _stage(name: str, params: object) -> int:
+def _stage(name: str, params: object) -> None:
     from pipeline import tracking
 
     if name in PAPER:
@@ -66,13 +75,7 @@ def _stage(name: str, params: object) -> int:
         from pipeline.stages import STAGES as shells
 
     tracking.on_termination_interrupt()
-    try:
-        shells[name](params)  # type: ignore[arg-type]
-    except expected_errors() as error:
-        advice = _LESS_MEMORY if type(error).__name__ == "OutOfMemoryError" else ""
-        print(f"error in stage {name}: {error}{advice}", file=sys.stderr)
-        return 1
-    return 0
+    shells[name](params)  # type: ignore[arg-type]
 
 
 def expected_errors() -> tuple[type[Exception], ...]:
@@ -85,6 +88,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
     from pipeline.recover import RecoverError
     from pipeline.search import SearchError
     from pipeline.storage import CheckpointError
+    from pipeline.tracking import ItemsLost, StoreError
 
     return (
         BuildError,
@@ -94,8 +98,10 @@ def expected_errors() -> tuple[type[Exception], ...]:
         RecoverError,
         SearchError,
         torch.OutOfMemoryError,
+        StoreError,
+        ItemsLost,
+        OSError,  # a disk that is full, a folder that cannot be written
         ValueError,
-        FileNotFoundError,
     )
 
 

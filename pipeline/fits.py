@@ -168,7 +168,7 @@ def budget(
     from pipeline import GIB, memory, plan, trial
 
     even = plan.uniform(plan.config_of(vars(config), "model.source"), prune.ratio, prune.multiple_of)
-    setting = trial.memory_setting(SimpleNamespace(recover=recover, evaluate=evaluate), quantize)
+    setting = trial.memory_setting(recover, evaluate, quantize)
     least = memory.training(even, plan.bits_of(even, 0), setting)[1] / GIB
     if asked < _EVEN * least:
         return (

@@ -249,8 +249,9 @@ class Cells:
             own = tracking.reopen(kept["run_id"]) or self._open(cell, key)
             self._log(own, result, kept["study"])
             if kept["study"]:
-                study = _study(kept["study"], len(result.bits), cell.params.search.objective)
-                Recorder(own, kept["study"], cell.params, None).agree(study)
+                Recorder(own, kept["study"], cell.params, None).agree(
+                    _study(kept["study"], cell.params.search.objective)
+                )
             own.finish()
             run_id = own.run_id
         if _owner(cell) == self.command:
@@ -311,7 +312,7 @@ def _searched(supplies: Supplies, own: Run) -> tuple[tuple[int, ...], str]:
     settings, context = params.search, supplies.context
     history = search.import_history(settings.history, len(context.units), settings.objective)
     name = "table-" + study_name(params, supplies.pruned, supplies.bank)
-    study = _study(name, len(context.units), settings.objective)
+    study = _study(name, settings.objective)
     own.tags({"study_digest": name})
     recorder = Recorder(own, name, params, context)
     recorder.agree(study)
@@ -321,10 +322,10 @@ def _searched(supplies: Supplies, own: Run) -> tuple[tuple[int, ...], str]:
     return read_bits(found.bits, context.units), name
 
 
-def _study(name: str, units: int, objective: str) -> Any:
+def _study(name: str, objective: str) -> Any:
     from pipeline import search
 
-    return search.Study(KEPT / "study", name, units, objective)
+    return search.Study(KEPT / "study", name, objective)
 
 
 class Supplies:

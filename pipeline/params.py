@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -265,8 +266,15 @@ class Build(Section):
 class Register(Section):
     """The entry in the model registry."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^\w[\w.-]*$")
     alias: str = Field(pattern=r"^[a-z][\w-]*$")
+
+    @field_validator("alias")
+    @classmethod
+    def _not_reserved(cls, alias: str) -> str:
+        if alias == "latest" or re.fullmatch(r"v\d+", alias):
+            raise ValueError("is what MLflow's registry calls versions by itself; take another word, such as champion")
+        return alias
 
 
 class Table(Section):
@@ -322,8 +330,14 @@ def _source(source: str, kinds: tuple[str, ...] = tuple(SOURCES), more: str = ""
     """Check the form of a source and, for a path, that it exists."""
     if not any(source.startswith(kind) and SOURCES[kind][0].match(source) for kind in kinds):
         raise ValueError(f"must be of the form {', '.join(SOURCES[kind][1] for kind in kinds)}{more}")
-    if source.startswith("path:") and not Path(source.removeprefix("path:")).exists():
-        raise ValueError(f"{source.removeprefix('path:')} does not exist; name a file or folder that does")
+    if source.startswith("path:"):
+        path = Path(source.removeprefix("path:"))
+        try:
+            there = path.exists()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); name a file or folder that can") from None
+        if not there:
+            raise ValueError(f"{path} does not exist; name a file or folder that does")
     return source
 
 
@@ -338,8 +352,9 @@ def read_history(path: str) -> list[dict[str, Any]]:
         for one in results:
             if not BITS.match(one["bits"]):
                 raise ValueError(f"{one['bits']!r} is no string of 4s and 8s")
-            for objective in get_args(Objective):
-                float(one[objective]), float(one[f"{objective}_stderr"])
+            for name in (f"{objective}{ending}" for objective in get_args(Objective) for ending in ("", "_stderr")):
+                if not isinstance(one[name], (int, float)) or not math.isfinite(one[name]):
+                    raise ValueError(f"{name} {one[name]!r} is no number")
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); name a history.json, or null") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -374,7 +389,9 @@ def _sound(section: type[Any], raw: Any) -> Any:
     try:
         return section.model_validate(raw)
     except ValidationError as error:
-        wrong = {fault["loc"][0] for fault in error.errors()}
+        wrong = {fault["loc"][0] for fault in error.errors() if fault["loc"]}
+    if not isinstance(raw, dict):
+        raise TypeError("no section")
     sound = [name for name in section.model_fields if name in raw and name not in wrong]
     kinds = {name: TypeAdapter(section.model_fields[name].annotation) for name in sound}
     return section.model_construct(**{name: kind.validate_python(raw[name]) for name, kind in kinds.items()})
@@ -416,8 +433,8 @@ def _combination_faults(raw: Any) -> list[str]:
     for check in (*combinations.CHECKS, _objective_is_measured, *_of_the_model(raw)):
         try:
             fault = check(raw)
-        except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
-            continue  # what it reads is itself at fault, and listed as such
+        except Exception:  # whatever a check stumbles on is itself at fault, and listed as such
+            continue
         if fault:
             found.append(f"  {fault}")
     return found
@@ -472,9 +489,11 @@ def load(path: str | Path = "params.yaml") -> Params:
             f"{path} does not exist here ({Path.cwd()}); run from the project's root or copy presets/default.yaml"
         )
     try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} is no valid YAML: {error}") from None
+    except OSError as error:
+        raise ParamsError(f"{path} cannot be read: {error.strerror}") from None
     for key, value in json.loads(os.environ.get("QPRUNER_OVERRIDES", "{}")).items():
         *sections, name = key.split(".")
         target = raw
@@ -504,5 +523,8 @@ def digest(*parts: Any) -> str:
 
 def uses_hub(path: str | Path = "params.yaml") -> bool:
     """Return whether any source is on a hub, without judging the rest of the file."""
-    path = Path(path)
-    return path.exists() and bool(re.search(r"^\s*(source|alpaca|benchmarks):\s*['\"]?hub", path.read_text(), re.M))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return bool(re.search(r"\b(source|alpaca|benchmarks)['\"]?:\s*['\"]?hub", text))

@@ -159,7 +159,7 @@ def setting_of(params: Params) -> Setting:
     """Return the batch and adapter sizes of the params."""
     from pipeline import trial
 
-    return trial.memory_setting(params, params.quantize)
+    return trial.memory_setting(params.recover, params.evaluate, params.quantize)
 
 
 def parameters(config: Any) -> int:
@@ -223,11 +223,14 @@ def table(config: Any, setting: Setting, budget_gib: float, ratios: Sequence[flo
 
     Returns:
         A row each: ``ratio``, ``parameters``, ``bits`` (``16``, or the share at 8), ``training_gib``,
-        ``inference_gib``, ``training_fits``, ``inference_fits``.
+        ``inference_gib``, ``training_fits``, ``inference_fits``. Ratios that the model cannot lose are left out.
     """
     rows = []
     for ratio in ratios:
-        pruned = uniform(config, ratio)
+        try:
+            pruned = uniform(config, ratio)
+        except ValueError:
+            continue  # more than the blocks of a model with large embeddings hold
         count = parameters(pruned)
         for label, bits in _choices(pruned):
             peak = memory.predict(pruned, bits, setting)

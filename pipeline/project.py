@@ -18,13 +18,15 @@ from typing import Any
 
 import psutil
 
-from pipeline import console, params, tracking
-from pipeline.params import ParamsError
+from pipeline import console, params, storage, tracking
+from pipeline.params import Params, ParamsError
+from pipeline.paths import REPORTS
 
 # The main job goes all the way to a registered model; every other entry point is the stage of its name.
 TARGETS = {"search": ("report", "register")}
 PAPER = ("table", "ablation")  # they keep their own cells; DVC only fetches for them
 _LOCK = Path(".dvc/tmp/qpruner.lock")
+_SOURCES = Path(".dvc/tmp/qpruner.sources.json")  # what `path:` sources were when they were last fetched
 
 
 def run(entry: str, n_trials: str = "params.yaml") -> int:
@@ -46,21 +48,25 @@ def run(entry: str, n_trials: str = "params.yaml") -> int:
     with lock():
         tracking.reap()
         tracking.adopt_project_run()
+        if not any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents)):
+            dvc("config", "--quiet", "--local", "core.no_scm", "true")  # a copy without its history
+        status = _again("fetch") if _changed(checked) else 0
         if entry in PAPER:
-            return dvc("repro", "fetch") or launch("pipeline", entry)
-        status = dvc("repro", *(("search",) if entry == "search" else (entry,)))
+            return status or dvc("repro", "fetch") or launch("pipeline", entry)
+        status = status or dvc("repro", entry)
         if status == 0 and entry == "search":
-            if _finished() < checked.search.n_trials:  # DVC sees no change in what only the command line asked for
-                status = dvc("repro", "--force", "--single-item", "search")
+            # DVC sees no change in what only the command line asked for, nor a store that lacks what was tracked.
+            if _finished() < checked.search.n_trials or _tracked() < _finished():
+                status = _again("search")
             status = status or dvc("repro", *TARGETS["search"])
+            if status == 0 and not tracking.registered(checked.register_.name, checked.register_.alias):
+                status = _again("register")
         if status == 0 and entry in ("search", "pareto", "report"):
             from pipeline.stages import show_front
 
             show_front(checked)
         if status == 0 and entry in ("search", "register"):
-            from pipeline.paths import REPORTS
-
-            found = json.loads((REPORTS / "register.json").read_text())
+            found = storage.read_json(REPORTS / "register.json", "register")
             console.note(f"In the registry: {found['model']}, alias {found['alias']}")
     return status
 
@@ -85,10 +91,40 @@ def plan(config: str, memory_gib: str) -> int:
     return 0
 
 
-def _finished() -> int:
-    from pipeline.paths import REPORTS
+def _changed(checked: Params) -> bool:
+    """Return whether a file or folder that a source names is not what it was the last time; remember what it is now.
 
-    return int(json.loads((REPORTS / "search.json").read_text())["finished"])
+    DVC follows the params, which name those and do not hold them.
+    """
+    sources = (checked.model.source, checked.data.alpaca, checked.data.benchmarks)
+    now = {source: _signature(Path(source.removeprefix("path:"))) for source in sources if source.startswith("path:")}
+    before = json.loads(_SOURCES.read_text()) if _SOURCES.exists() else {}
+    storage.write_text(_SOURCES, json.dumps(before | now))
+    return any(before.get(source, found) != found for source, found in now.items())
+
+
+def _signature(path: Path) -> str:
+    """Return what changes with a file or any file of a folder: names, sizes and times; contents may be gigabytes."""
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+    return params.digest([[str(one), one.stat().st_size, one.stat().st_mtime_ns] for one in files])
+
+
+def _again(stage: str) -> int:
+    return dvc("repro", "--force", "--single-item", stage)
+
+
+def _finished() -> int:
+    return int(_search()["finished"])
+
+
+def _tracked() -> int:
+    """Return how many finished trials of the search the store has."""
+    runs = tracking.trials(_search()["study"])
+    return sum(run.info.status == "FINISHED" and run.data.tags["stage"] == "trial" for run in runs)
+
+
+def _search() -> dict[str, Any]:
+    return storage.read_json(REPORTS / "search.json", "search")
 
 
 def dvc(*arguments: str) -> int:

@@ -75,8 +75,8 @@ class Recorder:
             own.finish("FAILED", error)
             console.note(f"reference {name} failed: {error}")
             return
-        log_result(own, result)
         study.record_reference(name, own.run_id, result)
+        log_result(own, result)
         own.finish()
 
     def attempt(self, study: Any) -> Callable[[Any, Any, int], Any]:
@@ -93,13 +93,13 @@ class Recorder:
                 result, _ = trial.run(
                     self.context, candidate.bits, progress=steps(label), keep=unfinished(self.study, text)
                 )
-                log_result(own, result)
+                study.complete(opened, own.run_id, result)
             except Exception as error:
                 study.fail(opened, error)
                 own.finish("FAILED", error)
                 console.note(f"{label} failed: {type(error).__name__}: {error}")
                 return error
-            study.complete(opened, own.run_id, result)
+            log_result(own, result)  # a store that fails here ends the search; the journal has the trial
             own.finish()
             say(label, result)
             return result

@@ -11,14 +11,15 @@ makes MLflow agree with it. A search killed at any moment therefore resumes with
 
 from __future__ import annotations
 
+import fcntl
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TextIO, get_args
 
 import optuna
-from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -33,7 +34,6 @@ from pipeline.trial import Result
 
 JOURNAL = "journal.log"
 _FAILURES_IN_A_ROW = 3
-_DISTRIBUTION = CategoricalDistribution([4, 8])
 
 
 class SearchError(RuntimeError):
@@ -60,21 +60,26 @@ class Study:
     """A resumable multi-objective study: quality up, peak memory down.
 
     Args:
-        folder: Where the journal is.
+        folder: Where the journal is; this process has it to itself from then on.
         name: The digest of all that defines the study.
-        units: Length of a bit vector.
         objective: As section ``search`` has it: the study's first value.
+
+    Raises:
+        SearchError: Another process searches there.
     """
 
-    def __init__(self, folder: Path, name: str, units: int, objective: str = "gold_logprob"):
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, name: str, objective: str = "gold_logprob"):
+        _hold(folder)
         cut_torn_line(folder / JOURNAL)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
         self._study = optuna.create_study(
             storage=storage, study_name=name, directions=["maximize", "minimize"], load_if_exists=True
         )
-        self.units, self.objective = units, objective
+        self.objective = objective
+        for trial in self._running():
+            if "result" in trial.user_attrs:  # a kill came between its result and its end
+                self._tell(trial.number, Result.from_json(trial.user_attrs["result"]))
 
     def finished(self) -> list[dict[str, Any]]:
         """Return what was recorded of each finished trial: ``number``, ``run_id``, ``method``, ``result``."""
@@ -98,25 +103,37 @@ class Study:
     def abandoned(self) -> list[Candidate]:
         """End the trials that a killed process left running; return them to be tried again."""
         found = []
-        for trial in self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        for trial in self._running():
             self._study.tell(trial.number, state=TrialState.FAIL)
             if "bits" in trial.user_attrs:
                 bits = tuple(int(digit) for digit in trial.user_attrs["bits"])
                 found.append(Candidate(bits, trial.user_attrs["method"]))
         return found
 
+    def _running(self) -> list[Any]:
+        return self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+
     def start(self, candidate: Candidate) -> Any:
         """Open a trial of a bit vector."""
-        self._study.enqueue_trial(_as_params(candidate.bits))
-        trial = self._study.ask({f"bits_{index}": _DISTRIBUTION for index in range(self.units)})
-        trial.set_user_attr("bits", write_bits(candidate.bits))
+        trial = self._study.ask()
         trial.set_user_attr("method", candidate.method)
+        trial.set_user_attr("bits", write_bits(candidate.bits))
         return trial
 
     def complete(self, trial: Any, run_id: str, result: Result) -> None:
-        """Record a finished trial."""
+        """Record a finished trial. Its result goes first: from then on no kill can lose it.
+
+        Raises:
+            SearchError: A score is no number; the trial is to be failed.
+        """
+        for name in get_args(Objective):
+            if not math.isfinite(result.score(name)[0]):
+                raise SearchError(f"{name} is {result.score(name)[0]}; lower recover.learning_rate")
         trial.set_user_attr("run_id", run_id)
         trial.set_user_attr("result", result.as_json())
+        self._tell(trial, result)
+
+    def _tell(self, trial: Any, result: Result) -> None:
         self._study.tell(trial, [result.score(self.objective)[0], result.peak_memory_bytes])
 
     def fail(self, trial: Any, error: BaseException) -> None:
@@ -129,8 +146,26 @@ def _bits(result: Result) -> Bits:
     return tuple(int(digit) for digit in result.bits)
 
 
-def _as_params(bits: Sequence[int]) -> dict[str, int]:
-    return {f"bits_{index}": width for index, width in enumerate(bits)}
+_held: dict[Path, TextIO] = {}  # locks of this process, which end with it
+
+
+def _hold(folder: Path) -> None:
+    """Make a journal's folder and take it for this process: another one would end the trials of this one.
+
+    Raises:
+        SearchError: Another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve().with_name(f".{folder.name}.lock")
+    if path in _held:
+        return
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise SearchError(f"another process searches in {folder}; wait for it to end") from None
+    _held[path] = file
 
 
 def cut_torn_line(journal: Path) -> None:

@@ -41,6 +41,11 @@ def stage(run: Callable[[Params, Run], None]) -> Callable[[Params], None]:
     return shell
 
 
+def made(name: str) -> Any:
+    """Return what the stage of that name wrote into its file of reports."""
+    return storage.read_json(REPORTS / f"{name}.json", name)
+
+
 @stage
 def fetch(params: Params, run: Run) -> None:
     """Base model, Alpaca rows and benchmark items."""
@@ -167,9 +172,9 @@ def search(params: Params, run: Run) -> None:
     for task in params.evaluate.tasks:
         run.dataset(BENCHMARKS / f"{task}.jsonl", task, "evaluation")
     run.dataset(ALPACA, "alpaca", "training")
-    priors = Priors.from_json(json.loads((REPORTS / "importance.json").read_text()))
+    priors = Priors.from_json(made("importance"))
     space = trial.space(context)
-    study = stage_.Study(STUDY, name, space.units, settings.objective)
+    study = stage_.Study(STUDY, name, settings.objective)
     recorder = Recorder(run, name, params, context)
     recorder.agree(study)
     recorder.references(study)
@@ -225,7 +230,7 @@ def _compared(objectives: Sequence[str]) -> list[list[Any]]:
     """Return the latest study's points for each objective, compared item by item, from MLflow."""
     from pipeline import pareto as stage_
 
-    runs = tracking.trials(json.loads((REPORTS / "search.json").read_text())["study"])
+    runs = tracking.trials(made("search")["study"])
     records = {run.info.run_id: tracking.items(run) for run in runs if run.info.status == "FINISHED"}
     found = []
     for objective in objectives:
@@ -240,7 +245,7 @@ def _front(params: Params) -> tuple[list[Any], list[Any]]:
 
     (every,) = _compared([params.pareto.objective])
     trials = [one for one in every if not one.reference]
-    prior = json.loads((REPORTS / "importance.json").read_text())["sensitivity"]
+    prior = made("importance")["sensitivity"]
     return every, stage_.judge(stage_.front(trials), trials, prior)
 
 
@@ -251,7 +256,7 @@ def build(params: Params, run: Run) -> None:
     from pipeline import trial
     from pipeline.quantize import read_bits
 
-    rows = json.loads((REPORTS / "pareto.json").read_text())
+    rows = made("pareto")
     text, chosen = stage_.choose(params.build.choose, rows)
     context = trial.load(params, PRUNED, BANK, ALPACA, BENCHMARKS)
     bits = read_bits(text, context.units)
@@ -265,7 +270,7 @@ def build(params: Params, run: Run) -> None:
         "benchmarks_md5": tracking.md5(BENCHMARKS),
         "pruned_checkpoint": storage.sha256(PRUNED / storage.CHECKSUMS),
         "base_model": params.model.source,
-        "search_run": json.loads((REPORTS / "search.json").read_text())["search_run"],
+        "search_run": made("search")["search_run"],
     }
     with storage.writing(FINAL) as folder:
         (folder / "README.md").write_text(
@@ -319,8 +324,8 @@ def evaluate(params: Params, run: Run) -> None:
 def register_(params: Params, run: Run) -> None:
     """The built checkpoint into the model registry, with an alias and its evidence."""
     storage.verify(FINAL, "build")
-    figures = json.loads((REPORTS / "evaluate.json").read_text())
-    lineage = json.loads((FINAL / "lineage.json").read_text())
+    figures = made("evaluate")
+    lineage = storage.read_json(FINAL / "lineage.json", "build")
     run.metrics(figures)
     root = tracking.root()
     wanted = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
@@ -348,14 +353,14 @@ def report(params: Params, run: Run) -> None:
     """One page: the table of methods, the front, the bits."""
     from pipeline import report as stage_
 
-    search_ = json.loads((REPORTS / "search.json").read_text())
-    priors = json.loads((REPORTS / "importance.json").read_text())
+    search_ = made("search")
+    priors = made("importance")
     every, members = _front(params)
     stage_.heat_map(members, priors["units"], REPORTS / "bits.png")
     methods, tasks = stage_.methods(every, members), params.evaluate.tasks
     stage_.accuracy_and_memory({"": stage_.bars_of(methods, tasks)}, tasks, REPORTS / "methods.png")
     stage_.benchmark_fronts(dict(zip(tasks, _compared(tasks), strict=True)), REPORTS / "benchmarks.png")
-    ratio = json.loads((REPORTS / "prune.json").read_text())["ratio"]
+    ratio = made("prune")["ratio"]
     facts = [
         f"model: {params.model.source}; pruned by {100 * ratio:.1f} %",
         f"study {search_['study']}: {search_['finished']} finished trials, {len(members)} on the front",
@@ -382,7 +387,7 @@ def show_front(params: Params) -> None:
     """Print the table of methods, the front and the command that opens it in the MLflow UI."""
     from pipeline import report as stage_
 
-    study = json.loads((REPORTS / "search.json").read_text())["study"]
+    study = made("search")["study"]
     every, members = _front(params)
     columns, rows = stage_.method_table(stage_.methods(every, members), ())
     console.table("Methods", columns, rows)

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 CHECKSUMS = "checksums.json"
 _CHUNK = 1 << 22
@@ -75,6 +76,24 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path: Path, stage: str) -> Any:
+    """Return what a stage wrote into a JSON file.
+
+    Raises:
+        CheckpointError: It is missing, was truncated or edited.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; {_again(stage)}") from None
+    except ValueError:
+        raise CheckpointError(f"{path} was truncated or edited; {_again(stage)}") from None
+
+
+def _again(stage: str) -> str:
+    return f"run it again with: dvc repro --force --single-item {stage}"
+
+
 def verify(folder: str | Path, stage: str) -> str:
     """Check a checkpoint against its checksums.
 
@@ -89,14 +108,11 @@ def verify(folder: str | Path, stage: str) -> str:
         CheckpointError: A file is missing, was truncated or changed.
     """
     folder = Path(folder)
-    again = f"run it again with: dvc repro --force --single-item {stage}"
+    again = _again(stage)
     listing = folder / CHECKSUMS
     if not listing.exists():
         raise CheckpointError(f"{folder} is missing or was never finished; {again}")
-    try:
-        sums = json.loads(listing.read_text())
-    except ValueError:
-        raise CheckpointError(f"{listing} was truncated or edited; {again}") from None
+    sums = read_json(listing, stage)
     for name, expected in sums.items():
         path = folder / name
         if not path.exists():

@@ -108,8 +108,8 @@ def compiled_templates() -> Iterator[None]:
 _compiled = lru_cache(1024)(lm_eval.utils.env.from_string)
 
 
-def check_items(name: str, items: Iterable[Mapping[str, Any]]) -> None:
-    """Build every request of a task from items, as an evaluation will.
+def faults(name: str, items: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return of each item why it cannot be scored; an empty text if it can.
 
     Raises:
         Exception: Whatever lm-eval's definition stumbles on; its fields are known to lm-eval alone.
@@ -117,7 +117,33 @@ def check_items(name: str, items: Iterable[Mapping[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         lines = "".join(json.dumps(item) + "\n" for item in items)
         (Path(scratch) / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        load([name], scratch)[name].build_all_requests(rank=0, world_size=1)
+        task = load([name], scratch)[name]
+        with compiled_templates():
+            found = [_answer_fault(task, document) for document in task.eval_docs]
+            if not any(found):
+                task.build_all_requests(rank=0, world_size=1)
+        return found
+
+
+def gold(task: Any, document: Mapping[str, Any]) -> list[int]:
+    """Return the indices of an item's right choices."""
+    choices = task.doc_to_choice(document)
+    right = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
+    every = right if isinstance(right, list) else [right]
+    return [choices.index(one) if isinstance(one, str) else int(one) for one in every]
+
+
+def _answer_fault(task: Any, document: Mapping[str, Any]) -> str:
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return ""
+    count = len(task.doc_to_choice(document))
+    try:
+        right = gold(task, document)
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        return f"its answer is none of its {count} choices ({type(error).__name__}: {error})"
+    if not right or not all(0 <= one < count for one in right):
+        return f"its answer {right} is none of its {count} choices (0 to {count - 1})"
+    return ""
 
 
 def _on_local_items(name: str, path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import sqlalchemy
@@ -47,6 +48,13 @@ PARENT = "QPRUNER_PARENT_RUN"  # the run of `mlflow run`, handed from the entry 
 _PARENT_TAG = "mlflow.parentRunId"
 ITEMS = "items.json"  # in a trial's run: what it measured item by item
 _PAGE = 1000
+
+
+StoreError = MlflowException  # what a store raises that cannot be reached, or refuses
+
+
+class ItemsLost(LookupError):
+    """A trial's run lacks what it measured item by item; what to do."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -84,9 +92,7 @@ def adopt_project_run() -> str | None:
     run_id = os.environ.pop("MLFLOW_RUN_ID", None)
     if run_id:
         os.environ[PARENT] = run_id
-        for key, value in _process_tags().items():
-            client().set_tag(run_id, key, value)
-        client().set_tag(run_id, "stage", "project")
+        Run(run_id, "").tags(_process_tags() | {"stage": "project"})
     return run_id
 
 
@@ -277,7 +283,7 @@ def _alive(tags: Mapping[str, str]) -> bool:
     try:
         process = psutil.Process(int(tags["qpruner.pid"]))
         return abs(process.create_time() - float(tags["qpruner.started"])) <= 1 and process.status() != "zombie"
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, KeyError):  # KeyError: killed while it wrote these tags
         return False
 
 
@@ -381,12 +387,12 @@ def items(trial: Any) -> dict[str, Any]:
         trial: Its run, as ``trials`` returns it.
 
     Raises:
-        LookupError: Its run has no such file.
+        ItemsLost: Its run has no such file.
     """
     try:
         return json.loads(load_text(f"{trial.info.artifact_uri}/{ITEMS}"))
     except (OSError, MlflowException):
-        raise LookupError(
+        raise ItemsLost(
             f"run {trial.info.run_id} ({trial.info.run_name}) has lost its artifact {ITEMS}; delete the run, then run: "
             "mlflow run . -e search (it writes the run again from what it keeps of each trial)"
         ) from None
@@ -436,9 +442,11 @@ def md5(path: str | Path) -> str:
 
 
 def git_commit() -> str:
-    """Return the commit of the project's root, or an empty string outside git."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root(), capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """Return the commit of the project's root, or an empty string outside git or without it."""
+    with suppress(FileNotFoundError):
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root(), capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+    return ""
 
 
 # --- registry ----------------------------------------------------------------------------------------------------
@@ -490,10 +498,25 @@ def register_model(
     return f"models:/{name}/{version}"
 
 
+def registered(name: str, alias: str) -> bool:
+    """Return whether the registry has a model of this name under this alias."""
+    try:
+        return bool(client().get_model_version_by_alias(name, alias))
+    except MlflowException:
+        return False
+
+
 def ui_command(experiment: str, study: str | None = None, order: str = "accuracy") -> str:
-    """Return the commands that open the trials, flat and best first, in the MLflow UI."""
+    """Return what opens the trials, flat and best first, in the MLflow UI: a command, unless a server runs it already.
+
+    A store's address may hold a password, so only that of our own file is shown.
+    """
     search = "tags.stage%20%3D%20%22trial%22"
     if study:
         search += f"%20and%20tags.study%20%3D%20%22{study}%22"
     page = f"#/experiments/{experiment}/runs?searchFilter={search}&orderByKey=metrics.%60{order}%60&orderByAsc=false"
-    return f"mlflow ui --host 127.0.0.1 --backend-store-uri '{store()}'\nhttp://127.0.0.1:5000/{page}"
+    if store().startswith("http"):
+        address = urlsplit(store())
+        return f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path.rstrip('/')}/{page}"
+    where = f"'{store()}'" if store().startswith("sqlite") else '"$MLFLOW_TRACKING_URI"'
+    return f"mlflow ui --host 127.0.0.1 --backend-store-uri {where}\nhttp://127.0.0.1:5000/{page}"

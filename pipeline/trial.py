@@ -24,7 +24,7 @@ from pipeline.allocate import Space
 from pipeline.alpaca import Example
 from pipeline.architecture import Unit
 from pipeline.device import device_of
-from pipeline.params import Params
+from pipeline.params import Evaluate, Params, Recover
 
 INT8_MULTIPLE = 4  # cuBLAS multiplies int8 matrices whose sides are multiples of it
 
@@ -60,7 +60,7 @@ class Context:
     @property
     def memory_setting(self) -> memory.Setting:
         """Return the batch and adapter sizes that peak memory depends on."""
-        return memory_setting(self.params, self.bank.settings)
+        return memory_setting(self.params.recover, self.params.evaluate, self.bank.settings)
 
     def bits_of(self, bits: Sequence[int]) -> dict[str, int]:
         """Return each linear's bits."""
@@ -170,16 +170,16 @@ class Result:
 MEASURED = [one.name for one in fields(Result)]
 
 
-def memory_setting(params: Params, bank: Any) -> memory.Setting:
+def memory_setting(settings: Recover, evaluation: Evaluate, bank: Any) -> memory.Setting:
     """Return the batch and adapter sizes that peak memory depends on.
 
     Args:
-        params: Sections ``recover`` and ``evaluate`` are read.
+        settings: Section ``recover``.
+        evaluation: Section ``evaluate``.
         bank: Section ``quantize`` that the adapters come from.
     """
-    settings = params.recover
     length = alpaca.padded(settings.max_length)
-    rows = max(1, params.evaluate.batch_tokens // evaluate.ROW)
+    rows = max(1, evaluation.batch_tokens // evaluate.ROW)
     return memory.Setting(
         tokens=settings.micro_batch_size * length,
         r=bank.r,

@@ -188,8 +188,9 @@ def test_unreachable_hub_says_what_to_do(monkeypatch):
 def test_hub_repository_is_copied(monkeypatch, model_folder):
     import huggingface_hub
 
-    def download(name, revision, local_dir, allow_patterns):
+    def download(name, revision, local_dir, allow_patterns, ignore_patterns):
         assert (name, revision) == ("org/name", "v1")
+        assert ignore_patterns == ["consolidated*"]
         assert not any(pattern.endswith((".bin", ".py")) for pattern in allow_patterns)
         return shutil.copytree(model_folder, local_dir, dirs_exist_ok=True)
 
@@ -217,6 +218,53 @@ def test_faulty_alpaca_row_is_named_by_its_number(bad):
         assert text in message
 
 
+def test_every_faulty_row_is_named_at_once():
+    write_jsonl(Path("rows.jsonl"), [ROW, 5, ROW, ROW | {"output": ""}, ROW | {"input": "\ud800"}])
+    lines = refused(fetch.alpaca, "path:rows.jsonl").splitlines()
+    assert [line.partition(": needs")[0].partition(": holds")[0][-5:] for line in lines] == ["row 2", "row 4", "row 5"]
+    write_jsonl(Path("rows.jsonl"), [5] * 30)
+    assert refused(fetch.alpaca, "path:rows.jsonl").splitlines()[20:] == ["... and 10 more"]
+
+
+WRONG = {
+    "piqa": [{"label": -1}, {"label": 2}, {"label": "x"}],
+    "arc_easy": [{"answerKey": "Z"}],
+    "boolq": [{"label": 2}],
+    "winogrande": [{"answer": "3"}],
+}
+
+
+@pytest.mark.parametrize("task, change", [(task, change) for task, every in WRONG.items() for change in every])
+def test_item_whose_answer_is_no_choice_is_named(tmp_path, task, change):
+    items = [json.loads(line) for line in (BENCHMARKS / f"{task}.jsonl").read_text().splitlines()[:3]]
+    write_jsonl(tmp_path / f"{task}.jsonl", [items[0], items[1] | change, items[2]])
+    message = refused(fetch.benchmark, f"path:{tmp_path}", task)
+    assert "item 2: its answer" in message and "is none of its" in message
+
+
+def test_model_without_a_usable_tokenizer_is_refused(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    message = refused(fetch.fetch_model, Model(source=f"path:{folder}"))
+    assert "model.source: its tokenizer" in message and "tokenizer.json" in message
+    assert not fetch.BASE.exists()
+
+
+def test_model_that_lacks_a_shard_is_refused(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = refused(fetch.fetch_model, Model(source=f"path:{folder}"))
+    assert "lacks model-00002-of-00002.safetensors, which model.safetensors.index.json names" in message
+
+
+def test_weights_that_a_repository_holds_twice_are_copied_once(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    fetch.fetch_model(Model(source=f"path:{folder}"))
+    assert [path.name for path in fetch.BASE.glob("*.safetensors")] == ["model.safetensors"]
+
+
 def test_alpaca_rows_keep_the_three_fields_only():
     write_jsonl(Path("rows.jsonl"), [ROW | {"text": "more"}])
     assert fetch.alpaca("path:rows.jsonl") == [ROW]
@@ -239,15 +287,17 @@ def test_json_list_and_json_lines_are_read(text):
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (b'{"instruction": ', "cannot be read as JSON lines"),
-        (b"\xff\xfe{}", "cannot be read as JSON lines"),
-        (b"", "is empty"),
-        (b"[]", "is empty"),
+        (b'{"instruction": ', ", line 1 cannot be read as JSON"),
+        (json.dumps(ROW).encode() + b"\n\nno\n", ", line 3 cannot be read as JSON"),
+        (b"[1, 2", " cannot be read as JSON"),
+        (b"\xff\xfe{}", " cannot be read as JSON lines"),
+        (b"", " is empty"),
+        (b"[]", " is empty"),
     ],
 )
 def test_unreadable_rows_are_refused(content, reason):
     Path("rows.json").write_bytes(content)
-    assert re.search(rf"data\.alpaca: path:rows\.json {reason}", refused(fetch.alpaca, "path:rows.json"))
+    assert re.search(rf"data\.alpaca: path:rows\.json{reason}", refused(fetch.alpaca, "path:rows.json"))
 
 
 def test_too_few_rows_for_the_held_out_ones_are_refused(model_folder):

@@ -74,6 +74,28 @@ def test_preset_parses(path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "name, ratios",
+    [("llama-7b", (0.2, 0.3, 0.5)), ("vicuna-7b", (0.2, 0.3, 0.5)), ("llama-13b", (0.5,))],  # tables 1 and 3
+)
+def test_papers_preset_trains_and_searches_as_the_paper_did(name, ratios, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = params.load(f"presets/{name}.yaml")
+    assert found.table.ratios == ratios
+    assert (found.quantize.four_bit, found.quantize.iterations, found.quantize.r) == ("nf4", 1, 8)  # section 4
+    training = found.recover
+    assert (training.train, training.learning_rate, training.dropout) == ("lora", 3e-4, 0.05)  # appendix B
+    assert (training.batch_size, training.micro_batch_size, training.max_length) == (8, 4, 256)
+    # appendix D: 10 random starts and 40 iterations make 50 points
+    assert (found.search.n_random, found.search.n_trials, found.table.n_trials) == (10, 10 + 40, 10 + 40)
+
+
+@pytest.mark.parametrize("name, model", [("vicuna-7b", "lmsys/vicuna-7b-v1.5"), ("llama-13b", "yahma/llama-13b-hf")])
+def test_papers_preset_fetches_the_model_of_its_appendix(name, model, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert params.load(f"presets/{name}.yaml").model.source.startswith(f"hub:{model}@")
+
+
+@pytest.mark.parametrize(
     "key, value, wanted",
     [
         ("prune__ratoi", 0.3, ["prune.ratoi", "0.3", "unknown key"]),
@@ -214,7 +236,9 @@ GOOD = {"bits": "4484"} | {f"{name}{ending}": 0.5 for name in NAMES for ending i
         ([GOOD], "no history"),
         ({"results": [GOOD | {"bits": "4416"}]}, "'4416' is no string of 4s and 8s"),
         ({"results": [GOOD, {key: GOOD[key] for key in GOOD if key != "accuracy"}]}, "KeyError: 'accuracy'"),
-        ({"results": [GOOD | {"gold_logprob": None}]}, "TypeError"),
+        ({"results": [GOOD | {"gold_logprob": None}]}, "gold_logprob None is no number"),
+        ({"results": [GOOD | {"accuracy": "0.5"}]}, "accuracy '0.5' is no number"),
+        ({"results": [GOOD | {"response_logprob_stderr": float("nan")}]}, "response_logprob_stderr nan is no number"),
     ],
 )
 def test_history_is_checked_when_params_are(raw_params, tmp_path, content, wanted):

@@ -67,7 +67,7 @@ def searcher(study, tried, failing=()):
 
 def run(folder, settings, failing=(), name="study", history=()):
     tried = []
-    study = Study(folder, name, UNITS, settings.objective)
+    study = Study(folder, name, settings.objective)
     ended = search.run(study, settings, SPACE, PRIORS, 0, searcher(study, tried, failing), history)
     return study, tried, ended
 
@@ -107,6 +107,26 @@ def test_interrupted_trial_runs_again_first(tmp_path, settings):
     assert tried == [Candidate(bits, "sampler")]
 
 
+def test_result_that_a_kill_left_untold_is_a_finished_trial(tmp_path, settings):
+    study, _, _ = run(tmp_path, settings.model_copy(update={"n_trials": 3}))
+    bits = (4, 4, 4, 4, 8, 8, 4, 4)
+    trial = study.start(Candidate(bits, "sampler"))
+    trial.set_user_attr("run_id", "run")
+    trial.set_user_attr("result", result(bits).as_json())  # and the process dies here
+    again, tried, _ = run(tmp_path, settings.model_copy(update={"n_trials": 4}))
+    assert tried == [] and [one["run_id"] for one in again.finished()][-1] == "run"
+    assert again._study.trials[-1].values == [pytest.approx(result(bits).gold_logprob), SPACE.memory(bits)]
+
+
+@pytest.mark.parametrize("figure", ["accuracy", "gold_logprob", "validation_loss"])
+def test_score_that_is_no_number_is_refused(tmp_path, figure):
+    study = Study(tmp_path, "study")
+    trial = study.start(Candidate((4,) * UNITS, "qpruner1"))
+    with pytest.raises(SearchError, match="is nan; lower recover.learning_rate"):
+        study.complete(trial, "run", dataclasses.replace(result((4,) * UNITS), **{figure: float("nan")}))
+    assert study.finished() == []
+
+
 def test_torn_journal_line_is_cut(tmp_path, settings):
     run(tmp_path, settings.model_copy(update={"n_trials": 3}))
     with (tmp_path / search.JOURNAL).open("ab") as journal:
@@ -117,7 +137,7 @@ def test_torn_journal_line_is_cut(tmp_path, settings):
 
 def test_studies_of_other_settings_do_not_mix(tmp_path, settings):
     run(tmp_path, settings, name="one")
-    assert Study(tmp_path, "two", UNITS).finished() == []
+    assert Study(tmp_path, "two").finished() == []
 
 
 def test_failed_trial_has_no_score_and_search_goes_on(tmp_path, settings):
@@ -139,9 +159,9 @@ def test_search_ends_when_every_feasible_vector_was_tried(tmp_path, settings):
 
 
 def test_references_are_kept_beside_the_trials(tmp_path, settings):
-    study = Study(tmp_path, "study", UNITS)
+    study = Study(tmp_path, "study")
     study.record_reference("dense", "abc", result((4,) * UNITS))
-    again = Study(tmp_path, "study", UNITS)
+    again = Study(tmp_path, "study")
     assert again.references()["dense"]["run_id"] == "abc" and again.finished() == []
 
 

@@ -1,3 +1,5 @@
+import dataclasses
+import math
 import subprocess
 import sys
 import types
@@ -8,7 +10,7 @@ import torch
 from conftest import ROOT
 from test_search import PRIORS, SPACE, UNITS, result
 
-from pipeline import search, stages, tracking, trial
+from pipeline import recorder, search, stages, tracking, trial
 from pipeline.recorder import Recorder
 from pipeline.search import Study
 
@@ -22,7 +24,7 @@ def settings(default, tmp_path, monkeypatch):
     return default.model_copy(update={"search": default.search.model_copy(update=sizes)})
 
 
-def searched(folder, settings, monkeypatch, broken=None):
+def searched(folder, settings, monkeypatch, broken=None, run=None):
     """Run a search whose trials are looked up instead of trained."""
 
     def fake(context, bits, **_):
@@ -30,15 +32,15 @@ def searched(folder, settings, monkeypatch, broken=None):
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
         return result(bits), None
 
-    monkeypatch.setattr(trial, "run", fake)
+    monkeypatch.setattr(trial, "run", run or fake)
     context = types.SimpleNamespace(units=[None] * UNITS)
-    study = Study(folder, "study", UNITS)
-    with tracking.stage("search", {}) as run:
-        recorder = Recorder(run, "study", settings, context)
-        recorder.agree(study)
-        recorder.references(study)
-        search.run(study, settings.search, SPACE, PRIORS, 0, recorder.attempt(study))
-    return study, run
+    study = Study(folder, "study")
+    with tracking.stage("search", {}) as top:
+        own = Recorder(top, "study", settings, context)
+        own.agree(study)
+        own.references(study)
+        search.run(study, settings.search, SPACE, PRIORS, 0, own.attempt(study))
+    return study, top
 
 
 class Model:
@@ -57,11 +59,11 @@ def test_no_model_of_an_earlier_trial_is_left_when_the_next_one_is_measured(tmp_
     monkeypatch.setattr(trial, "run", fake)
     chosen = settings.search.model_copy(update={"references": ("llm_pruner", "uniform8")})
     context = types.SimpleNamespace(units=[None] * UNITS)
-    study = Study(tmp_path, "study", UNITS)
+    study = Study(tmp_path, "study")
     with tracking.stage("search", {}) as run:
-        recorder = Recorder(run, "study", settings.model_copy(update={"search": chosen}), context)
-        recorder.references(study)
-        search.run(study, chosen, SPACE, PRIORS, 0, recorder.attempt(study))
+        own = Recorder(run, "study", settings.model_copy(update={"search": chosen}), context)
+        own.references(study)
+        search.run(study, chosen, SPACE, PRIORS, 0, own.attempt(study))
     assert len(left) == 6
 
 
@@ -75,6 +77,34 @@ def test_trial_out_of_memory_is_failed_with_its_cause_and_search_goes_on(tmp_pat
     assert failed.data.tags["error"] == "OutOfMemoryError: tried to allocate 20 GiB"
     assert "accuracy" not in failed.data.metrics
     assert len(found()) == 4 == len(study.finished())
+
+
+def test_trial_without_a_number_for_a_score_is_failed_and_search_goes_on(tmp_path, settings, monkeypatch):
+    def fake(context, bits, **_):
+        found = result(bits)
+        return dataclasses.replace(found, gold_logprob=math.nan) if bits[1] == 8 else found, None
+
+    study, _ = searched(tmp_path, settings, monkeypatch, run=fake)
+    (failed, *_) = found("FAILED")
+    assert failed.data.tags["error"].startswith("SearchError: gold_logprob is nan")
+    assert len(found()) == 4 == len(study.finished())
+
+
+def test_store_that_fails_while_a_trial_is_logged_loses_no_trial(tmp_path, settings, monkeypatch):
+    own, calls = recorder.log_result, []
+
+    def breaks(run, result):
+        calls.append(run)
+        if len(calls) == 3:
+            raise ConnectionError("the store is away")
+        own(run, result)
+
+    monkeypatch.setattr(recorder, "log_result", breaks)
+    with pytest.raises(ConnectionError):
+        searched(tmp_path, settings, monkeypatch)
+    assert len(Study(tmp_path, "study").finished()) == 2 and len(found()) == 1
+    study, _ = searched(tmp_path, settings, monkeypatch)
+    assert len(study.finished()) == 4 == len(found())
 
 
 def test_trial_finished_in_the_study_is_finished_in_mlflow_after_a_kill_in_between(tmp_path, settings, monkeypatch):
