@@ -1,5 +1,6 @@
 import math
 import os
+import platform
 import subprocess
 import sys
 
@@ -50,6 +51,7 @@ def test_interrupted_stage_and_trial_are_killed():
 def test_runs_of_dead_processes_are_reaped_and_others_left():
     code = """
 import os
+import platform
 from pipeline import tracking
 stage = tracking.stage("search", {})  # kept: a stage that is dropped ends
 run = stage.__enter__()
@@ -170,3 +172,38 @@ def test_series_keeps_every_step():
         (1, 2.0),
         (2, 1.0),
     ]
+
+
+def test_run_whose_process_died_before_it_said_who_it_was_is_reaped():
+    made = tracking.client().create_run("0", tags={"qpruner.host": platform.node()})
+    assert tracking.reap() == [made.info.run_id]
+
+
+@pytest.mark.parametrize(
+    "store, expected",
+    [
+        (
+            "sqlite:////somewhere/mlflow.db",
+            "mlflow ui --host 127.0.0.1 --backend-store-uri 'sqlite:////somewhere/mlflow",
+        ),
+        (
+            "postgresql://bob:s3cret@db/mlflow",
+            'mlflow ui --host 127.0.0.1 --backend-store-uri "$MLFLOW_TRACKING_URI"\n',
+        ),
+        ("http://bob:s3cret@server:5000/", "http://server:5000/#/experiments/7/runs?"),
+    ],
+)
+def test_what_opens_the_page_holds_no_password(monkeypatch, store, expected):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    told = tracking.ui_command("7", "study", "gold_logprob")
+    assert told.startswith(expected) and "s3cret" not in told
+    assert "#/experiments/7/runs?" in told and "orderByKey=metrics.%60gold_logprob%60" in told
+
+
+def test_commit_is_unknown_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert tracking.git_commit() == ""
+
+
+def test_registry_has_only_what_was_registered():
+    assert not tracking.registered("nobody", "champion")

@@ -1,0 +1,97 @@
+"""What the entry points ask of DVC, which runs nothing here."""
+
+import json
+import os
+
+import pytest
+from conftest import ROOT
+
+from pipeline import params, paths, project, stages, storage, tracking
+
+
+class Asked:
+    """Stands for DVC and the store: what was asked of the one, what the other holds."""
+
+    def __init__(self, tracked, registered):
+        self.calls, self.tracked, self.registered = [], tracked, registered
+
+    def dvc(self, *arguments):
+        self.calls.append(" ".join(arguments))
+        return 0
+
+
+@pytest.fixture
+def asked(raw_params, tmp_path, monkeypatch):
+    """A finished search of four trials, in a folder of its own under git."""
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "rows.jsonl").write_text("{}")
+    items = ROOT / "data/sample/benchmarks"
+    raw_params["data"] |= {"alpaca": f"path:{tmp_path / 'rows.jsonl'}", "benchmarks": f"path:{items}"}
+    raw_params["search"]["n_trials"] = 4
+    monkeypatch.setattr(params, "load", lambda: params.parse(raw_params))
+    monkeypatch.chdir(tmp_path)
+    storage.write_text(paths.REPORTS / "search.json", json.dumps({"study": "s", "finished": 4}))
+    storage.write_text(paths.REPORTS / "register.json", json.dumps({"model": "models:/m/1", "alias": "a"}))
+    made = Asked(tracked=4, registered=True)
+    monkeypatch.setattr(project, "dvc", made.dvc)
+    monkeypatch.setattr(project, "_tracked", lambda: made.tracked)
+    monkeypatch.setattr(tracking, "registered", lambda name, alias: made.registered)
+    for module, name in ((tracking, "reap"), (tracking, "adopt_project_run"), (tracking, "on_termination_interrupt")):
+        monkeypatch.setattr(module, name, lambda: None)
+    monkeypatch.setattr(stages, "show_front", lambda checked: None)
+    monkeypatch.delenv("QPRUNER_OVERRIDES", raising=False)
+    return made
+
+
+WHOLE = ["repro search", "repro report register"]
+
+
+def test_finished_search_is_asked_for_once(asked):
+    assert project.run("search") == 0
+    assert asked.calls == WHOLE
+
+
+def test_trials_that_the_store_lacks_are_written_again(asked):
+    asked.tracked = 3
+    project.run("search")
+    assert asked.calls == [WHOLE[0], "repro --force --single-item search", WHOLE[1]]
+
+
+def test_model_that_the_registry_lacks_is_registered_again(asked):
+    asked.registered = False
+    project.run("search")
+    assert asked.calls == [*WHOLE, "repro --force --single-item register"]
+
+
+def test_more_trials_than_are_finished_are_run(asked, monkeypatch):
+    monkeypatch.setenv("QPRUNER_OVERRIDES", "")
+    project.run("search", "5")
+    assert json.loads(os.environ["QPRUNER_OVERRIDES"]) == {"search.n_trials": 5}
+
+
+def test_file_of_a_source_that_changed_is_fetched_again_once(asked, tmp_path):
+    project.run("prune")
+    (tmp_path / "rows.jsonl").write_text("{ }")
+    project.run("prune")
+    project.run("prune")
+    assert asked.calls == ["repro prune", "repro --force --single-item fetch", "repro prune", "repro prune"]
+
+
+def test_paper_commands_only_fetch_through_dvc(asked, monkeypatch):
+    launched = []
+    monkeypatch.setattr(project, "launch", lambda *arguments: launched.append(arguments) or 0)
+    project.run("table")
+    assert asked.calls == ["repro fetch"] and launched == [("pipeline", "table")]
+
+
+def test_copy_without_its_history_is_no_matter(asked, tmp_path):
+    (tmp_path / ".git").rmdir()
+    project.run("fetch")
+    assert asked.calls == ["config --quiet --local core.no_scm true", "repro fetch"]
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "many", "1.5", ""])
+def test_number_of_trials_that_is_none_is_refused_before_anything_runs(asked, given):
+    with pytest.raises(params.ParamsError, match="n_trials"):
+        project.run("search", given)
+    assert asked.calls == []
