@@ -244,9 +244,6 @@ def write(found: Sequence[Series], paper: Mapping[str, float], assumed: Assumpti
 
 
 def _picture(found: Sequence[Series], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     across = 3

@@ -116,9 +116,6 @@ def show(figures: Mapping[str, Figure], folder: Path, machine: str) -> None:
 
 
 def _picture(figures: Mapping[str, Figure], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     colors = {MEASURED: "#2f6fbb", BAR: "#9aa5b1", LIMIT: "#c8442c"}

@@ -312,9 +312,6 @@ def quartiles(rows: pd.DataFrame) -> pd.DataFrame:
 
 def picture(rows: pd.DataFrame, about: str, path: Path) -> None:
     """Draw the median of each arm with its quartiles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)

@@ -15,4 +15,6 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 # is a seventh of a stage's start.
 gc.set_threshold(100_000, 50, 50)
 
+os.environ["MPLBACKEND"] = "Agg"  # pictures are files, wherever this runs
+
 GIB = 2**30

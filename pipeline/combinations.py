@@ -6,6 +6,7 @@ lists that and goes on, so that no fault hides another.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,7 @@ def _average_leaves_room(raw: Any) -> str | None:
     return None
 
 
-def _attention_range(raw: Any) -> str | None:
-    return _ordered("attention_blocks", raw)
-
-
-def _mlp_range(raw: Any) -> str | None:
-    return _ordered("mlp_blocks", raw)
-
-
-def _ordered(key: str, raw: Any) -> str | None:
+def _ordered(raw: Any, key: str) -> str | None:
     span = raw["prune"][key]
     if 0 <= span["last"] < span["first"]:
         return f"prune.{key}: first {span['first']} comes after last {span['last']}; swap them (-1 is the last block)"
@@ -109,7 +102,7 @@ def _supported_family(raw: Any) -> str | None:
 
 def _items_are_there(raw: Any) -> str | None:
     folder = Path(raw["data"]["benchmarks"].removeprefix("path:"))
-    if raw["data"]["benchmarks"] == "hub" or not folder.exists():
+    if raw["data"]["benchmarks"] == "hub" or not folder.is_dir():
         return None
     lost = [task for task in raw["evaluate"]["tasks"] if _known(task) and not (folder / f"{task}.jsonl").exists()]
     if lost:
@@ -171,8 +164,8 @@ CHECKS = (
     _patience_has_losses,
     _seeds_within_limit,
     _average_leaves_room,
-    _attention_range,
-    _mlp_range,
+    partial(_ordered, key="attention_blocks"),
+    partial(_ordered, key="mlp_blocks"),
     _supported_family,
     _items_are_there,
     _random_once,

@@ -431,7 +431,7 @@ def check_held_out(params: Params) -> None:
     """
     limit = params.evaluate.limit
     counts = {
-        task: sum(bool(line.strip()) for line in (BENCHMARKS / f"{task}.jsonl").read_text().splitlines())
+        task: sum(bool(line) for line in (BENCHMARKS / f"{task}.jsonl").read_text(encoding="utf-8").split("\n"))
         for task in params.evaluate.tasks
     }
     if full := [f"{task} ({count})" for task, count in counts.items() if not 0 < limit < count]:

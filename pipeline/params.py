@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 from pipeline import combinations, definitions, fits
 from pipeline.architecture import FAMILIES
@@ -35,6 +44,7 @@ BITS = re.compile(r"^[48]+$")
 MOST = 0.9  # of the parameters may go
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # YAML knows lists only
 
 
 def _task(name: str) -> str:
@@ -79,12 +89,14 @@ class Data(Section):
     @field_validator("alpaca")
     @classmethod
     def _known_form(cls, source: str) -> str:
-        return _source(source, ("hub:", "path:"))
+        return _must_be(_source(source, ("hub:", "path:")), Path.is_file, "file with a row a line")
 
     @field_validator("benchmarks")
     @classmethod
     def _known_place(cls, source: str) -> str:
-        return source if source == "hub" else _source(source, ("path:",), " or the word hub")
+        if source == "hub":
+            return source
+        return _must_be(_source(source, ("path:",), " or the word hub"), Path.is_dir, "folder of <task>.jsonl")
 
 
 class BlockRange(Section):
@@ -106,7 +118,9 @@ class Prune(Section):
     level: Literal["parameter", "vector"] = Field(description="Take absolute values before or after summing a row.")
     aggregate: Literal["sum", "mean", "prod", "max", "last"] = Field(description="From a group's members to its score.")
     scope: Literal["local", "global"] = Field(description="The same share of each block, or one ranking of all groups.")
-    structures: tuple[Literal["attention", "mlp"], ...] = Field(min_length=1, description="Which structures may go.")
+    structures: Annotated[tuple[Literal["attention", "mlp"], ...], AsTuple] = Field(
+        min_length=1, description="Which structures may go."
+    )
     multiple_of: Positive = Field(
         description="The MLP channels that a block keeps are a multiple of it: on a GPU int8 needs 4, 4 bits like 64."
     )
@@ -122,11 +136,6 @@ class Prune(Section):
     max_length: Positive = Field(description="Tokens of a calibration row.")
     steps: Positive = Field(description="1: one shot; more: score again after each part of the removal.")
     compensate: bool = Field(description="Refit down_proj and o_proj to the dense outputs by least squares.")
-
-    @field_validator("structures", mode="before")
-    @classmethod
-    def _tuple(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
 
 class Importance(Section):
@@ -173,17 +182,14 @@ class Recover(Section):
 class Evaluate(Section):
     """The zero-shot benchmarks."""
 
-    tasks: tuple[Task, ...] = Field(min_length=1, description="lm-eval's tasks by name, averaged equally.")
+    tasks: Annotated[tuple[Task, ...], AsTuple] = Field(
+        min_length=1, description="lm-eval's tasks by name, averaged equally."
+    )
     limit: int = Field(ge=0, description="Items of a task in a trial; 0: all.")
     final_limit: int = Field(
         ge=0, description="Items of a task for the built model, of those that no trial saw; 0: all."
     )
     batch_tokens: Positive = Field(description="Tokens of one forward pass.")
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _tuple(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("tasks")
     @classmethod
@@ -217,15 +223,12 @@ class Search(Section):
         description="A history.json of an earlier search (reports/history.json is this one's); its results teach the "
         "sampler, but are no trials: they do not count and stand on no front. null: none."
     )
-    seed_bits: tuple[str, ...] = Field(description="Vectors of your own to try first, such as '4484...'.")
-    references: tuple[Literal["dense", "llm_pruner", "uniform8"], ...] = Field(
+    seed_bits: Annotated[tuple[str, ...], AsTuple] = Field(
+        description="Vectors of your own to try first, such as '4484...'."
+    )
+    references: Annotated[tuple[Literal["dense", "llm_pruner", "uniform8"], ...], AsTuple] = Field(
         description="Reference rows measured once, outside the front."
     )
-
-    @field_validator("references", "seed_bits", mode="before")
-    @classmethod
-    def _tuple(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("history")
     @classmethod
@@ -280,17 +283,12 @@ class Register(Section):
 class Table(Section):
     """The paper's tables 1 and 3: each method at each ratio."""
 
-    ratios: tuple[Annotated[float, Field(gt=0, lt=MOST)], ...] = Field(
+    ratios: Annotated[tuple[Annotated[float, Field(gt=0, lt=MOST)], ...], AsTuple] = Field(
         min_length=1, description="Fractions of the parameters to remove; each gives a block of rows."
     )
     steps: int = Field(ge=0, description="Optimizer steps of a cell's recovery.")
     limit: int = Field(ge=0, description="Items of a task that a cell is judged on, from evaluate.limit on; 0: all.")
     n_trials: Positive = Field(description="Trials of QPruner3's search at each ratio.")
-
-    @field_validator("ratios", mode="before")
-    @classmethod
-    def _tuple(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("ratios")
     @classmethod
@@ -338,6 +336,12 @@ def _source(source: str, kinds: tuple[str, ...] = tuple(SOURCES), more: str = ""
             raise ValueError(f"{path} cannot be read ({error.strerror}); name a file or folder that can") from None
         if not there:
             raise ValueError(f"{path} does not exist; name a file or folder that does")
+    return source
+
+
+def _must_be(source: str, kind: Callable[[Path], bool], what: str) -> str:
+    if source.startswith("path:") and not kind(Path(source.removeprefix("path:"))):
+        raise ValueError(f"{source.removeprefix('path:')} is no {what}; name one")
     return source
 
 

@@ -216,9 +216,6 @@ def error(one: Point) -> float:
 
 
 def _picture(every: Sequence[Point], members: Sequence[Point], objective: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     factor, label_of_score = scale(objective)

@@ -162,15 +162,6 @@ def setting_of(params: Params) -> Setting:
     return trial.memory_setting(params.recover, params.evaluate, params.quantize)
 
 
-def parameters(config: Any) -> int:
-    """Return a model's number of parameters."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return sum(one.numel() for one in AutoModelForCausalLM.from_config(config).parameters())
-
-
 def uniform(config: Any, ratio: float, multiple_of: int = 1) -> Any:
     """Return the config of a model whose blocks each lose the same heads and channels.
 
@@ -187,7 +178,7 @@ def uniform(config: Any, ratio: float, multiple_of: int = 1) -> Any:
     from pipeline import checkpoint
 
     before = architecture.shapes(config)
-    share = ratio * parameters(config) / sum(_removable(config, shape) for shape in before)
+    share = ratio * architecture.parameters(config) / sum(_removable(config, shape) for shape in before)
     exact = [_smaller(config, shape, share) for shape in before] if share < 1 else []
     shapes = [replace(shape, channels=shape.channels // multiple_of * multiple_of) for shape in exact]
     if not shapes or any(shape.channels < 1 for shape in shapes):
@@ -231,7 +222,7 @@ def table(config: Any, setting: Setting, budget_gib: float, ratios: Sequence[flo
             pruned = uniform(config, ratio)
         except ValueError:
             continue  # more than the blocks of a model with large embeddings hold
-        count = parameters(pruned)
+        count = architecture.parameters(pruned)
         for label, bits in _choices(pruned):
             peak = memory.predict(pruned, bits, setting)
             training, inference = peak.training / GIB, peak.inference / GIB
@@ -336,9 +327,6 @@ def facts(asked_: Asked) -> list[str]:
 
 
 def _picture(asked_: Asked, found: pd.DataFrame, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), dpi=150, sharey=True)

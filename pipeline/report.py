@@ -102,9 +102,6 @@ def summary(bits: str) -> str:
 
 def heat_map(members: Sequence[Point], units: Sequence[str], path: Path) -> None:
     """Draw the bits of the front's members: a band a member, in it a row a part of a block, a column a block."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.colors import ListedColormap
 
@@ -146,9 +143,6 @@ def bands(bits: Sequence[str], units: int, parts: int) -> np.ndarray:
 
 def bar_chart(units: Sequence[str], series: Mapping[str, Sequence[float]], path: Path) -> None:
     """Draw one bar chart a series over the blocks, a bar for each part that is a unit of its own."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     parts = _parts(units)
@@ -215,9 +209,6 @@ def accuracy_and_memory(panels: Mapping[str, Sequence[Bars]], tasks: Sequence[st
         tasks: The benchmarks, left to right.
         path: The PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     width = 0.8 / max(1, *(len(bars) for bars in panels.values()))
@@ -252,9 +243,6 @@ def benchmark_fronts(every: Mapping[str, Sequence[Point]], path: Path) -> None:
         every: Benchmark -> the trials, scored by it; references are left out.
         path: The PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     across = min(4, len(every))

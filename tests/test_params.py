@@ -110,6 +110,9 @@ def test_papers_preset_fetches_the_model_of_its_appendix(name, model, monkeypatc
         ("model__source", "path:tests", ["model.source", "tests/config.json does not exist"]),
         ("model__sha256", "abc", ["model.sha256", "'abc'", "[0-9a-f]{64}"]),
         ("data__alpaca", "path:no/such.jsonl", ["data.alpaca", "no/such.jsonl does not exist"]),
+        ("data__alpaca", "path:tests", ["data.alpaca", "tests is no file with a row a line"]),
+        ("data__benchmarks", "path:params.yaml", ["data.benchmarks", "params.yaml is no folder"]),
+        ("data__alpaca", "path:" + "x" * 5000, ["data.alpaca", "cannot be read (File name too long)"]),
         ("data__benchmarks", "hub:a/b@main", ["data.benchmarks", "'hub:a/b@main'", "path:"]),
         ("data__validation_rows", 0, ["data.validation_rows", "0", "greater than 0"]),
         ("prune__ratio", 0.95, ["prune.ratio", "0.95", "less than 0.9"]),
@@ -130,6 +133,10 @@ def test_papers_preset_fetches_the_model_of_its_appendix(name, model, monkeypatc
         ("evaluate__tasks", ["boolq", "trivia"], ["evaluate.tasks.1", "'trivia'", "openbookqa"]),
         ("evaluate__tasks", ["boolq", "boolq"], ["evaluate.tasks", "once"]),
         ("evaluate__tasks", ["boolq"], None),
+        ("register__alias", "latest", ["register.alias", "MLflow's registry", "champion"]),
+        ("register__alias", "v1", ["register.alias", "MLflow's registry"]),
+        ("register__alias", "v1a", None),
+        ("register__name", "..", ["register.name", "'..'"]),
         ("search__seed_bits", ["8888"], ["seed_bits '8888'", "4 of 4", "max_8bit_fraction allows 25%"]),
         ("search__seed_bits", ["484x"], ["search.seed_bits", "'484x'", "4s and 8s"]),
         ("search__seed_bits", [""], ["search.seed_bits", "4s and 8s"]),
@@ -313,6 +320,31 @@ def test_override_of_a_broken_section_is_refused(raw_params, saved, monkeypatch,
     monkeypatch.setenv("QPRUNER_OVERRIDES", json.dumps({"search.n_trials": 3}))
     with pytest.raises(ParamsError, match="search"):
         params.load(saved)
+
+
+@pytest.mark.parametrize("section", ["prune", "quantize", "search", "build", "recover", "data"])
+def test_section_without_values_is_one_fault(raw_params, model_folder, section):
+    raw = change(raw_params, model__source=f"path:{model_folder}", model__sha256="")  # all that a model is asked, too
+    message = refused(change(raw, **{section: None}))
+    assert message.count(f"  {section}: ") == 1 and "Traceback" not in message
+
+
+@pytest.mark.parametrize("content", [b"seed: \xff", None])
+def test_file_that_is_no_text_is_refused(tmp_path, content):
+    path = tmp_path / "params.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ParamsError, match=r"params\.yaml (is no valid YAML|cannot be read)"):
+        params.load(path)
+    assert params.uses_hub(path) is False
+
+
+def test_hub_is_seen_however_the_file_is_written(tmp_path):
+    path = tmp_path / "params.yaml"
+    for text in ("model:\n  source: hub:a/b@c", "model: {source: 'hub:a/b@c'}", "data: { benchmarks: hub }"):
+        path.write_text(text)
+        assert params.uses_hub(path)
+    path.write_text("model: {source: package:hub==1}")
+    assert not params.uses_hub(path)
 
 
 def test_missing_file_says_what_to_copy(tmp_path):

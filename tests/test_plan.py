@@ -34,7 +34,7 @@ def small(tmp_path):
 
 @pytest.mark.parametrize("source", plan.MODELS)
 def test_known_shapes_have_the_published_number_of_parameters(source):
-    assert plan.parameters(plan.config_of(plan.MODELS[source], source)) == PARAMETERS[source]
+    assert architecture.parameters(plan.config_of(plan.MODELS[source], source)) == PARAMETERS[source]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -76,7 +76,7 @@ def test_bad_argument_ends_with_status_2_and_one_line(capsys):
 def test_uniform_pruning_removes_the_ratio(source, ratio):
     config = plan.config_of(plan.MODELS[source], source)
     smaller = plan.uniform(config, ratio)
-    assert 1 - plan.parameters(smaller) / plan.parameters(config) == pytest.approx(ratio, abs=0.001)
+    assert 1 - architecture.parameters(smaller) / architecture.parameters(config) == pytest.approx(ratio, abs=0.001)
     (shape,) = set(architecture.shapes(smaller))
     before = architecture.shapes(config)[0]
     assert shape.heads / shape.kv_heads == before.heads / before.kv_heads
