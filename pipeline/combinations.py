@@ -6,6 +6,7 @@ lists that and goes on, so that no fault hides another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ def _enough_tokens(raw: Any) -> str | None:
     return None
 
 
-CHECKS = (
+CHECKS: tuple[Callable[[Any], str | None], ...] = (
     _needs_samples,
     _noise_is_read,
     _micro_batches,

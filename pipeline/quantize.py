@@ -7,6 +7,7 @@ of the final checkpoint. (Paper section 2.1, eq. 1-3, and section 3.3, eq. 10.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,8 @@ def low_rank(matrix: torch.Tensor, r: int, scale: float) -> Adapter:
 def initialize(weight: torch.Tensor, bits: int, settings: Quantize) -> tuple[Stored, Adapter]:
     """Quantize a matrix together with its LoRA initialization.
 
-    ``loftq``: alternate Q = quantize(W - s B A) and s B A = low_rank(W - Q) to lower ||W - (Q + s B A)|| (eq. 10).
+    ``loftq``: alternate Q = quantize(W - s B A) and s B A = low_rank(W - Q) to lower ||W - (Q + s B A)|| (eq. 10). The
+    scales of Q move with what is quantized, so that it may rise again: the iteration with the lowest one counts.
     ``pissa``: s B A holds the principal directions of W, Q the rest. ``gaussian``: A is normal, B zero.
 
     Args:
@@ -118,12 +120,17 @@ def initialize(weight: torch.Tensor, bits: int, settings: Quantize) -> tuple[Sto
     if settings.init == "pissa":
         adapter = low_rank(weight32, settings.r, scale)
         return quantize((weight32 - scale * adapter.b @ adapter.a).to(weight.dtype), bits, settings), adapter
-    base = weight
+    base, least = weight, math.inf
     for _ in range(settings.iterations):
         stored = quantize(base, bits, settings)
-        adapter = low_rank(weight32 - dequantize(stored, torch.float32), settings.r, scale)
-        base = (weight32 - scale * adapter.b @ adapter.a).to(weight.dtype)
-    return stored, adapter
+        error = weight32 - dequantize(stored, torch.float32)
+        adapter = low_rank(error, settings.r, scale)
+        product = scale * adapter.b @ adapter.a
+        left = float((error - product).norm())
+        if not left >= least:
+            best, least = (stored, adapter), left
+        base = (weight32 - product).to(weight.dtype)
+    return best
 
 
 def run(

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from conftest import FAMILIES, tiny_config, tiny_model
+from conftest import FAMILIES, batches, tiny_config, tiny_model
 
 from pipeline import architecture, checkpoint
-from pipeline.architecture import LINEARS, BlockShape
+from pipeline.architecture import COUPLED, LINEARS, BlockShape
 
 SHAPES = [BlockShape(4, 2, 96), BlockShape(2, 1, 40), BlockShape(4, 2, 7), BlockShape(2, 1, 1)]
 
@@ -102,6 +102,31 @@ def test_head_dim_falls_back_to_hidden_size_over_heads():
 def test_member_indices_take_the_query_heads_of_a_key_value_head(name, expected):
     found = architecture.member_indices(tiny_config(), BlockShape(4, 2, 96), name, torch.tensor([1]))
     assert found.tolist() == expected
+
+
+@pytest.mark.parametrize(("kind", "structure"), [("attention", 1), ("mlp", 40)])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [(family, {"num_key_value_heads": kv_heads}) for family in FAMILIES for kv_heads in (2, 4)]
+    + [("llama", {"attention_bias": True, "mlp_bias": True})],
+)
+def test_coupled_rows_are_those_that_matter_no_more_without_their_reader(family, changes, kind, structure):
+    model, block = tiny_model(family, **changes), 2
+    shape = architecture.shapes(model.config)[block]
+
+    def places(name):
+        return architecture.member_indices(model.config, shape, name, torch.tensor([structure])).tolist()
+
+    (read,) = (name for name, side in COUPLED[kind] if side == "in")
+    with torch.no_grad():
+        model.get_submodule(architecture.linear_name(block, read)).weight[:, places(read)] = 0
+    logits = model(input_ids=batches(1)[0].tokens).logits
+    (logits * torch.randn_like(logits)).sum().backward()
+    coupled = {architecture.linear_name(block, name): places(name) for name, side in COUPLED[kind] if side == "out"}
+    for linear in architecture.linears(model.config):
+        for parameter in model.get_submodule(linear).parameters():  # weight, and bias if it has one
+            felt = parameter.grad.flatten(1).any(1) if parameter.dim() == 2 else parameter.grad != 0
+            assert (~felt).nonzero().flatten().tolist() == coupled.get(linear, [])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,8 @@
 """Calibration text: Alpaca's, and the same with a share of random tokens for what layers receive."""
 
+import random
+import re
+
 import pytest
 import torch
 from conftest import VOCABULARY, batches, tiny_model, write_jsonl
@@ -28,6 +31,103 @@ def test_the_asked_text_is_used(text, samples, rows, tokenizer, default):
         list(one.tokens) for one in expected
     )
     assert all((part.labels[0, 1 : part.length] == part.tokens[0, 1 : part.length]).all() for part in parts)
+
+
+class Words:
+    """One token a word or line break; as Llama's does, it starts a text with a special token unless told otherwise."""
+
+    pad_token_id, bos_token_id, eos_token_id = range(3)
+
+    def __init__(self):
+        self.words = ["<pad>", "<s>", "</s>"]
+
+    def encode(self, text, add_special_tokens=True):
+        found = words(text)
+        self.words += dict.fromkeys(word for word in found if word not in self.words)
+        return [self.bos_token_id] * add_special_tokens + [self.words.index(word) for word in found]
+
+
+def words(text):
+    return re.findall(r"\n|\S+", text)
+
+
+# Each word names its row; the longest is held out.
+TOLD = [
+    {
+        "instruction": f"{row}.ask",
+        "input": "" if row % 4 else f"{row}.given",
+        "output": " ".join(f"{row}.{place}" for place in range(length)),
+    }
+    for row, length in enumerate((3, 14, 8, 20, 5, 26, 11, 2, 24))
+]
+ORDER = list(range(len(TOLD)))
+random.Random(SEED).shuffle(ORDER)
+TRAIN = ORDER[HELD_OUT:]
+
+
+def texts():
+    """The words of each training row without its prompt: instruction, input if there is one, output."""
+    given = [[] if row % 4 else [f"{row}.given", "\n"] for row in TRAIN]
+    return [
+        [f"{row}.ask", "\n", *middle, *words(TOLD[row]["output"])] for row, middle in zip(TRAIN, given, strict=True)
+    ]
+
+
+@pytest.fixture
+def drawn(tmp_path, default):
+    """The calibration sequences as words, in the order of the batches; all but a first word has to be labelled."""
+    write_jsonl(tmp_path / "told.jsonl", TOLD)
+
+    def sequences(text, samples, length):
+        tokenizer = Words()
+        asked = default.prune.model_copy(update={"text": text, "samples": samples, "max_length": length})
+        return [
+            [tokenizer.words[token] for token in [int(row[0]), *labels[labels != alpaca.IGNORED].tolist()]]
+            for part in calibration.batches(tokenizer, tmp_path / "told.jsonl", asked, HELD_OUT, SEED, size=2)
+            for row, labels in zip(part.tokens, part.labels, strict=True)
+        ]
+
+    return sequences
+
+
+def test_rows_are_the_first_training_rows_in_their_prompts(drawn):
+    expected = [
+        [
+            "<s>",
+            *words(alpaca.prompt(TOLD[row]["instruction"], TOLD[row]["input"])),
+            *words(TOLD[row]["output"]),
+            "</s>",
+        ]
+        for row in TRAIN[:3]
+    ]
+    assert sorted(drawn("rows", 3, 60)) == sorted(one[:60] for one in expected)
+
+
+def test_packed_windows_run_through_the_training_rows_texts(drawn):
+    stream = [word for text in texts() for word in [*text, "\n", "\n"]]
+    assert drawn("packed", 5, 9) == [stream[start : start + 9] for start in (0, 9, 18, 27, 36)]
+
+
+def test_response_windows_run_through_the_longest_answers_first(drawn):
+    longest = sorted(TRAIN, key=lambda row: -len(words(TOLD[row]["output"])))
+    stream = [word for row in longest for word in [*words(TOLD[row]["output"]), "\n", "\n"]]
+    assert drawn("responses", 5, 9) == [stream[start : start + 9] for start in (0, 9, 18, 27, 36)]
+
+
+def test_snippets_are_pieces_of_the_first_texts_that_are_long_enough(drawn):
+    long = [text for text in texts() if len(text) >= 9]
+    assert len(long) < len(TRAIN)
+    places = []
+    for piece, text in zip(drawn("snippets", 4, 9), long[:4], strict=True):
+        places.append(text.index(piece[0]))
+        assert piece == text[places[-1] : places[-1] + 9]
+    assert len(set(places)) > 1
+
+
+@pytest.mark.parametrize(("text", "length"), [("rows", 60), ("snippets", 4), ("packed", 9), ("responses", 9)])
+def test_every_row_that_is_not_held_out_can_be_drawn_and_no_other(text, length, drawn):
+    pieces = drawn(text, 100, length)
+    assert {int(word[0]) for piece in pieces for word in piece if word[0].isdigit()} == set(TRAIN)
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "random"])

@@ -1,12 +1,13 @@
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, batches, tiny_config, tiny_model
+from conftest import FAMILIES, ROOT, batches, tiny_config, tiny_model
 
-from pipeline import alpaca, architecture, checkpoint, prune, saliency
+from pipeline import alpaca, architecture, checkpoint, plan, prune, saliency
 from pipeline.alpaca import IGNORED, Batch
 from pipeline.architecture import COUPLED, BlockShape
 from pipeline.params import BlockRange
@@ -92,9 +93,13 @@ def mean(values):
 # --- removal
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_pruned_model_computes_what_the_masked_dense_model_does(family):
-    model = tiny_model(family)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [(family, {}) for family in FAMILIES]
+    + [("llama", {"num_key_value_heads": 4}), ("llama", {"attention_bias": True, "mlp_bias": True})],
+)
+def test_pruned_model_computes_what_the_masked_dense_model_does(family, changes):
+    model = tiny_model(family, **changes)
     keep = random_keep(model.config)
     assert any(len(one["attention"]) == 1 for one in keep)
     smaller = checkpoint.from_state(*prune.remove(model, keep))
@@ -179,6 +184,27 @@ def test_several_ratios_are_each_what_a_run_of_its_own_gives(steps, compensate, 
         assert found.parameters == one.parameters and found.state.keys() == one.state.keys()
         assert all(torch.equal(tensor, one.state[name]) for name, tensor in found.state.items())
     assert sum(which is model for which in scored) == 1 and len(scored) == 1 + len(ratios) * (steps - 1)
+
+
+@pytest.mark.parametrize(("importance", "compensate"), [("taylor1", False), ("surgeon", True)])
+def test_second_step_goes_on_from_the_smaller_model_and_its_own_scores(importance, compensate, settings):
+    model, parts = tiny_model(num_attention_heads=8, num_key_value_heads=4), batches()
+    chosen = settings(ratio=0.3, importance=importance, compensate=compensate)
+    every = count(model)
+
+    def half(model, target):
+        grams = saliency.input_grams(model, parts) if compensate else None
+        keep = prune.select(saliency.importance(model, parts, chosen), model.config, target, chosen)
+        return keep, checkpoint.from_state(*prune.remove(model, keep, grams))
+
+    first, smaller = half(model, round(0.15 * every))
+    second, smallest = half(smaller, round(0.3 * every) - (every - count(smaller)))
+    expected = [[old[kind][new[kind]].tolist() for kind in COUPLED] for old, new in zip(first, second, strict=True)]
+    found, at_once = (prune.run(model, parts, chosen.model_copy(update={"steps": steps}), 0) for steps in (2, 1))
+    assert [[here[kind].tolist() for kind in COUPLED] for here in found.kept] == expected
+    assert [[here[kind].tolist() for kind in COUPLED] for here in at_once.kept] != expected
+    for name, tensor in smallest.state_dict().items():
+        assert torch.equal(found.state[name], tensor)
 
 
 def test_ratio_zero_removes_nothing(settings):
@@ -296,6 +322,8 @@ def test_selection_keeps_the_best_of_each_kind_in_each_block(scope, settings):
         (("attention", "mlp"), (1, 2), (2, -1), {"attention": [1, 2], "mlp": [2, 3]}),
         (("mlp",), (0, -1), (0, 0), {"attention": [], "mlp": [0]}),
         (("attention",), (3, 3), (0, -1), {"attention": [3], "mlp": []}),
+        # -2 is the last block but one
+        (("attention", "mlp"), (1, -2), (0, -3), {"attention": [1, 2], "mlp": [0, 1]}),
     ],
 )
 def test_selection_stays_in_its_blocks_and_kinds(scope, structures, attention, mlp, touched, settings):
@@ -332,6 +360,46 @@ def test_local_scope_takes_the_same_share_of_each_block_where_global_does_not(se
     assert [removed(config, spared, kind)[2] for kind in COUPLED] == [[], []]
 
 
+# --- shapes of real models
+
+
+def parameters_of(values, blocks):
+    """Parameters of a model of these config values with blocks of (key/value heads, channels), added up by hand."""
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    queries = heads // values.get("num_key_value_heads", heads)
+    total = (1 if values["tie_word_embeddings"] else 2) * values["vocab_size"] * hidden + hidden
+    for kv_heads, channels in blocks:
+        rows = kv_heads * (queries + 2) * hidden // heads  # of q, k and v
+        columns = kv_heads * queries * hidden // heads  # of o
+        total += (rows + columns + 3 * channels + 2) * hidden
+        total += rows if values["model_type"] == "qwen2" else 0
+    return total
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5])
+@pytest.mark.parametrize(
+    ("preset", "every"),
+    [
+        ("default", 134_515_008),  # SmolLM2
+        ("qwen2.5-0.5b", 494_032_768),
+        ("llama-7b", 6_738_415_616),
+        ("llama-3-8b", 8_030_261_248),
+    ],
+)
+def test_models_of_the_presets_lose_the_ratio_to_half_a_point(preset, every, ratio, scope, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    asked = plan.asked(preset, "24")
+    values, config = plan.MODELS[asked.source], asked.config
+    whole = architecture.shapes(config)[0]
+    assert parameters_of(values, [(whole.kv_heads, whole.channels)] * config.num_hidden_layers) == every
+    chosen = asked.params.prune.model_copy(update={"scope": scope, "ratio": ratio})
+    prune.check(config, chosen)
+    keep = prune.select(scores_of(config), config, round(ratio * every), chosen)
+    left = parameters_of(values, [(len(here["attention"]), len(here["mlp"])) for here in keep])
+    assert abs(1 - left / every - ratio) <= 0.005
+
+
 # --- settings that do not fit
 
 
@@ -339,7 +407,7 @@ def span(first, last):
     return BlockRange(first=first, last=last)
 
 
-@pytest.mark.parametrize(("first", "last"), [(4, 4), (0, 4), (2, 1), (5, -1)])
+@pytest.mark.parametrize(("first", "last"), [(4, 4), (0, 4), (2, 1), (5, -1), (3, -2), (0, -5)])
 def test_block_range_outside_the_model_is_refused(first, last, settings):
     config = tiny_config()
     with pytest.raises(ValueError) as error:
@@ -418,6 +486,79 @@ def test_taylor_scores_equal_their_formulas_from_gradients_of_rows(kind):
             "taylor_mix": weight * slope - weight**2 * fisher / 2,
         }[kind]
         torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-8)
+
+
+def members(kind, one):
+    """What leaves with a structure: (linear, dimension, places); two query heads of 16 share a key/value head."""
+    if kind == "mlp":
+        return [("mlp.gate_proj", 0, [one]), ("mlp.up_proj", 0, [one]), ("mlp.down_proj", 1, [one])]
+    queries, keys = range(32 * one, 32 * one + 32), range(16 * one, 16 * one + 16)
+    return [
+        ("self_attn.q_proj", 0, queries),
+        ("self_attn.k_proj", 0, keys),
+        ("self_attn.v_proj", 0, keys),
+        ("self_attn.o_proj", 1, queries),
+    ]
+
+
+SIZES = {"parameter": lambda vector: float(vector.abs().sum()), "vector": lambda vector: float(vector.sum().abs())}
+REDUCTIONS = {
+    "sum": sum,
+    "mean": lambda values: sum(values) / len(values),
+    "prod": lambda values: math.prod(values) ** (1 / len(values)),
+    "max": max,
+    "last": lambda values: values[-1],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "level", "how"),
+    [
+        ("taylor1", "parameter", "sum"),
+        ("taylor1", "vector", "prod"),
+        ("taylor2", "parameter", "mean"),
+        ("taylor_mix", "parameter", "max"),
+        ("taylor_mix", "vector", "last"),
+        ("magnitude", "vector", "sum"),
+    ],
+)
+def test_importance_is_the_papers_summed_slice_by_slice(kind, level, how, settings):
+    model, parts = tiny_model(num_hidden_layers=2, intermediate_size=12), ragged()
+    found = saliency.importance(model, parts, settings(importance=kind, level=level, aggregate=how))
+    names = list(architecture.linears(model.config))
+    weights = [model.get_submodule(name).weight for name in names]
+    scores = {}
+    for name, weight, of_rows in zip(
+        names, weights, zip(*row_gradients(model, parts, weights), strict=True), strict=True
+    ):
+        first, second = mean(of_rows) * weight, mean(one.square() for one in of_rows) * weight.square()
+        # eq. 6, the Hessian's diagonal being the mean square of the rows' gradients
+        every = {"taylor1": first, "taylor2": second, "taylor_mix": first - second / 2, "magnitude": weight}
+        scores[name] = every[kind].detach().double()
+    for block, (structures, number) in itertools.product(range(2), (("attention", 2), ("mlp", 12))):
+        for one in range(number):
+            sums = [
+                sum(SIZES[level](scores[architecture.linear_name(block, name)].select(dim, place)) for place in places)
+                for name, dim, places in members(structures, one)
+            ]
+            assert float(found[block][structures][one]) == pytest.approx(REDUCTIONS[how](sums), rel=1e-3)
+
+
+def test_vector_score_of_a_channels_column_is_the_slope_of_the_loss_in_its_scale(settings):
+    # which is that of the whole channel: what it does passes through its column of down_proj
+    model, parts = tiny_model(dtype=torch.float64), ragged()
+    found = saliency.importance(model, parts, settings(importance="taylor1", level="vector", aggregate="last"))
+    step = 0.02  # norms compute in fp32 even so: smaller steps drown in its rounding
+    for block in (0, 3):
+        weight = reader(model, block, "mlp").weight
+        for channel in found[block]["mlp"].topk(3).indices.tolist():
+            before, losses = weight[:, channel].clone(), []
+            for factor in (1 + step, 1 - step, 1):
+                with torch.no_grad():
+                    weight[:, channel] = before * factor
+                    losses.append(float(mean(row for part in parts for row in row_losses(model, part))))
+            slope = (losses[0] - losses[1]) / (2 * step)
+            assert float(found[block]["mlp"][channel]) == pytest.approx(abs(slope), rel=5e-3)
 
 
 @pytest.mark.parametrize("kind", ["taylor1", "taylor2", "fisher_mask", "activation"])
@@ -747,3 +888,68 @@ def test_surgeon_does_not_order_what_may_not_go(default):
     bounded = [block["mlp"].isfinite().any().item() for block in scores]
     assert bounded == [False, True, True, False]
     assert all(block["attention"].isinf().all() for block in scores)
+
+
+def observed(model, parts):
+    """What readers receive, (block, kind) -> [tokens, inputs], and each block's gradient energy; each row unpadded."""
+    seen, outputs = {(block, kind): [] for block in range(2) for kind in COUPLED}, []
+    handles = [
+        reader(model, *place).register_forward_pre_hook(lambda _, inputs, place=place: seen[place].append(inputs[0][0]))
+        for place in seen
+    ]
+    handles += [block.register_forward_hook(lambda *call: outputs.append(call[2])) for block in model.model.layers]
+    energy, tokens = torch.zeros(2), 0
+    for part in parts:
+        for row, labels in zip(part.tokens, part.labels, strict=True):
+            row = row[: 1 + int((labels != IGNORED).sum())]
+            outputs.clear()
+            logits = model(input_ids=row[None]).logits[0]
+            losses = torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="sum")
+            energy += torch.stack([one.square().sum() for one in torch.autograd.grad(losses, outputs)])
+            tokens += len(row) - 1
+    for handle in handles:
+        handle.remove()
+    return {place: torch.cat(values).detach().double() for place, values in seen.items()}, energy / tokens
+
+
+def least_error(weight, root, gone):
+    """The least ||(W - W') R||^2 of all W' without the columns ``gone``."""
+    kept = [column for column in range(weight.shape[1]) if column not in gone]
+    target = (weight @ root).T
+    return float((target - root[kept].T @ torch.linalg.lstsq(root[kept].T, target).solution).square().sum())
+
+
+def costs_by_trial(weight, inputs, width):
+    """What each structure costs when all that are left are tried and the cheapest goes, not below any before it."""
+    gram = inputs.T @ inputs / len(inputs)
+    root = torch.linalg.cholesky(gram + saliency._DAMPING * gram.diagonal().median() * torch.eye(len(gram)))
+    costs, gone, before = [math.inf] * (len(gram) // width), [], 0.0
+    while costs.count(math.inf) > 1:
+        errors = {
+            one: least_error(weight, root, [*gone, *range(one * width, one * width + width)])
+            for one, cost in enumerate(costs)
+            if cost == math.inf
+        }
+        first = min(errors, key=errors.get)
+        highest = max((cost for cost in costs if cost < math.inf), default=0.0)
+        costs[first] = max(highest, errors[first] - before)
+        gone += range(first * width, first * width + width)
+        before = errors[first]
+    return costs
+
+
+def test_surgeon_importance_is_the_least_error_after_refit_by_the_gradients_energy(settings):
+    model = tiny_model(
+        num_hidden_layers=2, intermediate_size=7, num_attention_heads=8, num_key_value_heads=4, head_dim=4
+    )
+    parts = [*ragged(), *batches(1, seed=9)]
+    inputs, _ = observed(model, parts)
+    _, energy = observed(model, parts[::2])  # no more than three batches, evenly chosen
+    found = saliency.importance(model, parts, settings(importance="surgeon"))
+    for block, (kind, width, factor) in itertools.product(
+        range(2), (("attention", 8, saliency._HEAD_FACTOR), ("mlp", 1, 1.0))
+    ):
+        weight = reader(model, block, kind).weight.detach().double()
+        costs = torch.tensor(costs_by_trial(weight, inputs[block, kind], width))
+        expected = costs * energy[block] ** saliency._ENERGY_POWER * factor
+        torch.testing.assert_close(found[block][kind], expected, rtol=1e-2, atol=0)
