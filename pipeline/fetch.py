@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,26 @@ def run(model: Model, data: Data, tasks_: Iterable[str]) -> dict[str, float]:
     """Fetch everything; return figures for tracking.
 
     Raises:
-        FetchError: A source cannot be had or does not hold what it should.
+        FetchError: Sources cannot be had or do not hold what they should; all that is wrong with the data at once.
     """
-    tasks_ = tuple(tasks_)
-    rows = alpaca(data.alpaca)
-    if len(rows) <= data.validation_rows:
-        raise FetchError(
+    faults: list[str] = []
+
+    def had(read: Callable[..., list[Any]], *arguments: str) -> list[Any]:
+        try:
+            return read(*arguments)
+        except FetchError as error:
+            faults.append(str(error))
+            return []
+
+    rows = had(alpaca, data.alpaca)
+    if 0 < len(rows) <= data.validation_rows:
+        faults.append(
             f"data.alpaca: {data.alpaca} has {len(rows)} rows and data.validation_rows holds out "
             f"{data.validation_rows}; lower validation_rows or name a larger file"
         )
-    items = {task: benchmark(data.benchmarks, task) for task in tasks_}
+    items = {task: had(benchmark, data.benchmarks, task) for task in tasks_}
+    if faults:
+        raise FetchError("\n".join(faults))
     fetch_model(model)
     storage.write_text(ALPACA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     with storage.writing(BENCHMARKS) as folder:

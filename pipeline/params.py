@@ -432,13 +432,16 @@ def _of_the_model(raw: Any) -> tuple[Callable[[Any], str | None], ...]:
     )
 
 
+_STUMBLES = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError, RuntimeError)
+
+
 def _combination_faults(raw: Any) -> list[str]:
     found = []
     for check in (*combinations.CHECKS, _objective_is_measured, *_of_the_model(raw)):
         try:
             fault = check(raw)
-        except Exception:  # whatever a check stumbles on is itself at fault, and listed as such
-            continue
+        except _STUMBLES:
+            continue  # what it reads is itself at fault, and listed as such
         if fault:
             found.append(f"  {fault}")
     return found

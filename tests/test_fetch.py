@@ -356,6 +356,17 @@ def test_rows_with_any_line_separator_survive(model_folder, character, ascii_onl
     assert alpaca.read(fetch.ALPACA) == rows
 
 
+def test_faults_of_all_data_are_named_at_once(model_folder, tmp_path):
+    write_jsonl(tmp_path / "items/boolq.jsonl", [{"question": "is it"}])
+    source = data([ROW, 5], benchmarks=tmp_path / "items")
+    lines = refused(fetch.run, Model(source=f"path:{model_folder}"), source, ["boolq", "piqa"]).splitlines()
+    assert len(lines) == 3
+    for line, told in zip(
+        lines, ("row 2: needs", "line 1: lacks passage, label", "piqa.jsonl does not exist"), strict=True
+    ):
+        assert told in line
+
+
 def test_nothing_is_written_if_a_source_is_faulty(model_folder):
     refused(fetch.run, Model(source=f"path:{model_folder}"), data([ROW, ROW], benchmarks=Path.cwd()), ["boolq"])
     assert {path.name for path in Path.cwd().iterdir()} == {"rows.jsonl"}
