@@ -1,9 +1,10 @@
 import json
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, tiny_model
 
-from benchmarks import harness, services
+from benchmarks import harness, perplexity, services
 from benchmarks.harness import BAR, MEASURED, less_is_better, more_is_better
 
 
@@ -138,3 +139,13 @@ def test_front_of_stored_trials_is_queried(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # whose params the recorder reads
     found = services.query_seconds((2, 5), 1)
     assert list(found) == [2, 5] and all(seconds > 0 for pair in found.values() for seconds in pair)
+
+
+def test_losses_of_perplexity_are_the_models_own_window_by_window(tokenizer):
+    model, text = tiny_model(), (ROOT / "data/sample/alpaca.jsonl").read_text(encoding="utf-8")
+    tokens = tokenizer.encode(text)
+    windows = [torch.tensor([tokens[256 * index : 256 * (index + 1)]]) for index in range(5)]
+    with torch.no_grad():
+        expected = torch.stack([model(input_ids=part, labels=part).loss for part in windows])
+    torch.testing.assert_close(perplexity.losses(model, tokenizer, text, 5), expected, rtol=1e-5, atol=0)
+    assert expected.std() > 0.01  # so that windows are told apart

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import ROOT, tiny_model, write_jsonl
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
@@ -445,3 +445,21 @@ def test_items_that_trials_saw_are_left_out_unless_none_would_be_left(loaded):
     assert evaluate.seen(loaded, fewest - 1) == fewest - 1
     assert evaluate.seen(loaded, fewest) == 0
     assert evaluate.seen(loaded, 0) == 0
+
+
+def test_task_that_lm_eval_defines_with_examples_is_asked_without(model, tokenizer, tmp_path, monkeypatch):
+    name = "leaderboard_bbh_boolean_expressions"
+    assert definitions.settings(name)["num_fewshot"] == 3
+    questions = {"True and True is": "True", "not True is": "False", "True or False is": "True", "not False is": "True"}
+    items = [{"input": question, "target": answer} for question, answer in questions.items()]
+    write_jsonl(tmp_path / f"{name}.jsonl", items)
+    asked, own = [], SharedPrefixLM.loglikelihood
+
+    def noted(self, requests, **options):
+        asked.extend(request.args for request in requests)
+        return own(self, requests, **options)
+
+    monkeypatch.setattr(SharedPrefixLM, "loglikelihood", noted)
+    assert evaluate.run(model, tokenizer, tasks.load([name], tmp_path), 0, 512).items == 4
+    prompt = "Evaluate the result of a random Boolean expression.Q: {}\nA:"  # the definition's, without a blank
+    assert asked == [(prompt.format(one), f" {choice}") for one in questions for choice in ("False", "True")]

@@ -1,9 +1,13 @@
 import base64
 import dataclasses
+import random
 import re
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
+from matplotlib.colors import to_rgb
+from matplotlib.container import BarContainer
 
 from pipeline import GIB, report
 from pipeline.pareto import Point
@@ -149,6 +153,73 @@ def test_benchmark_fronts_has_a_panel_a_benchmark(tmp_path):
         report.benchmark_fronts({str(index): points for index in range(count)}, tmp_path / f"{count}.png")
     widths = [width_of(tmp_path / f"{count}.png") for count in (1, 3, 5)]
     assert widths[0] < widths[1] < widths[2]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were drawn, kept instead of saved."""
+    kept = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: kept.append(figure))
+    yield kept
+    pyplot.close("all")
+
+
+def test_figure_1_has_a_bar_with_its_error_and_a_marker_of_memory_for_each_method_and_task(drawn):
+    panels = {
+        "20 %": [
+            report.Bars("LoRA", {"boolq": (0.6, 0.04), "piqa": (0.75, 0.02)}, 3 * GIB),
+            report.Bars("LoftQ", {"boolq": (0.5, 0.03), "piqa": (0.7, 0.01)}, GIB // 2),
+        ],
+        "50 %": [report.Bars("LoRA", {"boolq": (0.4, 0.05), "piqa": (0.3, 0.06)}, 2 * GIB)],
+    }
+    report.accuracy_and_memory(panels, ["piqa", "boolq"], None)
+    (figure,) = drawn
+    axes, markers = figure.axes[:2], figure.axes[2:]
+    assert [one.get_title(loc="left") for one in axes] == list(panels)
+    found = []
+    for left, right in zip(axes, markers, strict=True):
+        assert [label.get_text() for label in left.get_xticklabels()] == ["piqa", "boolq"]
+        methods = [one for one in left.containers if isinstance(one, BarContainer)]
+        for bars, line in zip(methods, right.lines, strict=True):
+            assert [bar.get_x() + bar.get_width() / 2 for bar in bars] == pytest.approx(list(line.get_xdata()))
+            heights = [bar.get_height() for bar in bars]
+            errors = [height for whisker in bars.errorbar.lines[2][0].get_segments() for _, height in whisker]
+            found.append((bars.get_label(), heights, errors, list(line.get_ydata())))
+    assert found == [
+        ("LoRA", pytest.approx([75, 60]), pytest.approx([73, 77, 56, 64]), [3, 3]),
+        ("LoftQ", pytest.approx([70, 50]), pytest.approx([69, 71, 47, 53]), [0.5, 0.5]),
+        ("LoRA", pytest.approx([30, 40]), pytest.approx([24, 36, 35, 45]), [2, 2]),
+    ]
+
+
+def better(one, other):
+    """Whether (accuracy, memory) is no worse in both and differs."""
+    return one[0] >= other[0] and one[1] <= other[1] and one != other
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_3_and_4_highlight_what_no_trial_dominates_in_each_benchmark(drawn, seed):
+    generator = random.Random(seed)
+    trials, points = {}, {}
+    for task in ("boolq", "piqa", "arc_easy", "winogrande", "hellaswag"):
+        trials[task] = [(generator.randrange(8) / 8, generator.randrange(1, 9)) for _ in range(30)]  # some are equal
+        points[task] = [
+            dataclasses.replace(point("sampler", score, memory * GIB), run_id=f"{index}")
+            for index, (score, memory) in enumerate(trials[task])
+        ]
+        points[task].append(dataclasses.replace(point("dense", 1.0, 0), run_id="dense", reference=True))
+    report.benchmark_fronts(points, None)
+    axes = [one for one in drawn[0].axes if one.get_visible()]
+    assert [one.get_title() for one in axes] == list(trials)
+    for panel, every in zip(axes, trials.values(), strict=True):
+        front = [one for one in every if not any(better(other, one) for other in every)]
+        rest = [one for one in every if one not in front]
+        shown = {}
+        for group in panel.containers:
+            red, _, blue = to_rgb(group.lines[0].get_color())
+            shown[red > 2 * blue] = [tuple(place) for place in group.lines[0].get_xydata().tolist()]
+        for red, wanted in ((True, front), (False, rest)):
+            assert sorted(shown[red]) == sorted((memory, 100 * score) for score, memory in wanted)
 
 
 @pytest.fixture

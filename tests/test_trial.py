@@ -1,13 +1,20 @@
-"""A trial depends on its params alone."""
+"""A trial depends on its params alone; its model is put together from the bank, and trained in full where asked."""
 
 from dataclasses import replace
 from types import SimpleNamespace
 
+import bitsandbytes
 import pytest
 import torch
+from banks import make_bank, mixed_bits, pruned
 from conftest import tiny_model
+from peft.tuners.lora import LoraLayer
 
-from pipeline import architecture, checkpoint, trial
+from pipeline import architecture, build, checkpoint, quantize, recover, trial
+from pipeline.alpaca import Example
+from pipeline.cells import changed
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -16,8 +23,7 @@ def context(default):
     config = checkpoint.pruned_config(model.config, architecture.shapes(model.config))
     units = architecture.units(config, "block")
     bank = SimpleNamespace(settings=default.quantize)
-    cpu = torch.device("cpu")
-    return trial.Context(config, model.state_dict(), bank, None, units, {}, [], [], default, cpu)
+    return trial.Context(config, model.state_dict(), bank, None, units, {}, [], [], default, CPU)
 
 
 def drawn(context):
@@ -35,3 +41,129 @@ def test_adapters_of_16_bits_are_drawn_by_the_params_seed_alone(context):
     assert len({float(weight.float().sum()) for weight in first.values()}) == len(first)
     other = replace(context, params=context.params.model_copy(update={"seed": context.params.seed + 1}))
     assert not any(torch.equal(weight, first[name]) for name, weight in drawn(other).items())
+
+
+# --- the model of a bit vector -----------------------------------------------------------------------------------
+
+
+def context_of(model, params, folder):
+    """What trials share of a model, (config, tensors), whose linears are units of their own."""
+    config, state = model
+    # the bank's r and alpha / r are not those of the params
+    bank = make_bank(folder, config, state, r=4, lora_alpha=12)
+    units = architecture.units(config, "linear")
+    return trial.Context(config, state, bank, None, units, {}, [], [], params, CPU)
+
+
+def in_turn(context):
+    """4, 8 and 16 bits in turn, and each linear's."""
+    widths = mixed_bits(context.config)
+    return list(widths.values()), widths
+
+
+def base_tensors(model):
+    """Tensors below the adapters, by the names they have in the pruned model."""
+    every = model.get_base_model().state_dict()
+    return {name.replace(".base_layer", ""): value for name, value in every.items() if "lora_" not in name}
+
+
+def dequantized(context, widths):
+    """The weights below 16 bits as bitsandbytes gives their codes back."""
+    found = {}
+    for name, width in widths.items():
+        if width != 16:
+            found[f"{name}.weight"] = quantize.dequantize(context.bank.codes(name, width), torch.bfloat16)
+    return found
+
+
+@pytest.fixture
+def mixed(default, tmp_path):
+    """Context of a pruned model, its linears' bits and the model that a trial makes of them."""
+    context = context_of(pruned(), changed(default, "recover", dropout=0.3), tmp_path)
+    bits, widths = in_turn(context)
+    return context, widths, trial.assemble(context, bits)
+
+
+def test_weights_below_the_adapters_are_the_banks_at_each_linears_bits(mixed):
+    context, widths, model = mixed
+    expected = context.state | dequantized(context, widths)
+    found = base_tensors(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_adapters_add_the_banks_product_at_each_linears_bits(mixed):
+    context, widths, model = mixed
+    for name, width in widths.items():
+        found = model.get_base_model().get_submodule(name).get_delta_weight("default")
+        if width == 16:
+            assert not found.any()
+            continue
+        adapter = context.bank.adapter(name, width)
+        expected = 12 / 4 * adapter.b @ adapter.a
+        assert (found - expected).norm() < 0.01 * expected.norm()  # they are rounded to bf16
+
+
+def test_every_linear_has_an_adapter_of_the_banks_rank_with_the_params_dropout(mixed):
+    context, widths, model = mixed
+    layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    assert layers.keys() == widths.keys() and len(layers) == 7 * 4
+    for layer in layers.values():
+        assert (layer.r["default"], layer.scaling["default"]) == (4, 3.0)
+        dropout = layer.lora_dropout["default"]
+        assert type(dropout) is recover.ByteDropout and dropout.threshold == 77  # round(256 * 0.3)
+
+
+# --- training all that is not quantized --------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[("llama", True), ("qwen2", False)], ids=["tied", "untied_with_biases"])
+def in_full(request, default, tokenizer, tmp_path):
+    """Context, bits, the linears' bits and the model of a trial after two steps of full training."""
+    family, tied = request.param
+    model = tiny_model(family, torch.bfloat16, tie_word_embeddings=tied)
+    whole = checkpoint.pruned_config(model.config, architecture.shapes(model.config)), model.state_dict()
+    # a rate that moves even a norm's weights, about 1, by more than bf16 rounds away
+    context = context_of(whole, changed(default, "recover", train="full", learning_rate=0.05), tmp_path)
+    context = replace(context, tokenizer=tokenizer)
+    bits, widths = in_turn(context)
+    trained = trial.assemble(context, bits)
+    rows = [Example(tuple(range(2 + index, 20 + 2 * index)), 5) for index in range(8)]
+    recover.run(trained, rows, rows[:1], context.params.recover, 2, tokenizer.pad_token_id, 0)
+    return context, bits, widths, trained
+
+
+def test_full_training_changes_every_tensor_but_the_quantized_ones(in_full):
+    context, _, widths, trained = in_full
+    constant = dequantized(context, widths)
+    found = base_tensors(trained)
+    assert found.keys() == context.state.keys()
+    for name, value in found.items():
+        if name in constant:
+            assert torch.equal(value, constant[name]), name
+        else:
+            assert not torch.equal(value, context.state[name]), name
+
+
+def test_checkpoint_of_full_training_holds_what_was_trained(in_full, tmp_path, monkeypatch):
+    context, bits, widths, trained = in_full
+    folder = tmp_path / "final"
+
+    def reloaded(folder, device=CPU):
+        return build.probe(checkpoint.load_final(folder), checkpoint.load_tokenizer(folder))
+
+    monkeypatch.setattr(build, "probe_in_fresh_process", reloaded)  # a process of its own takes ten seconds
+    figures = build.verified(context, bits, trained, folder)
+    assert figures["reload_difference"] == 0
+    logits = build.probe(trained, context.tokenizer)
+    assert (reloaded(folder) - logits).norm() < 0.05 * logits.norm()  # int8 also rounds what goes in
+    saved, kept = base_tensors(checkpoint.load_final(folder)), base_tensors(trained)
+    for name in context.state.keys() - dequantized(context, widths).keys():
+        assert torch.equal(saved[name], kept[name]), name
+
+
+def test_optimizer_on_a_gpu_is_the_papers():
+    optimizer = recover.adamw([torch.nn.Parameter(torch.ones(2))], 1e-3, torch.device("cuda"))
+    assert type(optimizer) is bitsandbytes.optim.PagedAdamW32bit
+    assert optimizer.is_paged and optimizer.args.optim_bits == 32
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-3, 0)]

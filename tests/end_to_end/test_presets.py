@@ -2,15 +2,20 @@
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import transformers
 import yaml
 from conftest import ROOT, VOCABULARY, batches
+from mlflow.tracking import MlflowClient
 
-from pipeline import architecture, build, checkpoint, fits, params, prune, stages, tracking
+from pipeline import architecture, build, checkpoint, fits, params, prune, report, search, stages, tracking
+from pipeline.surrogate import Observation
 
 # The models as their own config.json describes them, with the parameters that are known of them.
 LLAMA_7B = {
@@ -98,15 +103,39 @@ def store(tmp_path_factory):
     return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch, store):
-    """An empty project folder to run stages in."""
-    for name in ("MLproject", "requirements.txt", "pipeline"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    monkeypatch.delenv(tracking.PARENT, raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+@pytest.fixture(scope="module", params=MODELS)
+def finished(request, tmp_path_factory, store, tokenizer):
+    """The name of a preset that has gone through every stage; its project is the working folder."""
+    name, folder = request.param, tmp_path_factory.mktemp("project")
+    for needed in ("MLproject", "requirements.txt", "pipeline"):
+        (folder / needed).symlink_to(ROOT / needed)
+    toy_model(name).to(torch.bfloat16).save_pretrained(folder / "source")
+    tokenizer.save_pretrained(folder / "source")
+    raw = preset(name)
+    raw["model"], raw["device"] = {"source": f"path:{folder / 'source'}", "sha256": ""}, "cpu"
+    raw["register"]["name"] = f"qpruner-{name}"
+    for section, values in SIZES.items():
+        raw[section] |= values
+    if name == "default":
+        raw["search"]["references"] = preset(name)["search"]["references"]
+    (folder / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MLFLOW_TRACKING_URI", store)
+        patched.delenv(tracking.PARENT, raising=False)
+        patched.chdir(folder)
+        if name != "default":  # the others need no process of their own to be compared in
+            patched.setattr(
+                build,
+                "probe_in_fresh_process",
+                lambda folder, device: build.probe(checkpoint.load_final(folder), checkpoint.load_tokenizer(folder)),
+            )
+        for run in stages.STAGES.values():
+            run(params.load())
+        yield name
+
+
+def read(stage):
+    return json.loads(Path(f"reports/{stage}.json").read_text())
 
 
 def test_every_preset_is_here():
@@ -154,32 +183,8 @@ def test_papers_ratios_are_met_and_blocks_outside_the_ranges_stay(name, ratio, m
                 assert len(kept[kind]) == count
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_preset_goes_through_every_stage(name, project, tokenizer, monkeypatch):
-    source = project / "source"
-    toy_model(name).to(torch.bfloat16).save_pretrained(source)
-    tokenizer.save_pretrained(source)
-    raw = preset(name)
-    raw["model"], raw["device"] = {"source": f"path:{source}", "sha256": ""}, "cpu"
-    raw["register"]["name"] = f"qpruner-{name}"
-    for section, values in SIZES.items():
-        raw[section] |= values
-    if name == "default":
-        raw["search"]["references"] = preset(name)["search"]["references"]
-    Path("params.yaml").write_text(yaml.safe_dump(raw))
-    if name != "default":  # the others need no process of their own to be compared in
-        monkeypatch.setattr(
-            build,
-            "probe_in_fresh_process",
-            lambda folder, device: build.probe(checkpoint.load_final(folder), checkpoint.load_tokenizer(folder)),
-        )
-    for run in stages.STAGES.values():
-        run(params.load())
-
-    def read(stage):
-        return json.loads(Path(f"reports/{stage}.json").read_text())
-
-    real, settings = MODELS[name][0], params.load()
+def test_preset_goes_through_every_stage(finished):
+    real, settings = MODELS[finished][0], params.load()
     blocks = real["num_hidden_layers"]
     assert abs(read("prune")["ratio"] - settings.prune.ratio) < 0.01
     config = checkpoint.load_config("artifacts/pruned")
@@ -201,5 +206,66 @@ def test_preset_goes_through_every_stage(name, project, tokenizer, monkeypatch):
     assert read("build")["reload_difference"] == 0
     assert read("evaluate")["items"] == len(settings.evaluate.tasks)
     assert set(settings.evaluate.tasks) <= set(read("evaluate"))
-    assert read("register")["model"] == f"models:/qpruner-{name}/1"
+    assert read("register")["model"] == f"models:/qpruner-{finished}/1"
     assert "Pareto front" in Path("reports/report.md").read_text()
+
+
+def trial_runs():
+    """The runs of the finished trials by their ids, as MLflow's own client finds them."""
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    wanted = f"tags.study = '{read('search')['study']}' and tags.stage = 'trial'"
+    every = client.search_runs([one.experiment_id for one in client.search_experiments()], wanted)
+    return {run.info.run_id: run.data for run in every if run.info.status == "FINISHED"}
+
+
+def test_tables_of_the_trials_are_alike_and_say_what_the_runs_say(finished):
+    table, runs = pd.read_parquet("reports/trials.parquet"), trial_runs()
+    texts = {"bits": str, "run_id": str}  # which may look like numbers
+    written = pd.read_csv("reports/trials.csv", dtype=texts, float_precision="round_trip")
+    pd.testing.assert_frame_equal(written, table, check_dtype=False, check_exact=True)
+    assert sorted(table["run_id"]) == sorted(runs) and len(table) == read("search")["finished"]
+    shared = {"accuracy", "gold_logprob", "validation_loss", "peak_memory_bytes", *params.TASKS}
+    shared |= {f"{task}_stderr" for task in params.TASKS}
+    for row in table.to_dict(orient="records"):
+        run = runs[row["run_id"]]
+        assert (row["bits"], row["method"]) == (run.params["bits"], run.tags["method"])
+        assert {name: row[name] for name in shared} == {name: run.metrics[name] for name in shared}
+
+
+def test_accuracies_of_both_kinds_are_logged_where_a_task_has_both(finished):
+    other = {"piqa_acc_norm", "hellaswag_acc", "arc_easy_acc_norm", "arc_challenge_acc", "openbookqa_acc"}
+    for figures in (read("evaluate"), *(run.metrics for run in trial_runs().values())):
+        named = {name for name in figures if name.startswith(params.TASKS) and not name.endswith("_stderr")}
+        assert named == {*params.TASKS} | other
+        assert all(figures[name] in (0, 1) for name in named)  # there is one item of each task
+
+
+def test_each_benchmarks_picture_is_made_of_the_scores_on_it(finished, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report, "benchmark_fronts", lambda every, path: drawn.update(every))
+    stages.STAGES["report"](params.load())
+    assert tuple(drawn) == params.TASKS
+    runs = trial_runs()
+    for task, points in drawn.items():
+        found = {one.run_id: (one.score, one.memory) for one in points if not one.reference}
+        assert found == {key: (run.metrics[task], run.metrics["peak_memory_bytes"]) for key, run in runs.items()}
+
+
+def test_history_of_a_search_is_taken_up_by_the_next_one(finished, monkeypatch):
+    shutil.copy("reports/history.json", "earlier.json")
+    given, own = [], search.run
+
+    def noted(study, settings, space, priors, seed, attempt, history):
+        given.extend(history)
+        return own(study, settings, space, priors, seed, attempt, history)
+
+    monkeypatch.setattr(search, "run", noted)
+    monkeypatch.setenv("QPRUNER_OVERRIDES", json.dumps({"search.history": "earlier.json"}))
+    settings = params.load()
+    stages.STAGES["search"](settings)
+    objective, told = settings.search.objective, {}
+    for run in trial_runs().values():
+        bits = tuple(map(int, run.params["bits"]))
+        told[bits] = Observation(bits, run.metrics[objective], run.metrics[f"{objective}_stderr"], imported=True)
+    assert {one.bits: one for one in given} == told
+    assert len(given) == 2 == read("search")["finished"]
