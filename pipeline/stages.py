@@ -181,14 +181,19 @@ def search(params: Params, run: Run) -> None:
     ended = stage_.run(study, settings, space, priors, params.seed, recorder.attempt(study), history)
     console.note(f"search ended: {ended.reason}")
     finished = study.finished()
-    rows = [
-        {"number": one["number"], "run_id": one["run_id"], "method": one["method"], **_flat(one["result"])}
-        for one in finished
-    ]
-    trials = pd.DataFrame(rows)
+    results = [Result.from_json(one["result"]) for one in finished]
+    trials = pd.DataFrame(
+        {
+            **{key: one[key] for key in ("number", "run_id", "method")},
+            "bits": result.bits,
+            "memory_source": result.memory_source,
+            **result.metrics(),
+        }
+        for one, result in zip(finished, results, strict=True)
+    )
     trials.to_csv(REPORTS / "trials.csv", index=False)
     trials.to_parquet(REPORTS / "trials.parquet", index=False)
-    exported = stage_.export_history(name, [Result.from_json(one["result"]) for one in finished])
+    exported = stage_.export_history(name, results)
     storage.write_text(REPORTS / "history.json", json.dumps(exported, indent=1))
     figures = {
         "finished": len(finished),
@@ -201,13 +206,6 @@ def search(params: Params, run: Run) -> None:
     storage.write_text(REPORTS / "search.json", json.dumps(summary, indent=1))
     for table in ("trials.csv", "trials.parquet", "history.json"):
         run.artifact(REPORTS / table)
-
-
-def _flat(result: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {key: value for key, value in result.items() if not isinstance(value, (dict, list))}
-    tasks = {task: pair[0] for task, pair in result["tasks"].items()}
-    errors = {f"{task}_stderr": pair[1] for task, pair in result["tasks"].items()}
-    return plain | tasks | errors | {f"seconds_{phase}": value for phase, value in result["seconds"].items()}
 
 
 @stage

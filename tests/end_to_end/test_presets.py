@@ -224,7 +224,7 @@ def test_tables_of_the_trials_are_alike_and_say_what_the_runs_say(finished):
     written = pd.read_csv("reports/trials.csv", dtype=texts, float_precision="round_trip")
     pd.testing.assert_frame_equal(written, table, check_dtype=False, check_exact=True)
     assert sorted(table["run_id"]) == sorted(runs) and len(table) == read("search")["finished"]
-    shared = {"accuracy", "gold_logprob", "validation_loss", "peak_memory_bytes", *params.TASKS}
+    shared = {"accuracy", "gold_logprob", "response_logprob", "peak_memory_bytes", "hellaswag_acc", *params.TASKS}
     shared |= {f"{task}_stderr" for task in params.TASKS}
     for row in table.to_dict(orient="records"):
         run = runs[row["run_id"]]
