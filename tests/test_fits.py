@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import yaml
@@ -131,6 +132,19 @@ def test_limits_themselves_are_allowed(raw, section, values):
     if section == "prune" and "ratio" in values:
         raw["prune"]["attention_blocks"] = {"first": 0, "last": -1}
     params.parse(raw)
+
+
+@pytest.mark.parametrize("multiple_of, channels", [(1, 95), (8, 88), (64, 32), (200, 0)])
+def test_most_that_may_go_leaves_a_head_and_a_multiple_of_channels(multiple_of, channels):
+    span = params.BlockRange(first=0, last=-1)
+    head = 64 * 16 * (2 + 1 + 1 + 2)  # q and o of two query heads, k and v
+    most = 4 * (head + 3 * 64 * channels)
+    whole = sum(one.numel() for one in tiny_model().parameters())
+    settings = types.SimpleNamespace(
+        structures=("attention", "mlp"), attention_blocks=span, mlp_blocks=span, multiple_of=multiple_of
+    )
+    assert fits.ratio(tiny_config(), settings, "prune.ratio", most / whole - 1e-9) is None
+    assert fits.ratio(tiny_config(), settings, "prune.ratio", most / whole + 1e-6).startswith("prune.ratio: ")
 
 
 def test_budget_is_judged_by_the_prediction_for_an_evenly_pruned_model(raw):

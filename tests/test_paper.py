@@ -131,6 +131,23 @@ def test_killed_table_goes_on_without_repeating_what_is_finished(params, trials,
     assert {parent(run) for run in runs("trial")} == {runs("cell")[-1].info.run_id}
 
 
+@pytest.mark.parametrize("call", [3, 6])  # a cell's own recovery, and one of a trial below QPruner3's
+def test_interrupted_recovery_is_taken_up_from_a_file_of_its_own(params, trials, monkeypatch, call):
+    kept = []
+
+    def run(*arguments, keep, **named):
+        kept.append(keep)
+        return trials.run(*arguments, **named)
+
+    monkeypatch.setattr(trial, "run", run)
+    trials.killed_at = call
+    with pytest.raises(KeyboardInterrupt):
+        COMMANDS["table"](params)
+    COMMANDS["table"](params)
+    assert kept[call - 1] == kept[call]
+    assert len(kept) == 9 + 1 and len(set(kept)) == 9
+
+
 def test_finished_table_runs_nothing_again(params, trials):
     COMMANDS["table"](params)
     before = (paper.REPORTS / "table.md").read_text()

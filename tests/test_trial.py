@@ -1,6 +1,7 @@
 """A trial depends on its params alone; its model is put together from the bank, and trained in full where asked."""
 
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import bitsandbytes
@@ -10,7 +11,7 @@ from banks import make_bank, mixed_bits, pruned
 from conftest import tiny_model
 from peft.tuners.lora import LoraLayer
 
-from pipeline import architecture, build, checkpoint, quantize, recover, trial
+from pipeline import GIB, architecture, build, checkpoint, quantize, recover, trial
 from pipeline.alpaca import Example
 from pipeline.cells import changed
 
@@ -112,6 +113,17 @@ def test_every_linear_has_an_adapter_of_the_banks_rank_with_the_params_dropout(m
         assert (layer.r["default"], layer.scaling["default"]) == (4, 3.0)
         dropout = layer.lora_dropout["default"]
         assert type(dropout) is recover.ByteDropout and dropout.threshold == 77  # round(256 * 0.3)
+
+
+def test_space_holds_what_peaks_within_the_budget(default, tmp_path):
+    context = context_of(pruned(), changed(default, "search", max_8bit_fraction=1.0), tmp_path)
+    context = replace(context, units=architecture.units(context.config, "block"))
+    peaks = {bits: context.predict(bits).training for bits in product((4, 8), repeat=4)}
+    budget = sorted(peaks.values())[9] / GIB  # ten of sixteen vectors fit
+    within = replace(context, params=changed(context.params, "search", memory_budget_gib=budget))
+    space = trial.space(within)
+    assert {bits for bits in peaks if bits in space} == {bits for bits, peak in peaks.items() if peak <= budget * GIB}
+    assert sum(bits in space for bits in peaks) == 10
 
 
 # --- training all that is not quantized --------------------------------------------------------------------------
