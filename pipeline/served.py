@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlflow
+import pandas as pd
 import torch
 
 from pipeline import alpaca, checkpoint, storage
@@ -23,18 +24,17 @@ class Compressed(mlflow.pyfunc.PythonModel):
         self.model = checkpoint.load_final(folder, "cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = checkpoint.load_tokenizer(folder)
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
         """Answer instructions, greedily.
 
         Args:
             context: Unused.
-            model_input: A list of strings, or a dataframe with one column of them.
+            model_input: One column of instructions; MLflow makes it of a list of strings.
             params: ``max_new_tokens``; MLflow fills in what the model's signature has.
         """
         assert params is not None
-        texts = model_input.iloc[:, 0] if hasattr(model_input, "columns") else model_input
         answers = []
-        for text in texts:
+        for text in model_input.iloc[:, 0]:
             tokens = torch.tensor([self.tokenizer.encode(alpaca.prompt(text))], device=self.model.device)
             with torch.inference_mode():
                 out = self.model.generate(
