@@ -155,7 +155,7 @@ def launch(module: str, *arguments: str) -> int:
 
 
 def _stop_all(child: subprocess.Popen, itself: bool) -> None:
-    """End the stage first (it ends its runs), then what waits for it."""
+    """End the stage first (it ends its runs), then what waits for it; kill what has not ended in 30 seconds."""
     try:
         top = psutil.Process(child.pid)
         family = [top] * itself + top.children(recursive=True)
@@ -166,7 +166,8 @@ def _stop_all(child: subprocess.Popen, itself: bool) -> None:
             process.terminate()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(family, timeout=30)
+    for process in psutil.wait_procs(family, timeout=30)[1]:
+        process.kill()
     child.wait(timeout=30)
 
 

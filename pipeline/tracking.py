@@ -48,6 +48,7 @@ PARENT = "QPRUNER_PARENT_RUN"  # the run of `mlflow run`, handed from the entry 
 _PARENT_TAG = "mlflow.parentRunId"
 ITEMS = "items.json"  # in a trial's run: what it measured item by item
 _PAGE = 1000
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 StoreError = MlflowException  # what a store raises that cannot be reached, or refuses
@@ -100,7 +101,7 @@ def kill_project_run() -> None:
     """Mark the project's run KILLED, now and once more when ``mlflow run`` has ended.
 
     An interrupted ``mlflow run`` overwrites any status with FAILED as its last act, so a process that outlives it has
-    the last word.
+    the last word. It also ends the runs of stages that had to be killed.
     """
     if run_id := parent_run():
         client().set_terminated(run_id, "KILLED")
@@ -119,6 +120,7 @@ from pipeline import tracking
 if psutil.pid_exists(int(sys.argv[2])):
     psutil.wait_procs([psutil.Process(int(sys.argv[2]))], timeout=60)
 tracking.client().set_terminated(sys.argv[1], "KILLED")
+tracking.reap()
 """
 
 
@@ -288,12 +290,19 @@ def _alive(tags: Mapping[str, str]) -> bool:
 
 
 def on_termination_interrupt() -> None:
-    """Turn SIGTERM into an interrupt, and ask for one when the parent dies, so that runs end as KILLED."""
+    """Turn SIGINT and SIGTERM into one interrupt, and ask for it when the parent dies, so that runs end as KILLED.
+
+    Only the first is heard: Ctrl-C reaches every process, and those that wait for this one pass it on. Heard twice, it
+    would cut short what ends the runs.
+    """
 
     def stop(*_: Any) -> None:
+        for number in _STOPPING:
+            signal.signal(number, signal.SIG_IGN)
         raise Interrupted
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in _STOPPING:
+        signal.signal(number, stop)
     if sys.platform == "linux":
         import ctypes
 

@@ -48,6 +48,30 @@ def test_interrupted_stage_and_trial_are_killed():
     assert (status(run), status(child), status(done)) == ("KILLED", "KILLED", "FINISHED")
 
 
+def test_second_signal_does_not_cut_short_what_ends_the_runs():
+    code = """
+import os
+import signal
+from pipeline import tracking
+tracking.on_termination_interrupt()
+finish = tracking.Run.finish
+def told_again(run, *arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    finish(run, *arguments)
+tracking.Run.finish = told_again
+with tracking.stage("search", {}) as run:
+    print(run.run_id, run.child("trial 0", {"stage": "trial"}).run_id, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+    root = str(tracking.Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root}, check=False
+    )
+    assert "Interrupted" in done.stderr
+    assert [tracking.run(run).info.status for run in done.stdout.split()] == ["KILLED", "KILLED"]
+
+
 def test_runs_of_dead_processes_are_reaped_and_others_left():
     code = """
 import os
