@@ -29,7 +29,7 @@ LOSSES = 16
 IMPORTS = {
     "fetch": "fetch",
     "prune": "calibration, checkpoint, prune",
-    "importance": "alpaca, architecture, checkpoint, report, importance",
+    "importance": "alpaca, architecture, checkpoint, importance",
     "quantize": "checkpoint, trial, quantize",
     "search": "checkpoint, trial, search, allocate, importance, memory",
     "pareto": "pareto",

@@ -102,17 +102,21 @@ def _shapes_picture(pruned: Any, run: Run) -> None:
 @stage
 def importance(params: Params, run: Run) -> None:
     """Mutual information and quantization sensitivity of each unit."""
-    from pipeline import report
-
     storage.verify(PRUNED, "prune")
     run.dataset(ALPACA, "alpaca", "calibration")
     priors = write_priors(params, PRUNED, REPORTS / "importance.json")
-    series = {"mutual information, nats": priors.mutual_information, "sensitivity, nats": priors.sensitivity}
-    report.bar_chart(priors.units, series, REPORTS / "importance.png")
+    _importance_picture(priors, run)
     run.metrics({"divergence_4bit": priors.divergence, "tokens": priors.tokens})
     for index, (information, gain) in enumerate(zip(priors.mutual_information, priors.sensitivity, strict=True)):
         run.metrics({"mutual_information": information, "sensitivity": gain}, step=index)
     run.artifact(REPORTS / "importance.json")
+
+
+def _importance_picture(priors: Any, run: Run) -> None:
+    from pipeline import report
+
+    series = {"mutual information, nats": priors.mutual_information, "sensitivity, nats": priors.sensitivity}
+    report.bar_chart(priors.units, series, REPORTS / "importance.png")
     run.artifact(REPORTS / "importance.png")
 
 
