@@ -159,8 +159,9 @@ def recovery(setup: Setup) -> dict[str, Figure]:
     repeats = setup.options.repeats
     seconds = interleaved(*sides, repeats=repeats)
     setup.seconds["ours", "recover"], setup.seconds["theirs", "recover"], _ = seconds
-    setup.work["recovery_tokens"] = sum(len(row.tokens) for row in rows)
-    setup.work["recovery_heads"] = sum(len(row.tokens) - max(row.response, 1) for row in rows)
+    for name, found in (("recovery", rows), ("validation", context.validation)):
+        setup.work[f"{name}_tokens"] = sum(len(row.tokens) for row in found)
+        setup.work[f"{name}_heads"] = sum(len(row.tokens) - max(row.response, 1) for row in found)
     rates = [len(rows) / value for value in seconds]
     return {
         "recovery": more_is_better(rates[0], rates[1], "rows/s", repeats),
@@ -249,8 +250,8 @@ def trial_flops(setup: Setup) -> dict[str, Figure]:
     With P the parameters of the blocks' linears, A those of the adapters, V x H the head, T tokens without padding and
     n positions that reach the head, evaluation does ``T 2 P + n 2 V H`` operations, and recovery
     ``T (2 * 2 P + 3 * 2 A) + n (2 * 2 V H)``: forward and the gradient of the inputs, for adapters also that of the
-    weights. The validation at the end of a recovery is part of its time and not of its operations. The limit: all
-    linears of the pruned model and its head once, 1,024 rows each, as bare ``F.linear``.
+    weights; then ``T (2 P + 2 A) + n 2 V H`` for the held-out rows at its end. The limit: all linears of the pruned
+    model and its head once, 1,024 rows each, as bare ``F.linear``.
     """
     for phase, measure in {"recover": recovery, "evaluate": evaluation}.items():
         if ("theirs", phase) not in setup.seconds:
@@ -266,6 +267,7 @@ def trial_flops(setup: Setup) -> dict[str, Figure]:
     adapters = setup.context.bank.settings.r * sum(outputs + inputs for outputs, inputs in shapes)
     forward = work["evaluation_tokens"] * 2 * linears + work["evaluation_heads"] * 2 * head
     training = work["recovery_tokens"] * (4 * linears + 6 * adapters) + work["recovery_heads"] * 4 * head
+    training += work["validation_tokens"] * 2 * (linears + adapters) + work["validation_heads"] * 2 * head
     repeats = setup.options.repeats
     limit = matmul_rate([*shapes, (config.vocab_size, config.hidden_size)], repeats)
     found = {}

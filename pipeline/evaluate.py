@@ -106,20 +106,20 @@ def run(
         task._instances = None
     lm = SharedPrefixLM(model, tokenizer, batch_tokens, progress)
     asked = {"tasks": dict(loaded), "groups": {}, "group_map": {}}
+    accuracy, stderr, other, by_item = {}, {}, {}, {}
     with tasks.compiled_templates():
         found = evaluator.evaluate(lm, asked, samples=chosen, bootstrap_iters=1)
-    accuracy, stderr, other, by_item = {}, {}, {}, {}
-    for name in loaded:
-        result, metric = found["results"][name], definitions.metric(name)
-        accuracy[name] = result[f"{metric},none"]
-        error = result[f"{metric}_stderr,none"]
-        stderr[name] = 0.0 if isinstance(error, str) or math.isnan(error) else error
-        for extra in ("acc", "acc_norm"):
-            if extra != metric and f"{extra},none" in result:
-                other[f"{name}_{extra}"] = result[f"{extra},none"]
-        by_item[name] = [
-            (float(sample[metric]), gold_logprob(loaded[name], sample, metric)) for sample in found["samples"][name]
-        ]
+        for name in loaded:
+            result, metric = found["results"][name], definitions.metric(name)
+            accuracy[name] = result[f"{metric},none"]
+            error = result[f"{metric}_stderr,none"]
+            stderr[name] = 0.0 if isinstance(error, str) or math.isnan(error) else error
+            for extra in ("acc", "acc_norm"):
+                if extra != metric and f"{extra},none" in result:
+                    other[f"{name}_{extra}"] = result[f"{extra},none"]
+            by_item[name] = [
+                (float(sample[metric]), gold_logprob(loaded[name], sample, metric)) for sample in found["samples"][name]
+            ]
     logprobs = [[logprob for _, logprob in values] for values in by_item.values()]
     count = len(accuracy)
     return Scores(

@@ -22,10 +22,8 @@ import torch
 from pipeline import architecture, fits, storage, tasks
 from pipeline.console import note
 from pipeline.params import Data, Model
+from pipeline.paths import ALPACA, BASE, BENCHMARKS
 
-BASE = fits.BASE
-ALPACA = Path("data/alpaca.jsonl")
-BENCHMARKS = Path("data/benchmarks")
 ALPACA_FIELDS = ("instruction", "input", "output")
 _MODEL_FILES = (
     "*.safetensors",

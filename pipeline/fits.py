@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import architecture
 from pipeline.architecture import ATTENTION, GRANULARITIES, LINEARS, BlockShape
+from pipeline.paths import BASE
 
 if TYPE_CHECKING:
     from pipeline.params import BlockRange, Build, Evaluate, Prune, Quantize, Recover, Search
 
-BASE = Path("artifacts/base")
 SOURCE = "source.txt"  # in BASE: what was fetched
 _EVEN = 0.95  # of the peak of a model pruned evenly: what no other division of the same ratio was seen to come below
 

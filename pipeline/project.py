@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -98,7 +97,12 @@ def _changed(checked: Params) -> bool:
     """
     sources = (checked.model.source, checked.data.alpaca, checked.data.benchmarks)
     now = {source: _signature(Path(source.removeprefix("path:"))) for source in sources if source.startswith("path:")}
-    before = json.loads(_SOURCES.read_text()) if _SOURCES.exists() else {}
+    try:
+        before = json.loads(_SOURCES.read_text())
+    except FileNotFoundError:
+        before = {}
+    except ValueError:  # damaged: whatever it said, fetch again
+        before = dict.fromkeys(now)
     storage.write_text(_SOURCES, json.dumps(before | now))
     return any(before.get(source, found) != found for source, found in now.items())
 
@@ -133,25 +137,15 @@ def dvc(*arguments: str) -> int:
 
 
 def launch(module: str, *arguments: str) -> int:
-    """Run a module with this Python first on the PATH; pass signals on to all it started."""
+    """Run a module with this Python first on the PATH; an interrupt is passed on to all it started."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     child = subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment, pass_fds=_held)
-
-    def stop(*_: Any) -> None:
-        raise tracking.Interrupted
-
-    previous = [signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         return child.wait()
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         tracking.kill_project_run()  # first: `mlflow run` marks it FAILED as soon as this process is gone
         _stop_all(child, itself=module != "dvc")  # DVC ends of its own accord when its stage has
         raise
-    finally:
-        signal.signal(signal.SIGTERM, previous[0])
-        signal.signal(signal.SIGINT, previous[1])
 
 
 def _stop_all(child: subprocess.Popen, itself: bool) -> None:

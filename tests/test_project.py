@@ -77,6 +77,13 @@ def test_file_of_a_source_that_changed_is_fetched_again_once(asked, tmp_path):
     assert asked.calls == ["repro prune", "repro --force --single-item fetch", "repro prune", "repro prune"]
 
 
+def test_damaged_memory_of_the_sources_means_fetching_again(asked):
+    project.run("prune")
+    project._SOURCES.write_text("{")
+    project.run("prune")
+    assert asked.calls == ["repro prune", "repro --force --single-item fetch", "repro prune"]
+
+
 def test_paper_commands_only_fetch_through_dvc(asked, monkeypatch):
     launched = []
     monkeypatch.setattr(project, "launch", lambda *arguments: launched.append(arguments) or 0)
