@@ -48,7 +48,7 @@ PARENT = "QPRUNER_PARENT_RUN"  # the run of `mlflow run`, handed from the entry 
 _PARENT_TAG = "mlflow.parentRunId"
 ITEMS = "items.json"  # in a trial's run: what it measured item by item
 _PAGE = 1000
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_ending = False  # whether an interrupt was heard and the runs are being ended
 
 
 StoreError = MlflowException  # what a store raises that cannot be reached, or refuses
@@ -234,6 +234,7 @@ def stage(name: str, params: Mapping[str, Any]) -> Iterator[Run]:
     try:
         yield run
     except KeyboardInterrupt:
+        ending()
         _finish_all(run, "KILLED")
         raise
     except BaseException as error:
@@ -289,19 +290,23 @@ def _alive(tags: Mapping[str, str]) -> bool:
         return False
 
 
-def on_termination_interrupt() -> None:
-    """Turn SIGINT and SIGTERM into one interrupt, and ask for it when the parent dies, so that runs end as KILLED.
+def ending() -> None:
+    """Hear no further signal: Ctrl-C reaches every process, and those that wait for this one pass it on once more."""
+    global _ending
+    _ending = True
 
-    Only the first is heard: Ctrl-C reaches every process, and those that wait for this one pass it on. Heard twice, it
-    would cut short what ends the runs.
+
+def on_termination_interrupt() -> None:
+    """Turn SIGINT and SIGTERM into an interrupt, and ask for one when the parent dies, so that runs end as KILLED.
+
+    Every signal raises, as an exception that arrives in a destructor is lost, until ``ending`` is called.
     """
 
     def stop(*_: Any) -> None:
-        for number in _STOPPING:
-            signal.signal(number, signal.SIG_IGN)
-        raise Interrupted
+        if not _ending:
+            raise Interrupted
 
-    for number in _STOPPING:
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     if sys.platform == "linux":
         import ctypes

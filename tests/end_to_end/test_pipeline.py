@@ -188,7 +188,7 @@ def start(project: Path, *more: str) -> subprocess.Popen:
 
 
 def wait_for_trials(project: Path, count: int) -> None:
-    limit = time.time() + 120
+    limit = time.time() + 300
     while len(by_stage(project, "trial")) < count or not by_stage(project, "trial", "RUNNING"):
         assert time.time() < limit, "no trial was seen running"
         time.sleep(0.05)
