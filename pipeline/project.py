@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,8 @@ def _stop_all(child: subprocess.Popen, itself: bool) -> None:
         except psutil.NoSuchProcess:
             continue
     for process in psutil.wait_procs(family, timeout=30)[1]:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     child.wait(timeout=30)
 
 
