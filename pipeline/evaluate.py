@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean, variance
 from typing import Any
@@ -199,13 +201,19 @@ class SharedPrefixLM(TemplateLM):
         """Score (context, continuation) pairs."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
-    @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         asked = [self._request(context, continuation) for _, context, continuation in requests]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
-        for length, rows in self.progress(list(batches(trees(asked), self.batch_tokens))):
-            for index, value in score(self.model, asked, length, rows):
-                results[index] = value
+        passes = list(batches(trees(asked), self.batch_tokens))
+
+        @torch.inference_mode()  # of the thread that it runs in
+        def scored(one: tuple[int, list[Row]]) -> list[tuple[int, tuple[float, bool]]]:
+            return list(score(self.model, asked, *one))
+
+        with side_by_side(self.model, len(passes)) as mapped:
+            for _, found in zip(self.progress(passes), mapped(scored, passes), strict=True):
+                for index, value in found:
+                    results[index] = value
         return results
 
     def _request(self, context: list[int], continuation: list[int]) -> Request:
@@ -225,6 +233,27 @@ class SharedPrefixLM(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Generation tasks are not scored here."""
         raise NotImplementedError("tasks that generate text are not supported; use multiple-choice tasks")
+
+
+@contextmanager
+def side_by_side(model: Any, passes: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Yield a ``map`` for forward passes of a model: on a CPU with its cores shared out among several of them.
+
+    Cores that work on one matrix product wait for the slowest of them at its end, some hundred times a pass; a pass of
+    its own for each waits once, and rounds alike. Quantized modules change their state in a pass: one after the other.
+    """
+    cores = torch.get_num_threads()
+    workers = min(cores, passes)
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    if workers < 2 or quantized or model.device.type != "cpu":
+        yield map
+        return
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores // workers,))
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)  # threads that torch starts later take over what was set last
 
 
 def trees(requests: Sequence[Request]) -> list[Tree]:

@@ -1,5 +1,6 @@
 import math
 import random
+import threading
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -161,6 +162,72 @@ def test_result_does_not_depend_on_the_batches(model, tokenizer, loaded, scores,
     other = evaluate.run(model, tokenizer, loaded, LIMIT, batch_tokens)
     assert (other.accuracy, other.other, other.items) == (scores.accuracy, scores.other, scores.items)
     assert other.gold_logprob == pytest.approx(scores.gold_logprob, abs=1e-5)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """The threads that passes ran in, and how many cores each had."""
+    seen, score = {}, evaluate.score
+
+    def noted(*arguments):
+        seen[threading.get_ident()] = torch.get_num_threads()
+        return score(*arguments)
+
+    monkeypatch.setattr(evaluate, "score", noted)
+    return seen
+
+
+@pytest.mark.parametrize(("cores", "batch_tokens", "most"), [(2, 200, 2), (3, 500, 3), (64, 2000, 64)])
+def test_passes_side_by_side_give_the_same_bits(
+    model, tokenizer, loaded, threads, workers, cores, batch_tokens, most, monkeypatch
+):
+    threads(1)
+    expected = evaluate.run(model, tokenizer, loaded, LIMIT, batch_tokens)
+    assert workers == {threading.get_ident(): 1}
+    workers.clear()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    found = evaluate.run(model, tokenizer, loaded, LIMIT, batch_tokens)
+    assert found == expected
+    assert threading.get_ident() not in workers and 2 <= len(workers) <= most
+
+
+def test_cores_are_shared_out_and_given_back(model, threads, workers):
+    threads(5)
+    asked = [(None, [5, 6, index], [7]) for index in range(4)]
+    lm = SharedPrefixLM(model, None, 1)
+    with evaluate.side_by_side(model, 2) as mapped:
+        assert list(mapped(lambda _: torch.get_num_threads(), range(2))) == [2, 2]
+    assert torch.get_num_threads() == 5
+    lm._loglikelihood_tokens(asked)
+    assert torch.get_num_threads() == 5
+
+
+def test_an_error_in_a_pass_is_raised_and_the_cores_are_given_back(model, threads, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no memory")
+
+    threads(2)
+    monkeypatch.setattr(evaluate, "score", fails)
+    lm = SharedPrefixLM(model, None, 1)
+    with pytest.raises(RuntimeError, match="no memory"):
+        lm._loglikelihood_tokens([(None, [5], [6]), (None, [7, 8], [9])])
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("quantized", "passes"), [(True, 4), (False, 1)])
+def test_quantized_modules_and_single_passes_stay_in_one_thread(model, threads, quantized, passes):
+    config = SimpleNamespace(**({"quantization_config": {}} if quantized else {}))
+    threads(2)
+    with evaluate.side_by_side(SimpleNamespace(config=config, device=torch.device("cpu")), passes) as mapped:
+        assert mapped is map
+        assert torch.get_num_threads() == 2
 
 
 def test_standard_errors_follow_the_formula(scores):
