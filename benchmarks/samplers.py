@@ -73,9 +73,8 @@ class Landscape:
         """Return the area that the true qualities of some vectors dominate, from no gain, a tenth beyond the top."""
         raised = raised_of(list(tried))
         memories = self.space.memories(raised)
-        worst = self.space.ceiling + 0.1 * (self.space.ceiling - self.space.base)
         points = zip(self.quality(raised).tolist(), memories.tolist(), strict=True)
-        return pareto.hypervolume(points, 0.0, worst)
+        return pareto.hypervolume(points, 0.0, self.space.base + self.space.reach)
 
     def best(self) -> float:
         """Return the hypervolume of the best vectors known: of each size by climbing, then of all their neighbours."""

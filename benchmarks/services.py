@@ -122,11 +122,12 @@ def recorder(study: str) -> Any:
 
 
 def record(to: Any, number: int, result: Result) -> None:
-    """Track one trial as the search does: open its run, log its figures, end it."""
+    """Track one trial as the search does: open its run, log its figures, end it; a step in the search's own run."""
     own = to._open(f"trial {number}", "random", result.bits, reference=False)
     own.tags({"trial": str(number)})
     log_result(own, result)
     own.finish()
+    to.run.series("hypervolume", [result.accuracy], number)
 
 
 def record_one_by_one(parent: tracking.Run, number: int, result: Result) -> None:
@@ -143,6 +144,7 @@ def record_one_by_one(parent: tracking.Run, number: int, result: Result) -> None
     for key, value in {"trial": str(number), "memory_source": "predicted", "mlflow.runName": "trial"}.items():
         client.set_tag(run_id, key, value)
     client.set_terminated(run_id)
+    client.log_metric(parent.run_id, "hypervolume", result.accuracy, step=number)
 
 
 def tracking_share(setup: Setup) -> dict[str, Figure]:

@@ -128,6 +128,14 @@ class Space:
         dearest = self.base + sum(sorted(self.deltas, reverse=True)[: self.max_eights])
         return dearest if self.budget is None else min(dearest, self.budget)
 
+    @property
+    def reach(self) -> float:
+        """Return the bytes above the base in which a front's gains count.
+
+        A tenth beyond the dearest vector, so that its quality counts, too.
+        """
+        return 1.1 * (self.ceiling - self.base)
+
     def __contains__(self, bits: Sequence[int]) -> bool:
         """Return whether a bit vector is feasible."""
         return bool(self.feasible(np.array([bits]) == 8)[0])

@@ -316,7 +316,8 @@ def _searched(supplies: Supplies, own: Run) -> tuple[tuple[int, ...], str]:
     own.tags({"study_digest": name})
     recorder = Recorder(own, name, params, context)
     recorder.agree(study)
-    search.run(study, settings, supplies.space, supplies.priors, params.seed, recorder.attempt(study), history)
+    attempt = recorder.attempt(study, supplies.space)
+    search.run(study, settings, supplies.space, supplies.priors, params.seed, attempt, history)
     trials = pareto.points(tracking.trials(name), settings.objective)
     found = pareto.best(pareto.judge(pareto.front(trials), trials, supplies.priors.sensitivity))  # as ``build`` chooses
     return read_bits(found.bits, context.units), name

@@ -117,6 +117,16 @@ def hypervolume(members: Iterable[tuple[float, float]], worst_score: float, wors
     return area
 
 
+def growth(points: Sequence[tuple[float, float]], reach: float) -> list[float]:
+    """Return the front's hypervolume after each trial of a search, in units of the score times GiB.
+
+    Args:
+        points: (score, bytes) of the finished trials in their order. The first is where the gain begins: all at 4 bits.
+        reach: Bytes beyond the first one's in which gains count.
+    """
+    return [hypervolume(points[:n], points[0][0], points[0][1] + reach) / GIB for n in range(1, len(points) + 1)]
+
+
 def compared(every: Sequence[Point], records: Sequence[Mapping[str, Any]], objective: str) -> list[Point]:
     """Return the points with their paired errors and their probabilities of being on the front, among all trials.
 

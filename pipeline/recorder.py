@@ -79,12 +79,18 @@ class Recorder:
         log_result(own, result)
         own.finish()
 
-    def attempt(self, study: Any) -> Callable[[Any, Any, int], Any]:
-        """Return what runs one trial for ``search.run``: tracked, recorded, its failure returned."""
+    def attempt(self, study: Any, space: Any) -> Callable[[Any, Any, int], Any]:
+        """Return what runs one trial for ``search.run``: tracked, recorded, its failure returned.
+
+        The search's own run gets the hypervolume of the front after each trial, those of earlier processes first.
+        """
         from pipeline import trial
         from pipeline.quantize import write_bits
 
+        followed = self._follow(study, space, 0)
+
         def run(opened: Any, candidate: Any, done: int) -> Any:
+            nonlocal followed
             text = write_bits(candidate.bits)
             own = self._open(f"trial {opened.number}", candidate.method, text, reference=False)
             own.tags({"trial": str(opened.number)})
@@ -101,10 +107,21 @@ class Recorder:
                 return error
             log_result(own, result)  # a store that fails here ends the search; the journal has the trial
             own.finish()
+            followed = self._follow(study, space, followed)
             say(label, result)
             return result
 
         return run
+
+    def _follow(self, study: Any, space: Any, followed: int) -> int:
+        """Log the hypervolume after each finished trial but the first ``followed``; return how many there are."""
+        from pipeline import pareto
+        from pipeline.trial import Result
+
+        results = [Result.from_json(record["result"]) for record in study.finished()]
+        curve = pareto.growth([(one.score(study.objective)[0], one.peak_memory_bytes) for one in results], space.reach)
+        self.run.series("hypervolume", curve[followed:], followed + 1)
+        return len(results)
 
     def _open(self, name: str, method: str, bits: str, reference: bool) -> Run:
         kind = "reference" if reference else "trial"

@@ -5,7 +5,9 @@ First and second order as in the paper, the Fisher information of a mask, activa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -347,31 +349,24 @@ def _whole(half: torch.Tensor) -> torch.Tensor:
     return half.triu() + half.triu(1).T
 
 
-class _reading:  # noqa: N801  (a context manager)
-    """Collects what the reading linears of every block receive: (block, kind) -> [B, L, inputs]."""
+@contextmanager
+def _reading(
+    model: Any, through: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[dict[tuple[int, str], torch.Tensor]]:
+    """Collect what the reading linears of every block receive: (block, kind) -> [B, L, inputs]."""
+    seen: dict[tuple[int, str], torch.Tensor] = {}
 
-    def __init__(self, model: Any, through: Callable[[torch.Tensor], torch.Tensor]):
-        self.model, self.through = model, through
-        self.seen: dict[tuple[int, str], torch.Tensor] = {}
-        self.handles: list[Any] = []
+    def hook(place: tuple[int, str], _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        seen[place] = through(inputs[0]) if inputs[0].is_leaf else inputs[0]
+        return (seen[place],)
 
-    def __enter__(self) -> dict[tuple[int, str], torch.Tensor]:
-        for block in range(self.model.config.num_hidden_layers):
-            for kind, name in READER.items():
-                linear = self.model.get_submodule(architecture.linear_name(block, name))
-                self.handles.append(linear.register_forward_pre_hook(self._hook(block, kind)))
-        return self.seen
-
-    def _hook(self, block: int, kind: str) -> Callable:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            self.seen[block, kind] = self.through(inputs[0]) if inputs[0].is_leaf else inputs[0]
-            return (self.seen[block, kind],)
-
-        return hook
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+    places = [(block, kind) for block in range(model.config.num_hidden_layers) for kind in READER]
+    with ExitStack() as hooks:
+        for block, kind in places:
+            linear = model.get_submodule(architecture.linear_name(block, READER[kind]))
+            handle = linear.register_forward_pre_hook(partial(hook, (block, kind)))
+            hooks.callback(handle.remove)
+        yield seen
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 
 from pipeline import console, storage, tracking
-from pipeline.params import Params, flatten
+from pipeline.params import Objective, Params, flatten
 from pipeline.paths import ALPACA, BANK, BASE, BENCHMARKS, FINAL, PRUNED, REPORTS, STUDY
 from pipeline.recorder import Recorder, steps, study_name, unfinished
 from pipeline.tracking import Run
@@ -182,7 +182,7 @@ def search(params: Params, run: Run) -> None:
     recorder = Recorder(run, name, params, context)
     recorder.agree(study)
     recorder.references(study)
-    ended = stage_.run(study, settings, space, priors, params.seed, recorder.attempt(study), history)
+    ended = stage_.run(study, settings, space, priors, params.seed, recorder.attempt(study, space), history)
     console.note(f"search ended: {ended.reason}")
     finished = study.finished()
     results = [Result.from_json(one["result"]) for one in finished]
@@ -202,8 +202,7 @@ def search(params: Params, run: Run) -> None:
     figures = {
         "finished": len(finished),
         "failed": ended.failed,
-        "best_accuracy": max((one["result"]["accuracy"] for one in finished), default=None),
-        "best_gold_logprob": max((one["result"]["gold_logprob"] for one in finished), default=None),
+        **{f"best_{name}": max((one.score(name)[0] for one in results), default=None) for name in get_args(Objective)},
     }
     run.metrics(figures)
     summary = {"study": name, "search_run": run.run_id, "ended": ended.reason, **figures}

@@ -58,9 +58,12 @@ class Linear(Kernel):
 
     def __call__(self, X: np.ndarray, Y: np.ndarray | None = None, eval_gradient: bool = False) -> Any:
         """Return the kernel matrix, with an empty gradient: nothing here is learnt."""
-        left = X[:, slice(*self.columns)]
-        matrix = left @ (left if Y is None else Y[:, slice(*self.columns)]).T
+        matrix = self._matrix(X, Y)
         return (matrix, np.empty((*matrix.shape, 0))) if eval_gradient else matrix
+
+    def _matrix(self, X: np.ndarray, Y: np.ndarray | None) -> np.ndarray:
+        left = X[:, slice(*self.columns)]
+        return left @ (left if Y is None else Y[:, slice(*self.columns)]).T
 
     def diag(self, X: np.ndarray) -> np.ndarray:
         """Return the diagonal of the kernel matrix."""
@@ -71,24 +74,11 @@ class Linear(Kernel):
         return False
 
 
-class KnownNoise(Kernel):
-    """Independent noise whose standard deviation stands in one column."""
+class KnownNoise(Linear):
+    """Independent noise whose standard deviation stands in a column: none is shared, even between equal vectors."""
 
-    def __init__(self, column: int):
-        self.column = column
-
-    def __call__(self, X: np.ndarray, Y: np.ndarray | None = None, eval_gradient: bool = False) -> Any:
-        """Return the kernel matrix: diagonal among observations, zero between them and anything else."""
-        matrix = np.diag(X[:, self.column] ** 2) if Y is None else np.zeros((len(X), len(Y)))
-        return (matrix, np.empty((*matrix.shape, 0))) if eval_gradient else matrix
-
-    def diag(self, X: np.ndarray) -> np.ndarray:
-        """Return the diagonal of the kernel matrix."""
-        return X[:, self.column] ** 2
-
-    def is_stationary(self) -> bool:
-        """Return False."""
-        return False
+    def _matrix(self, X: np.ndarray, Y: np.ndarray | None) -> np.ndarray:
+        return np.diag(self.diag(X)) if Y is None else np.zeros((len(X), len(Y)))
 
 
 class Model:
@@ -137,7 +127,7 @@ class Model:
             + ConstantKernel(0.05, wide) * Linear(each)
             + ConstantKernel(0.05, wide) * Linear(weighted)
             + ConstantKernel(1e-3, wide) * Linear(each) ** 2
-            + ConstantKernel(0.3, (1e-4, 1.0)) * KnownNoise(4)
+            + ConstantKernel(0.3, (1e-4, 1.0)) * KnownNoise((4, 5))
         )
 
     def predict(self, raised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -249,9 +239,7 @@ def acquisition(model: Model, space: Space, tried: np.ndarray) -> Callable[[np.n
 
     The front to improve is that of the model's means at the tried vectors: a lucky observation makes no front.
     """
-    # A tenth beyond the dearest vector, so that quality counts there too.
-    ceiling = space.ceiling + 0.1 * (space.ceiling - space.base) + 1
-    front = Front.of(space.memories(tried), model.predict(tried)[0], ceiling)
+    front = Front.of(space.memories(tried), model.predict(tried)[0], space.base + space.reach + 1)
     return lambda raised: improvement(*model.predict(raised), space.memories(raised), front)
 
 

@@ -168,10 +168,10 @@ class Run:
         batch = [Metric(key, float(value), now, step) for key, value in values.items() if value is not None]
         client().log_batch(self.run_id, metrics=batch)
 
-    def series(self, key: str, values: Sequence[float]) -> None:
-        """Log a metric's values at steps 0, 1, ... in one call for each thousand of them."""
+    def series(self, key: str, values: Sequence[float], first: int = 0) -> None:
+        """Log a metric's values at the steps from ``first`` on, in one call for each thousand of them."""
         now = int(time.time() * 1000)
-        points = [Metric(key, float(value), now, step) for step, value in enumerate(values)]
+        points = [Metric(key, float(value), now, step) for step, value in enumerate(values, first)]
         for start in range(0, len(points), _PAGE):
             client().log_batch(self.run_id, metrics=points[start : start + _PAGE])
 

@@ -219,3 +219,8 @@ def test_unseen_walks_through_the_whole_space_then_gives_none(limit, budget):
 
 def test_per_byte_divides_by_what_a_unit_costs():
     assert space(deltas=(5, 2, 0)).per_byte([10, -3, 4]) == [2, -1.5, 4]  # what costs nothing counts as one byte
+
+
+def test_reach_is_a_tenth_beyond_the_dearest_vector():
+    assert Space(base=1000, deltas=(10, 30, 20), max_eights=2, budget=None).reach == pytest.approx(1.1 * 50)
+    assert Space(base=1000, deltas=(10, 30, 20), max_eights=2, budget=1040).reach == pytest.approx(1.1 * 40)

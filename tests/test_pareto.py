@@ -127,6 +127,14 @@ def test_hypervolume_counts_the_dominated_cells(seed):
         assert pareto.hypervolume(pairs, worst_score, worst_memory) == pytest.approx(cells)
 
 
+def test_growth_by_hand():
+    unit = 2**30
+    trials = [(1.0, 10 * unit), (3.0, 14 * unit), (2.0, 15 * unit), (4.0, 30 * unit), (2.0, 12 * unit)]
+    # From (1, 10 GiB), up to 10 + 10 GiB: nothing; 2 x 6; dominated; beyond reach; 1 x 2 more between 12 and 14.
+    assert pareto.growth(trials, 10 * unit) == [0.0, 12.0, 12.0, 12.0, 14.0]
+    assert pareto.growth([], 10 * unit) == []
+
+
 def test_best_is_highest_score_then_least_memory():
     members = [point(0.4, 1, "a"), point(0.6, 9, "b"), point(0.6, 7, "c"), point(0.5, 2, "d")]
     assert pareto.best(members).run_id == "c"

@@ -10,9 +10,10 @@ import torch
 from conftest import ROOT
 from test_search import PRIORS, SPACE, UNITS, result
 
-from pipeline import recorder, search, stages, tracking, trial
+from pipeline import pareto, recorder, search, stages, tracking, trial
 from pipeline.recorder import Recorder
 from pipeline.search import Study
+from pipeline.trial import Result
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def searched(folder, settings, monkeypatch, broken=None, run=None):
         own = Recorder(top, "study", settings, context)
         own.agree(study)
         own.references(study)
-        search.run(study, settings.search, SPACE, PRIORS, 0, own.attempt(study))
+        search.run(study, settings.search, SPACE, PRIORS, 0, own.attempt(study, SPACE))
     return study, top
 
 
@@ -63,7 +64,7 @@ def test_no_model_of_an_earlier_trial_is_left_when_the_next_one_is_measured(tmp_
     with tracking.stage("search", {}) as run:
         own = Recorder(run, "study", settings.model_copy(update={"search": chosen}), context)
         own.references(study)
-        search.run(study, chosen, SPACE, PRIORS, 0, own.attempt(study))
+        search.run(study, chosen, SPACE, PRIORS, 0, own.attempt(study, SPACE))
     assert len(left) == 6
 
 
@@ -105,6 +106,22 @@ def test_store_that_fails_while_a_trial_is_logged_loses_no_trial(tmp_path, setti
     assert len(Study(tmp_path, "study").finished()) == 2 and len(found()) == 1
     study, _ = searched(tmp_path, settings, monkeypatch)
     assert len(study.finished()) == 4 == len(found())
+
+
+def test_search_shows_how_its_front_grows_and_a_resumed_one_shows_all_of_it(tmp_path, settings, monkeypatch):
+    study, first = searched(tmp_path, settings, monkeypatch)
+    results = [Result.from_json(one["result"]) for one in study.finished()]
+    points = [(one.score(study.objective)[0], one.peak_memory_bytes) for one in results]
+    expected = [pareto.hypervolume(points[:n], points[0][0], points[0][1] + SPACE.reach) / 2**30 for n in (1, 2, 3, 4)]
+    assert expected[0] == 0 < expected[-1]
+
+    def curve(run):
+        return [(one.step, one.value) for one in tracking.client().get_metric_history(run.run_id, "hypervolume")]
+
+    assert curve(first) == list(enumerate(expected, 1))
+    more = settings.model_copy(update={"search": settings.search.model_copy(update={"n_trials": 6})})
+    _, second = searched(tmp_path, more, monkeypatch)
+    assert curve(second)[:4] == curve(first) and [step for step, _ in curve(second)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_trial_finished_in_the_study_is_finished_in_mlflow_after_a_kill_in_between(tmp_path, settings, monkeypatch):
