@@ -49,6 +49,7 @@ _PARENT_TAG = "mlflow.parentRunId"
 ITEMS = "items.json"  # in a trial's run: what it measured item by item
 _PAGE = 1000
 _ending = False  # whether an interrupt was heard and the runs are being ended
+_AGAIN = 5.0  # seconds after which an interrupt that was not heeded is raised again
 
 
 StoreError = MlflowException  # what a store raises that cannot be reached, or refuses
@@ -299,14 +300,16 @@ def ending() -> None:
 def on_termination_interrupt() -> None:
     """Turn SIGINT and SIGTERM into an interrupt, and ask for one when the parent dies, so that runs end as KILLED.
 
-    Every signal raises, as an exception that arrives in a destructor is lost, until ``ending`` is called.
+    An exception that arrives in a destructor is lost: it is raised again, every few seconds and with every further
+    signal, until ``ending`` is called.
     """
 
     def stop(*_: Any) -> None:
         if not _ending:
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN)
             raise Interrupted
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, stop)
     if sys.platform == "linux":
         import ctypes

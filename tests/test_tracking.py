@@ -72,6 +72,38 @@ with tracking.stage("search", {}) as run:
     assert [tracking.run(run).info.status for run in done.stdout.split()] == ["KILLED", "KILLED"]
 
 
+def test_an_interrupt_that_is_lost_in_a_destructor_comes_again():
+    code = """
+import os
+import signal
+import time
+from pipeline import tracking
+tracking._AGAIN = 0.2
+tracking.on_termination_interrupt()
+class Dies:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+with tracking.stage("search", {}) as run:
+    print(run.run_id, flush=True)
+    Dies()
+    print("goes on", flush=True)
+    time.sleep(30)
+"""
+    root = str(tracking.Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root},
+        check=False,
+        timeout=25,
+    )
+    run, *said = done.stdout.split("\n")
+    assert said[0] == "goes on" and "Exception ignored" in done.stderr
+    assert tracking.run(run).info.status == "KILLED"
+
+
 def test_runs_of_dead_processes_are_reaped_and_others_left():
     code = """
 import os
