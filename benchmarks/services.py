@@ -127,7 +127,7 @@ def record(to: Any, number: int, result: Result) -> None:
     own.tags({"trial": str(number)})
     log_result(own, result)
     own.finish()
-    to.run.series("hypervolume", [result.accuracy], number)
+    to.run.series("hypervolume", [(number, result.accuracy)])
 
 
 def record_one_by_one(parent: tracking.Run, number: int, result: Result) -> None:

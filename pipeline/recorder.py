@@ -120,7 +120,7 @@ class Recorder:
 
         results = [Result.from_json(record["result"]) for record in study.finished()]
         curve = pareto.growth([(one.score(study.objective)[0], one.peak_memory_bytes) for one in results], space.reach)
-        self.run.series("hypervolume", curve[followed:], followed + 1)
+        self.run.series("hypervolume", enumerate(curve[followed:], followed + 1))
         return len(results)
 
     def _open(self, name: str, method: str, bits: str, reference: bool) -> Run:
@@ -136,7 +136,8 @@ def log_result(own: Run, result: Any) -> None:
 
     own.metrics(result.metrics())
     own.json(result.record, tracking.ITEMS)
-    own.series("loss", result.losses)
+    own.series("loss", enumerate(result.losses))
+    own.series("held_out_loss", result.validation_losses)
     name = tracking.run(own.run_id).info.run_name.partition(":")[0]
     text, gold = result.response_logprob, result.gold_logprob
     quality = f"response {text:.3f}, gold answer {gold:.3f}, {100 * result.accuracy:.1f} %"

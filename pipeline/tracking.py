@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,10 +169,10 @@ class Run:
         batch = [Metric(key, float(value), now, step) for key, value in values.items() if value is not None]
         client().log_batch(self.run_id, metrics=batch)
 
-    def series(self, key: str, values: Sequence[float], first: int = 0) -> None:
-        """Log a metric's values at the steps from ``first`` on, in one call for each thousand of them."""
+    def series(self, key: str, values: Iterable[tuple[int, float]]) -> None:
+        """Log a metric's (step, value) pairs, in one call for each thousand of them."""
         now = int(time.time() * 1000)
-        points = [Metric(key, float(value), now, step) for step, value in enumerate(values, first)]
+        points = [Metric(key, float(value), now, step) for step, value in values]
         for start in range(0, len(points), _PAGE):
             client().log_batch(self.run_id, metrics=points[start : start + _PAGE])
 

@@ -93,6 +93,8 @@ class Result:
         losses: Training loss of each step.
         by_item: Task -> of each item its own metric and the log-probability of its gold choice.
         by_row: Of each held-out row the sum of its losses and their number.
+        validation_losses: (step, validation loss) during recovery, where ``recover.validate_every`` asks for it.
+        trained_tokens: Tokens of the recovery, padding left out.
     """
 
     bits: str
@@ -112,6 +114,8 @@ class Result:
     losses: list[float] = field(default_factory=list)
     by_item: dict[str, list[tuple[float, float]]] = field(default_factory=dict, repr=False)
     by_row: list[tuple[float, int]] = field(default_factory=list, repr=False)
+    validation_losses: list[tuple[int, float]] = field(default_factory=list)
+    trained_tokens: int = 0
 
     @property
     def response_logprob(self) -> float:
@@ -137,6 +141,7 @@ class Result:
             "peak_memory_gib": self.peak_memory_bytes / GIB,
             "inference_memory_bytes": float(self.inference_memory_bytes),
             "items": float(self.items),
+            "trained_tokens": float(self.trained_tokens),
             **self.other,
         }
         for task, (value, error) in self.tasks.items():
@@ -158,7 +163,8 @@ class Result:
         pairs = {task: (float(pair[0]), float(pair[1])) for task, pair in values["tasks"].items()}
         by_item = {task: [(own, gold) for own, gold in items] for task, items in values["by_item"].items()}
         by_row = [(loss, count) for loss, count in values["by_row"]]
-        return Result(**{**values, "tasks": pairs, "by_item": by_item, "by_row": by_row})
+        curve = [(step, loss) for step, loss in values["validation_losses"]]
+        return Result(**{**values, "tasks": pairs, "by_item": by_item, "by_row": by_row, "validation_losses": curve})
 
     @property
     def record(self) -> dict[str, Any]:
@@ -354,6 +360,8 @@ def run(
         losses=list(recovered.losses),
         by_item={task: [(round(a, 6), round(b, 6)) for a, b in items] for task, items in scores.by_item.items()},
         by_row=[(round(loss, 6), count) for loss, count in recovered.validation_rows],
+        validation_losses=list(recovered.validation_losses.items()),
+        trained_tokens=recovered.tokens,
     )
     return result, model
 

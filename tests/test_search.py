@@ -42,6 +42,9 @@ def result(bits):
         4,
         by_item={"piqa": [(1.0, -0.5), (0.0, -1.5)]},
         by_row=[(20.0, 10), (30.0, 12)],
+        losses=[3.5, 3.0],
+        validation_losses=[(1, 2.25), (2, 2.0)],
+        trained_tokens=640,
     )
 
 

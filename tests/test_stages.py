@@ -108,6 +108,18 @@ def test_store_that_fails_while_a_trial_is_logged_loses_no_trial(tmp_path, setti
     assert len(study.finished()) == 4 == len(found())
 
 
+def test_a_trials_run_shows_its_losses_step_by_step(tmp_path, settings, monkeypatch):
+    searched(tmp_path, settings, monkeypatch)
+    run = found()[0]
+
+    def history(key):
+        return [(one.step, one.value) for one in tracking.client().get_metric_history(run.info.run_id, key)]
+
+    assert history("loss") == [(0, 3.5), (1, 3.0)]
+    assert history("held_out_loss") == [(1, 2.25), (2, 2.0)]
+    assert run.data.metrics["trained_tokens"] == 640
+
+
 def test_search_shows_how_its_front_grows_and_a_resumed_one_shows_all_of_it(tmp_path, settings, monkeypatch):
     study, first = searched(tmp_path, settings, monkeypatch)
     results = [Result.from_json(one["result"]) for one in study.finished()]

@@ -199,7 +199,7 @@ def test_trials_read_from_the_database_are_those_that_mlflow_finds():
         own = parent.child(f"trial {number}", {"stage": "trial", "study": study})
         own.params({"bits": "48" * number, "units": [1, 2]})
         own.metrics({"accuracy": number / 4, "broken": math.nan, "far": math.inf})
-        own.series("loss", [3.0, 2.5, 2.0 + number])
+        own.series("loss", enumerate([3.0, 2.5, 2.0 + number]))
         own.finish("FAILED" if number == 3 else "FINISHED")
     elsewhere = tracking.client().create_experiment("elsewhere")
     for name in ("kept", "deleted"):
@@ -221,7 +221,7 @@ def _plain(run):
 
 def test_series_keeps_every_step():
     run = tracking._create("trial", tracking.experiment_id(), None, {})
-    run.series("loss", [3.0, 2.0, 1.0])
+    run.series("loss", enumerate([3.0, 2.0, 1.0]))
     history = tracking.client().get_metric_history(run.run_id, "loss")
     assert [(one.step, one.value) for one in sorted(history, key=lambda one: one.step)] == [
         (0, 3.0),
