@@ -136,14 +136,19 @@ def log_result(own: Run, result: Any) -> None:
 
     own.metrics(result.metrics())
     own.json(result.record, tracking.ITEMS)
-    own.series("loss", enumerate(result.losses))
-    own.series("held_out_loss", result.validation_losses)
+    log_losses(own, result)
     name = tracking.run(own.run_id).info.run_name.partition(":")[0]
     text, gold = result.response_logprob, result.gold_logprob
     quality = f"response {text:.3f}, gold answer {gold:.3f}, {100 * result.accuracy:.1f} %"
     figures = f"{quality}, {result.peak_memory_bytes / 2**30:.3f} GiB, {summary(result.bits)}"
     # The UI's default columns show no metric, so the figures stand in the name.
     own.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {figures}"})
+
+
+def log_losses(own: Run, result: Any) -> None:
+    """Log the losses of a recovery step by step."""
+    own.series("loss", enumerate(result.losses))
+    own.series("held_out_loss", result.validation_losses)
 
 
 def say(label: str, result: Any) -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 from pipeline import console, storage, tracking
 from pipeline.params import Objective, Params, flatten
 from pipeline.paths import ALPACA, BANK, BASE, BENCHMARKS, FINAL, PRUNED, REPORTS, STUDY
-from pipeline.recorder import Recorder, steps, study_name, unfinished
+from pipeline.recorder import Recorder, log_losses, steps, study_name, unfinished
 from pipeline.tracking import Run
 
 STAGES: dict[str, Callable[[Params], None]] = {}
@@ -280,6 +280,7 @@ def build(params: Params, run: Run) -> None:
         (folder / "lineage.json").write_text(stage_.lineage_json(lineage))
         figures = stage_.verified(context, bits, model, folder)
     run.metrics(result.metrics())
+    log_losses(run, result)
     run.artifact(FINAL / "README.md")
     _figures(run, "build", figures | {key: value for key, value in result.metrics().items() if "seconds" not in key})
 
