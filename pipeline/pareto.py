@@ -117,14 +117,16 @@ def hypervolume(members: Iterable[tuple[float, float]], worst_score: float, wors
     return area
 
 
-def growth(points: Sequence[tuple[float, float]], reach: float) -> list[float]:
+def growth(points: Sequence[tuple[float, float]], reach: float, known: int = 0) -> list[float]:
     """Return the front's hypervolume after each trial of a search, in units of the score times GiB.
 
     Args:
         points: (score, bytes) of the finished trials in their order. The first is where the gain begins: all at 4 bits.
         reach: Bytes beyond the first one's in which gains count.
+        known: First trials that are left out.
     """
-    return [hypervolume(points[:n], points[0][0], points[0][1] + reach) / GIB for n in range(1, len(points) + 1)]
+    counts = range(known + 1, len(points) + 1)
+    return [hypervolume(points[:n], points[0][0], points[0][1] + reach) / GIB for n in counts]
 
 
 def compared(every: Sequence[Point], records: Sequence[Mapping[str, Any]], objective: str) -> list[Point]:

@@ -119,8 +119,8 @@ class Recorder:
         from pipeline.trial import Result
 
         results = [Result.from_json(record["result"]) for record in study.finished()]
-        curve = pareto.growth([(one.score(study.objective)[0], one.peak_memory_bytes) for one in results], space.reach)
-        self.run.series("hypervolume", enumerate(curve[followed:], followed + 1))
+        points = [(one.score(study.objective)[0], one.peak_memory_bytes) for one in results]
+        self.run.series("hypervolume", enumerate(pareto.growth(points, space.reach, followed), followed + 1))
         return len(results)
 
     def _open(self, name: str, method: str, bits: str, reference: bool) -> Run:

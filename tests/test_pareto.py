@@ -132,6 +132,7 @@ def test_growth_by_hand():
     trials = [(1.0, 10 * unit), (3.0, 14 * unit), (2.0, 15 * unit), (4.0, 30 * unit), (2.0, 12 * unit)]
     # From (1, 10 GiB), up to 10 + 10 GiB: nothing; 2 x 6; dominated; beyond reach; 1 x 2 more between 12 and 14.
     assert pareto.growth(trials, 10 * unit) == [0.0, 12.0, 12.0, 12.0, 14.0]
+    assert pareto.growth(trials, 10 * unit, 3) == [12.0, 14.0]
     assert pareto.growth([], 10 * unit) == []
 
 
