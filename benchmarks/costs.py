@@ -269,7 +269,7 @@ def trial_flops(setup: Setup) -> dict[str, Figure]:
     training = work["recovery_tokens"] * (4 * linears + 6 * adapters) + work["recovery_heads"] * 4 * head
     training += work["validation_tokens"] * 2 * (linears + adapters) + work["validation_heads"] * 2 * head
     repeats = setup.options.repeats
-    limit = matmul_rate([*shapes, (config.vocab_size, config.hidden_size)], repeats)
+    limit = matmul_rate([*shapes, (config.vocab_size, config.hidden_size)], repeats, setup.context.compute.dtype)
     found = {}
     for name, phase, operations in (("recovery", "recover", training), ("evaluation", "evaluate", forward)):
         rate = operations / setup.seconds["ours", phase]
@@ -278,12 +278,12 @@ def trial_flops(setup: Setup) -> dict[str, Figure]:
 
 
 @torch.inference_mode()
-def matmul_rate(shapes: list[tuple[int, int]], repeats: int) -> float:
-    """Return the floating-point operations a second of bare bf16 matmuls of these shapes, one after the other."""
+def matmul_rate(shapes: list[tuple[int, int]], repeats: int, dtype: torch.dtype) -> float:
+    """Return the floating-point operations a second of bare matmuls of these shapes, one after the other."""
     seconds = 0.0
     for outputs, inputs in set(shapes):
-        rows = torch.randn(ROWS, inputs, dtype=torch.bfloat16)
-        weight = torch.randn(outputs, inputs, dtype=torch.bfloat16)
+        rows = torch.randn(ROWS, inputs, dtype=dtype)
+        weight = torch.randn(outputs, inputs, dtype=dtype)
         F.linear(rows, weight)  # generates the kernel
         (once,) = interleaved(lambda rows=rows, weight=weight: timed(lambda: F.linear(rows, weight)), repeats=repeats)
         seconds += once * shapes.count((outputs, inputs))

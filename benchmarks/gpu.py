@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import plain
 from benchmarks.harness import markdown, timed
 from pipeline import GIB, alpaca, architecture, checkpoint, evaluate, plan, quantize, recover, tasks, trial
+from pipeline.device import Compute
 
 DEVICE = torch.device("cuda")
 
@@ -50,7 +51,9 @@ def random_context(asked: plan.Asked, ratio: float, tokenizer: Any, steps: int, 
     rows = [alpaca.encode(part, tokenizer, settings.max_length) for part in (train, held_out)]
     loaded = tasks.load(params.evaluate.tasks, Path("data/sample/benchmarks"))
     units = architecture.units(config, "block")
-    return trial.Context(config, state, quantize.Bank(folder), tokenizer, units, loaded, *rows, params, DEVICE)
+    return trial.Context(
+        config, state, quantize.Bank(folder), tokenizer, units, loaded, *rows, params, Compute(DEVICE, torch.bfloat16)
+    )
 
 
 def seconds(work: Callable[[], Any]) -> float:

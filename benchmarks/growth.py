@@ -126,7 +126,7 @@ def random_context(context: Context, hidden: int, layers: int, folder: Path) -> 
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        state = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).state_dict()
+        state = AutoModelForCausalLM.from_config(config).to(context.compute.dtype).state_dict()
     pruned = checkpoint.pruned_config(config, architecture.shapes(config))
     folder.mkdir(parents=True)
     quantize.run(state, quantize.names_of(pruned), context.bank.settings, 0, folder)

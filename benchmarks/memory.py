@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline import architecture, checkpoint, evaluate, memory, params, plan, quantize, recover, traced, trial
 from pipeline.alpaca import Example
 from pipeline.architecture import BlockShape
+from pipeline.device import Compute
 from pipeline.evaluate import Request
 from pipeline.memory import Setting
 
@@ -146,7 +147,7 @@ def context_of(case: Case, folder: Path, device: torch.device = CPU) -> trial.Co
     chosen = raw.model_copy(update={"recover": raw.recover.model_copy(update=batch)})
     units = architecture.units(config, "group")
     bank = quantize.Bank(folder)
-    return trial.Context(config, state, bank, None, units, {}, [], [], chosen, device)
+    return trial.Context(config, state, bank, None, units, {}, [], [], chosen, Compute(device, torch.bfloat16))
 
 
 def bytes_of(model: Any) -> int:

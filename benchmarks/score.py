@@ -6,15 +6,14 @@ python -m benchmarks.score artifacts/base data/benchmarks [items of a task, 0: a
 import sys
 from pathlib import Path
 
-import torch
-
-from pipeline import checkpoint, console, definitions, evaluate, tasks
+from pipeline import checkpoint, console, definitions, device, evaluate, tasks
 from pipeline.params import TASKS
 
 
 def main(folder: Path, items: Path, limit: int) -> None:
     """Print accuracy, standard error and chance of each task as a Markdown table."""
-    model = checkpoint.load_model(folder, dtype=torch.bfloat16)
+    compute = device.choose("auto", "auto")
+    model = checkpoint.load_model(folder, compute.device, compute.dtype)
     tokenizer = checkpoint.load_tokenizer(folder)
     scores = evaluate.run(model, tokenizer, tasks.load(TASKS, items), limit, 1024)
     print(f"{scores.items} items\n\n| task | metric | accuracy, % | chance, % |\n|---|---|---|---|")

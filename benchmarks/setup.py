@@ -45,7 +45,7 @@ class Setup:
 
     @cached_property
     def context(self) -> Context:
-        """Return what trials share: ``params.yaml`` with rows of 256 tokens, in bf16 on the CPU.
+        """Return what trials share: ``params.yaml`` with rows of 256 tokens, on the CPU.
 
         Raises:
             FileNotFoundError: The pipeline has not made what a trial needs.

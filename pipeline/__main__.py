@@ -83,6 +83,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
     import torch
 
     from pipeline.build import BuildError
+    from pipeline.errors import UserError
     from pipeline.fetch import FetchError
     from pipeline.paper import CellsFailed
     from pipeline.recover import RecoverError
@@ -102,6 +103,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
         ItemsLost,
         OSError,  # a disk that is full, a folder that cannot be written
         ValueError,
+        UserError,
     )
 
 

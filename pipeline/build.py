@@ -21,6 +21,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoint, trial
+from pipeline.device import Compute
+from pipeline.device import choose as choose_compute
 from pipeline.quantize import write_bits
 from pipeline.trial import Context, Result
 
@@ -62,8 +64,9 @@ def save(context: Context, bits: Sequence[int], trained: PeftModel, folder: Path
     bits_of = context.bits_of(bits)
     if context.params.recover.train == "full":
         context = replace(context, state=context.state | trial.trained_state(trained, bits_of))
-    real = trial.mixed_model(context, bits_of)
+    real = trial.mixed_model(replace(context, state=checkpoint.stored(context.state)), bits_of)
     real.save_pretrained(folder)  # before PEFT renames its linears
+    checkpoint.compute_in(real, context.compute.dtype)
     adapted = get_peft_model(real, trial.lora_config(context.params, context.bank.settings))
     set_peft_model_state_dict(adapted, get_peft_model_state_dict(trained, save_embedding_layers=False))
     # The embeddings are the base's; left to itself, PEFT asks a hub whether they are.
@@ -83,7 +86,7 @@ def probe(model: Any, tokenizer: Any) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def probe_in_fresh_process(folder: Path, device: torch.device) -> torch.Tensor:
+def probe_in_fresh_process(folder: Path, compute: Compute) -> torch.Tensor:
     """Return what ``probe`` gives in a new Python process that loads the checkpoint from disk.
 
     Raises:
@@ -91,7 +94,15 @@ def probe_in_fresh_process(folder: Path, device: torch.device) -> torch.Tensor:
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.safetensors"
-        command = [sys.executable, "-m", "pipeline.build", str(folder), str(out), device.type]
+        command = [
+            sys.executable,
+            "-m",
+            "pipeline.build",
+            str(folder),
+            str(out),
+            compute.device.type,
+            str(compute.dtype).removeprefix("torch."),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
         if done.returncode:
             raise BuildError(f"{folder} does not load in a fresh process:\n{done.stderr[-2000:]}")
@@ -147,7 +158,7 @@ def verified(context: Context, bits: Sequence[int], trained: PeftModel, folder: 
     """
     built = save(context, bits, trained, folder)
     own = probe(built, context.tokenizer)
-    fresh = probe_in_fresh_process(folder, context.device)
+    fresh = probe_in_fresh_process(folder, context.compute)
     difference = (own - fresh).abs().max().item()
     if difference != 0:
         raise BuildError(
@@ -169,6 +180,7 @@ def lineage_json(values: Mapping[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    source, target, where = sys.argv[1:]
-    built = checkpoint.load_final(source, where)
+    source, target, *where = sys.argv[1:]
+    chosen = choose_compute(*where)
+    built = checkpoint.load_final(source, chosen.device, chosen.dtype)
     save_file({"logits": probe(built, checkpoint.load_tokenizer(source))}, target)

@@ -49,6 +49,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig, Quantizat
 from pipeline.architecture import BlockShape, head_dim, shapes
 
 ADAPTER = "adapter"
+STORED = torch.bfloat16  # what every checkpoint holds, whatever a machine computes in
 
 
 # --- pruned models -----------------------------------------------------------------------------------------------
@@ -139,10 +140,30 @@ def pruned_config(config: PretrainedConfig, block_shapes: list[BlockShape]) -> P
 def from_state(
     config: PretrainedConfig, state: dict[str, torch.Tensor], device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """Build a model from tensors in memory, without touching the disk."""
+    """Build a model from tensors in memory, without touching the disk; it computes in the type of its embeddings."""
     name = config.model_type.removeprefix("pruned_")
+    config = copy.deepcopy(config)
+    config.dtype = state["model.embed_tokens.weight"].dtype
     # Without a device of its own, transformers puts a quantized model on a GPU and any other on the CPU.
-    return _PRUNED[name].from_pretrained(None, config=config, state_dict=state, device_map=device)
+    model = _PRUNED[name].from_pretrained(None, config=config, state_dict=state, device_map=device)
+    compute_in(model, config.dtype)
+    return model
+
+
+def stored(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a dense model's tensors in the type that checkpoints hold."""
+    return {name: tensor.to(STORED) for name, tensor in state.items()}
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make a model compute in a type: dense weights and biases are cast, codes stay; changes the model."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+    for parameter in model.parameters():  # buffers keep theirs: rotary frequencies need 32 bits
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 # --- mixed bit-widths --------------------------------------------------------------------------------------------
@@ -176,7 +197,7 @@ class MixedBitsConfig(QuantizationConfigMixin):
             load_in_4bit=True,
             bnb_4bit_quant_type=self.four_bit,
             bnb_4bit_use_double_quant=self.double_quant,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=STORED,
         )
 
 
@@ -270,23 +291,40 @@ def load_config(folder: str | Path) -> Any:
 
 
 def load_model(
-    folder: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """Load any checkpoint of the pipeline for evaluation, without remote code.
 
-    A mixed-bit checkpoint decides its own types: pass no ``dtype`` for it.
+    Args:
+        folder: The checkpoint.
+        device: Where its tensors go.
+        dtype: What it computes in; None: what it was saved in.
     """
+    return _loaded(folder, device, dtype)
+
+
+def load_base(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load a model to compress, rounded to ``STORED`` whatever it was saved in: that is what later stages keep."""
+    return _loaded(folder, device, dtype, as_type=STORED)
+
+
+def _loaded(
+    folder: str | Path, device: str | torch.device, dtype: torch.dtype | None, as_type: torch.dtype | str = "auto"
+) -> PreTrainedModel:
     _quiet()
-    kwargs: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
     model = AutoModelForCausalLM.from_pretrained(
-        folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, device_map=device, **kwargs
+        folder,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        device_map=device,
+        **({} if as_type == "auto" else {"dtype": as_type}),  # a mixed-bit checkpoint decides its own types
     )
+    if dtype is not None:
+        compute_in(model, dtype)
     return model.eval()
-
-
-def load_base(folder: str | Path, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """Load a model to compress in bfloat16, whatever it was saved in: what all later stages compute and count in."""
-    return load_model(folder, torch.bfloat16, device)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -307,9 +345,9 @@ def _quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def load_final(folder: str | Path, device: str | torch.device = "cpu") -> Any:
+def load_final(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
     """Load a built model: bitsandbytes' modules of its bit-widths, with its adapter, in evaluation mode."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_model(folder, device=device), Path(folder) / ADAPTER)
+    model = PeftModel.from_pretrained(load_model(folder, device, dtype), Path(folder) / ADAPTER)
     return model.eval()

@@ -161,6 +161,8 @@ def convert(unpacked: Path, folder: Path) -> None:
         return
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from pipeline import checkpoint
+
     note(f"converting {files[0].name} to safetensors")
     where: dict[str, Any] = {"gguf_file": files[0].name, "local_files_only": True, "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(files[0].parent, dtype=torch.float32, **where)
@@ -168,7 +170,7 @@ def convert(unpacked: Path, folder: Path) -> None:
     # The weights are dense now; what is left of the GGUF quantizer would make save_pretrained refuse.
     model.config.__dict__.pop("quantization_config", None)
     model.is_quantized, model.hf_quantizer = False, None
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(checkpoint.STORED).save_pretrained(folder)
     AutoTokenizer.from_pretrained(files[0].parent, **where).save_pretrained(folder)
 
 

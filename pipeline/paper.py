@@ -162,7 +162,7 @@ class Cells:
     """
 
     def __init__(self, run: Run, params: Params, ratios: Sequence[float] = ()):
-        from pipeline.device import device_of
+        from pipeline import device
 
         self.run, self.params, self.ratios = run, params, ratios
         self.command = tracking.run(run.run_id).data.tags["stage"]
@@ -172,7 +172,7 @@ class Cells:
             "base": storage.sha256(BASE / storage.CHECKSUMS),
             "alpaca": run.dataset(ALPACA, "alpaca", "training"),
             "items": [run.dataset(BENCHMARKS / f"{task}.jsonl", task, "evaluation") for task in params.evaluate.tasks],
-            "device": device_of(params).type,
+            "compute": str(device.choose(params.device, params.dtype)),
         }
         self._supplies: Supplies | None = None
 

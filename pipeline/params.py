@@ -309,6 +309,9 @@ class Params(Section):
 
     seed: int = Field(ge=0, lt=2**32)
     device: Literal["auto", "cpu", "cuda"]
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="What models compute in; auto: bfloat16 where the device multiplies it in hardware."
+    )
     model: Model
     data: Data
     prune: Prune

@@ -15,9 +15,10 @@ from pipeline.tracking import Run
 def study_name(params: Params, pruned: Path, bank: Path) -> str:
     """Name a study by all that defines it: the models, the data, how and where a trial is run, what is searched.
 
-    A GPU's trials measure their memory, a CPU's predict it: they do not belong on one front.
+    A GPU's trials measure their memory, a CPU's predict it, and types round differently: they do not belong on one
+    front.
     """
-    from pipeline.device import device_of
+    from pipeline import device
     from pipeline.trial import MEASURED
 
     parts = [storage.sha256(folder / storage.CHECKSUMS) for folder in (pruned, bank)]
@@ -26,7 +27,7 @@ def study_name(params: Params, pruned: Path, bank: Path) -> str:
         include={"granularity", "objective", "max_8bit_fraction", "memory_budget_gib", "average_bits"}
     )
     settings = [params.recover, params.evaluate, params.data.validation_rows, space, params.seed]
-    return digest(parts, data, *settings, MEASURED, device_of(params).type)
+    return digest(parts, data, *settings, MEASURED, str(device.choose(params.device, params.dtype)))
 
 
 class Recorder:

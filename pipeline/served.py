@@ -11,7 +11,7 @@ import mlflow
 import pandas as pd
 import torch
 
-from pipeline import alpaca, checkpoint, storage
+from pipeline import alpaca, checkpoint, device, storage
 
 
 class Compressed(mlflow.pyfunc.PythonModel):
@@ -21,7 +21,8 @@ class Compressed(mlflow.pyfunc.PythonModel):
         """Load and verify the checkpoint, onto a GPU if there is one."""
         folder = context.artifacts["checkpoint"]
         storage.verify(folder, "build")
-        self.model = checkpoint.load_final(folder, "cuda" if torch.cuda.is_available() else "cpu")
+        compute = device.choose("auto", "auto")
+        self.model = checkpoint.load_final(folder, compute.device, compute.dtype)
         self.tokenizer = checkpoint.load_tokenizer(folder)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:

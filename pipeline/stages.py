@@ -75,17 +75,17 @@ def prune(params: Params, run: Run) -> None:
 
 def write_pruned(params: Params, targets: Mapping[float, Path]) -> Any:
     """Prune the base model to each ratio into its checkpoint folder; return the last one's ``prune.Pruned``."""
-    from pipeline import calibration, checkpoint
+    from pipeline import calibration, checkpoint, device
     from pipeline import prune as stage_
-    from pipeline.device import device_of
 
     storage.verify(BASE, "fetch")
-    model, tokenizer = checkpoint.load_base(BASE, device_of(params)), checkpoint.load_tokenizer(BASE)
+    compute = device.choose(params.device, params.dtype)
+    model, tokenizer = checkpoint.load_base(BASE, compute.device, compute.dtype), checkpoint.load_tokenizer(BASE)
     parts = calibration.batches(tokenizer, ALPACA, params.prune, params.data.validation_rows, params.seed, model.device)
     made = stage_.at_ratios(model, parts, params.prune, list(targets), params.seed)
     for target, pruned in zip(targets.values(), made, strict=True):
         with storage.writing(target) as folder:
-            checkpoint.from_state(pruned.config, pruned.state).save_pretrained(folder)
+            checkpoint.from_state(pruned.config, checkpoint.stored(pruned.state)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     return pruned
 
@@ -122,11 +122,12 @@ def _importance_picture(priors: Any, run: Run) -> None:
 
 def write_priors(params: Params, pruned: Path, target: Path) -> Any:
     """Measure the importance of a pruned checkpoint's units into a JSON file; return the ``importance.Priors``."""
-    from pipeline import alpaca, architecture, checkpoint
+    from pipeline import alpaca, architecture, checkpoint, device
     from pipeline import importance as stage_
-    from pipeline.device import device_of
 
-    model, tokenizer = checkpoint.load_model(pruned, device=device_of(params)), checkpoint.load_tokenizer(pruned)
+    compute = device.choose(params.device, params.dtype)
+    model = checkpoint.load_model(pruned, compute.device, compute.dtype)
+    tokenizer = checkpoint.load_tokenizer(pruned)
     settings = params.importance
     rows = alpaca.rows(
         ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed
@@ -149,13 +150,12 @@ def quantize(params: Params, run: Run) -> None:
 
 def write_bank(params: Params, pruned: Path, target: Path) -> None:
     """Quantize every linear of a pruned checkpoint into a layer bank."""
-    from pipeline import checkpoint, trial
+    from pipeline import checkpoint, device, trial
     from pipeline import quantize as stage_
-    from pipeline.device import device_of
 
-    names, device = stage_.names_of(checkpoint.load_config(pruned)), device_of(params)
+    names, where = stage_.names_of(checkpoint.load_config(pruned)), device.choose(params.device, params.dtype).device
     with storage.writing(target) as folder:
-        stage_.run(trial.load_state(pruned), names, params.quantize, params.seed, folder, device)
+        stage_.run(trial.load_state(pruned), names, params.quantize, params.seed, folder, where)
 
 
 @stage
@@ -288,12 +288,12 @@ def build(params: Params, run: Run) -> None:
 @stage
 def evaluate(params: Params, run: Run) -> None:
     """Score the built checkpoint itself, with bitsandbytes' modules, on items that no trial saw."""
-    from pipeline import checkpoint, tasks
+    from pipeline import checkpoint, device, tasks
     from pipeline import evaluate as stage_
-    from pipeline.device import device_of
 
     storage.verify(FINAL, "build")
-    model = checkpoint.load_final(FINAL, device_of(params))
+    compute = device.choose(params.device, params.dtype)
+    model = checkpoint.load_final(FINAL, compute.device, compute.dtype)
     loaded = tasks.load(params.evaluate.tasks, BENCHMARKS)
     skip = stage_.seen(loaded, params.evaluate.limit)
     if not skip:

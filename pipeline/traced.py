@@ -8,6 +8,7 @@ of their own are taken apart. The trace for a CPU is checked against real steps 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -208,6 +209,7 @@ def model_of(config: Any, bits_of: Mapping[str, int], setting: Setting, machine:
         setting: Adapter sizes.
         machine: Where it will run.
     """
+    config = copy.deepcopy(config)  # `from_config` writes the type into it, and a trial builds its model from it
     with META:
         model = AutoModelForCausalLM.from_config(config, dtype=machine.dtype, attn_implementation=machine.attention)
         for name, bits in bits_of.items():

@@ -19,11 +19,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from pipeline import GIB, alpaca, architecture, checkpoint, evaluate, memory, quantize, recover, storage, tasks
+from pipeline import GIB, alpaca, architecture, checkpoint, device, evaluate, memory, quantize, recover, storage, tasks
 from pipeline.allocate import Space
 from pipeline.alpaca import Example
 from pipeline.architecture import Unit
-from pipeline.device import device_of
+from pipeline.device import Compute
 from pipeline.params import Evaluate, Params, Recover
 
 INT8_MULTIPLE = 4  # cuBLAS multiplies int8 matrices whose sides are multiples of it
@@ -43,7 +43,7 @@ class Context:
         train: Rows to recover on.
         validation: Held-out rows.
         params: The params.
-        device: Where trials run.
+        compute: Where trials run and in which type.
     """
 
     config: Any
@@ -55,7 +55,12 @@ class Context:
     train: list[Example]
     validation: list[Example]
     params: Params
-    device: torch.device
+    compute: Compute
+
+    @property
+    def device(self) -> torch.device:
+        """Return where trials run."""
+        return self.compute.device
 
     @property
     def memory_setting(self) -> memory.Setting:
@@ -211,10 +216,12 @@ def load(params: Params, pruned: Path, bank: Path, rows: Path, items: Path) -> C
     storage.verify(bank, "quantize")
     gc.collect()
     gc.freeze()  # what is imported by now stays; looking through it took a third of a second a phase
-    model = checkpoint.load_model(pruned)
+    compute = device.choose(params.device, params.dtype)
+    model = checkpoint.load_model(pruned, dtype=compute.dtype)
     tokenizer = checkpoint.load_tokenizer(pruned)
-    device = device_of(params)
-    if device.type == "cuda" and any(shape.channels % INT8_MULTIPLE for shape in architecture.shapes(model.config)):
+    if compute.device.type == "cuda" and any(
+        shape.channels % INT8_MULTIPLE for shape in architecture.shapes(model.config)
+    ):
         raise ValueError(
             f"{pruned}: a block's number of channels is no multiple of {INT8_MULTIPLE}, which 8 bits need on a GPU; "
             f"set prune.multiple_of to a multiple of {INT8_MULTIPLE} and prune again, or set device to cpu"
@@ -234,7 +241,7 @@ def load(params: Params, pruned: Path, bank: Path, rows: Path, items: Path) -> C
         train=alpaca.encode(train, tokenizer, length),
         validation=alpaca.encode(held_out, tokenizer, length),
         params=params,
-        device=device,
+        compute=compute,
     )
 
 
@@ -245,7 +252,7 @@ def untouched(context: Context, base: Path) -> Context:
         CheckpointError: The base model is missing or was changed.
     """
     storage.verify(base, "fetch")
-    model = checkpoint.load_base(base)
+    model = checkpoint.load_base(base, dtype=context.compute.dtype)
     config = checkpoint.pruned_config(model.config, architecture.shapes(model.config))
     return replace(context, config=config, state=model.state_dict())
 
@@ -372,7 +379,7 @@ def assemble(context: Context, bits: Sequence[int], *, real: bool | None = None)
     Args:
         context: What trials share.
         bits: Bits of each unit.
-        real: bitsandbytes' own modules (the default on CUDA), or weights dequantized once into 16 bits (elsewhere:
+        real: bitsandbytes' own modules (the default on CUDA), or weights dequantized once (elsewhere:
             equal for 4 bits, and several times faster than bitsandbytes is on a CPU).
     """
     bits_of = context.bits_of(bits)
@@ -383,7 +390,7 @@ def assemble(context: Context, bits: Sequence[int], *, real: bool | None = None)
         simulated = quantize.simulated(context.state, context.bank, bits_of)
         model = checkpoint.from_state(context.config, simulated, context.device)
     on_cpu = context.device.type == "cpu"
-    # On a CPU, 16-bit adapters, byte dropout and plain attention together double the speed of a training step.
+    # On a CPU, adapters in the weights' type, byte dropout and plain attention double the speed of a training step.
     config = lora_config(context.params, context.bank.settings)
     with torch.random.fork_rng():  # a dense linear's adapter is drawn
         torch.manual_seed(context.params.seed)
@@ -399,7 +406,7 @@ def assemble(context: Context, bits: Sequence[int], *, real: bool | None = None)
 
 @contextmanager
 def merged(model: PeftModel) -> Iterator[None]:
-    """Add the adapters to 16-bit weights for a while: two thirds of the matrix products go, the sum is the same.
+    """Add the adapters to dense weights for a while: two thirds of the matrix products go, the sum is the same.
 
     The weights are put back as they were, to the bit.
     """

@@ -14,6 +14,7 @@ from test_search import PRIORS, SPACE, UNITS, result
 from benchmarks import evidence, granularity, priors, record, samplers
 from pipeline import alpaca, architecture, params, surrogate, tasks, trial
 from pipeline.allocate import raised_of
+from pipeline.device import Compute
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_recording_a_tiny_model_runs_its_trials(tmp_path, tokenizer, raw_params)
         train=rows,
         validation=rows[:2],
         params=settings,
-        device=torch.device("cpu"),
+        compute=Compute(torch.device("cpu"), torch.bfloat16),
     )
     space = trial.space(context)
     sizes = [sum(state[f"{name}.weight"].numel() for name in unit.linears) for unit in context.units]

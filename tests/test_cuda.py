@@ -26,6 +26,7 @@ from pipeline import (
     tasks,
     trial,
 )
+from pipeline.device import Compute
 from pipeline.params import TASKS, Importance
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -159,7 +160,9 @@ def context(default, tokenizer, loaded, tmp_path):
     train, held_out = alpaca.split(alpaca.read(ROOT / "data/sample/alpaca.jsonl"), 8, 0)
     rows = [alpaca.encode(part, tokenizer, 128) for part in (train, held_out)]
     units = architecture.units(config, "group")
-    return trial.Context(config, model.state_dict(), bank, tokenizer, units, loaded, *rows, chosen, CUDA)
+    return trial.Context(
+        config, model.state_dict(), bank, tokenizer, units, loaded, *rows, chosen, Compute(CUDA, torch.bfloat16)
+    )
 
 
 def mixed(context):

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from pipeline import GIB, architecture, build, checkpoint, quantize, recover, trial
 from pipeline.alpaca import Example
 from pipeline.cells import changed
+from pipeline.device import Compute
 
 CPU = torch.device("cpu")
 
@@ -24,7 +25,9 @@ def context(default):
     config = checkpoint.pruned_config(model.config, architecture.shapes(model.config))
     units = architecture.units(config, "block")
     bank = SimpleNamespace(settings=default.quantize)
-    return trial.Context(config, model.state_dict(), bank, None, units, {}, [], [], default, CPU)
+    return trial.Context(
+        config, model.state_dict(), bank, None, units, {}, [], [], default, Compute(CPU, torch.bfloat16)
+    )
 
 
 def drawn(context):
@@ -53,7 +56,7 @@ def context_of(model, params, folder):
     # the bank's r and alpha / r are not those of the params
     bank = make_bank(folder, config, state, r=4, lora_alpha=12)
     units = architecture.units(config, "linear")
-    return trial.Context(config, state, bank, None, units, {}, [], [], params, CPU)
+    return trial.Context(config, state, bank, None, units, {}, [], [], params, Compute(CPU, torch.bfloat16))
 
 
 def in_turn(context):
