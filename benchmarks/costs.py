@@ -12,9 +12,12 @@ from torch.nn import functional as F
 from benchmarks import plain
 from benchmarks.harness import BAR, LIMIT, Figure, interleaved, less_is_better, more_is_better, timed
 from benchmarks.setup import Setup
-from pipeline import architecture, checkpoint, definitions, evaluate, quantize, recover
-from pipeline import trial as trials
+from pipeline import architecture, checkpoint
+from pipeline.compress import quantize
+from pipeline.data import definitions
 from pipeline.params import Quantize
+from pipeline.trial import evaluate, recover
+from pipeline.trial import trial as trials
 
 SUBSET = 3  # items of a task in fp32, which takes four times as long
 ROWS = 1024  # tokens of one bare matmul

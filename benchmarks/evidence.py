@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from benchmarks.harness import markdown
-from pipeline import pareto
+from pipeline.search import pareto
 
 TRIALS = 12
 FIRST = 8  # items of a task after which a trial may be stopped

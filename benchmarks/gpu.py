@@ -24,8 +24,12 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import plain
 from benchmarks.harness import markdown, timed
-from pipeline import GIB, alpaca, architecture, checkpoint, evaluate, plan, quantize, recover, tasks, trial
+from pipeline import GIB, architecture, checkpoint
+from pipeline.compress import quantize
+from pipeline.data import alpaca, tasks
 from pipeline.device import Compute
+from pipeline.results import plan
+from pipeline.trial import evaluate, recover, trial
 
 DEVICE = torch.device("cuda")
 

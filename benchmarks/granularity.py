@@ -27,8 +27,12 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.perplexity import losses
-from pipeline import console, evaluate, params, quantize, stages, trial
-from pipeline.allocate import Bits
+from pipeline import console, params
+from pipeline.compress import quantize
+from pipeline.paths import ALPACA, BANK, BENCHMARKS, PRUNED, REPORTS
+from pipeline.search.allocate import Bits
+from pipeline.stages import importance
+from pipeline.trial import evaluate, trial
 
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25)
 FRONT_BUDGETS = tuple(hundredths / 100 for hundredths in range(2, 26))
@@ -54,10 +58,10 @@ def measure(
         budgets: Share -> peak bytes that are allowed; those that it lacks are added as they came out.
         front: Folder of a project whose front is taken; None: the greedy allocation.
     """
-    context = trial.load(settings, stages.PRUNED, stages.BANK, stages.ALPACA, stages.BENCHMARKS)
+    context = trial.load(settings, PRUNED, BANK, ALPACA, BENCHMARKS)
     if front is None:
         with tempfile.TemporaryDirectory() as scratch:
-            priors = stages.write_priors(settings, stages.PRUNED, Path(scratch) / "importance.json")
+            priors = importance.write(settings, PRUNED, Path(scratch) / "importance.json")
     space = replace(trial.space(context), max_eights=len(context.units))
     skip = evaluate.seen(context.tasks, settings.evaluate.limit)
 
@@ -102,7 +106,7 @@ def measure(
 
 def best(front: Path, budget: int) -> str:
     """Return the bits of the member with the highest expected score among those within a budget of bytes."""
-    rows = json.loads((front / stages.REPORTS / "pareto.json").read_text())
+    rows = json.loads((front / REPORTS / "pareto.json").read_text())
     within = [row for row in rows if row["front"] and row["peak_memory_bytes"] <= budget]
     return max(within, key=lambda row: row["expected"])["bits"]
 
@@ -122,7 +126,7 @@ def main(granularities: list[str], text: str, limit: int, shares: Sequence[float
         search = given.search.model_copy(update={"granularity": name, "seed_bits": ()})
         more, found[name] = measure(given.model_copy(update={"search": search}), text, limit, shares, budgets, front)
         rows += more
-        pd.DataFrame(rows).to_csv(stages.REPORTS / "granularity.csv", index=False)
+        pd.DataFrame(rows).to_csv(REPORTS / "granularity.csv", index=False)
     first, *others = granularities
     validation = {
         name: fmean(row["validation_loss"] for row in rows if row["granularity"] == name) for name in granularities

@@ -24,9 +24,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks import services
 from benchmarks.harness import LeftOut, interleaved, markdown, timed
 from benchmarks.setup import Options, Setup
-from pipeline import architecture, checkpoint, console, evaluate, quantize, storage, trial
+from pipeline import architecture, checkpoint, console, storage
+from pipeline.compress import quantize
 from pipeline.paths import REPORTS
-from pipeline.trial import Context
+from pipeline.trial import evaluate, trial
+from pipeline.trial.trial import Context
 
 MODELS = ((128, 4), (256, 6), (384, 8))  # hidden size and blocks; MLPs are three times as wide
 ITEMS, STEPS = (4, 8, 16), (1, 2, 4)
@@ -168,7 +170,7 @@ def tokens_of(context: Context, steps: int) -> int:
     """Return the tokens that a recovery of so many steps sees, padding left out."""
     from itertools import islice
 
-    from pipeline.recover import endless
+    from pipeline.trial.recover import endless
 
     settings = context.params.recover
     parts = islice(endless(context.train, settings.batch_size, context.params.seed), steps)

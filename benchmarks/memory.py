@@ -25,12 +25,15 @@ import transformers
 import yaml
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline import architecture, checkpoint, evaluate, memory, params, plan, quantize, recover, traced, trial
-from pipeline.alpaca import Example
+from pipeline import architecture, checkpoint, params
 from pipeline.architecture import BlockShape
+from pipeline.compress import quantize
+from pipeline.data.alpaca import Example
 from pipeline.device import Compute
-from pipeline.evaluate import Request
-from pipeline.memory import Setting
+from pipeline.results import plan
+from pipeline.trial import evaluate, memory, recover, traced, trial
+from pipeline.trial.evaluate import Request
+from pipeline.trial.memory import Setting
 
 SMALL = {
     "hidden_size": 256,

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from pipeline import calibration, checkpoint, params, prune, saliency
+from pipeline import checkpoint, params
+from pipeline.compress import prune, saliency
+from pipeline.data import calibration
 
 WINDOWS, LENGTH = 20, 256
 

@@ -12,9 +12,12 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from pipeline import alpaca, checkpoint, quantize, trial
-from pipeline.alpaca import IGNORED, Example
-from pipeline.trial import Context
+from pipeline import checkpoint
+from pipeline.compress import quantize
+from pipeline.data import alpaca
+from pipeline.data.alpaca import IGNORED, Example
+from pipeline.trial import trial
+from pipeline.trial.trial import Context
 
 
 def samples(lm: Any, loaded: Mapping[str, Any], limit: int) -> dict[str, list[dict[str, Any]]]:

@@ -19,11 +19,14 @@ import torch
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import cross_val_predict
 
-from pipeline import alpaca, params, recover, stages, trial
-from pipeline.alpaca import Example
+from pipeline import params
+from pipeline.compress.importance import Priors
 from pipeline.console import progress
-from pipeline.importance import Priors
-from pipeline.trial import Context
+from pipeline.data import alpaca
+from pipeline.data.alpaca import Example
+from pipeline.paths import ALPACA, BANK, BENCHMARKS, PRUNED, REPORTS
+from pipeline.trial import recover, trial
+from pipeline.trial.trial import Context
 
 
 @torch.inference_mode()
@@ -72,9 +75,9 @@ def judged(prior: np.ndarray, true: np.ndarray) -> tuple[float, float]:
 def main(count: int) -> None:
     """Measure and print."""
     settings = params.load()
-    context = trial.load(settings, stages.PRUNED, stages.BANK, stages.ALPACA, stages.BENCHMARKS)
-    priors = Priors.from_json(json.loads((stages.REPORTS / "importance.json").read_text()))
-    train, _ = alpaca.split(alpaca.read(stages.ALPACA), settings.data.validation_rows, settings.seed)
+    context = trial.load(settings, PRUNED, BANK, ALPACA, BENCHMARKS)
+    priors = Priors.from_json(json.loads((REPORTS / "importance.json").read_text()))
+    train, _ = alpaca.split(alpaca.read(ALPACA), settings.data.validation_rows, settings.seed)
     last = alpaca.encode(train[-settings.data.validation_rows :], context.tokenizer, settings.recover.max_length)
     vectors = drawn(count, len(context.units), settings.seed)
     true, fit = gains(vectors, losses(context, [*context.validation, *last], vectors))

@@ -24,11 +24,13 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline import console, evaluate, params, stages, storage, trial
-from pipeline.allocate import Bits, Space
-from pipeline.importance import Priors
-from pipeline.quantize import write_bits
-from pipeline.trial import Context, Result
+from pipeline import console, params, storage
+from pipeline.compress.importance import Priors
+from pipeline.compress.quantize import write_bits
+from pipeline.paths import ALPACA, BANK, BENCHMARKS, PRUNED, REPORTS
+from pipeline.search.allocate import Bits, Space
+from pipeline.trial import evaluate, trial
+from pipeline.trial.trial import Context, Result
 
 FOLDER = Path("benchmarks/landscape")
 Items = dict[str, list[tuple[float, float]]]  # task -> of each item (its metric, its gold choice's log-probability)
@@ -167,8 +169,8 @@ def agreement(table: pd.DataFrame) -> str:
 def main(count: int, recovered: int) -> None:
     """Record with ``params.yaml`` and the artifacts."""
     settings = params.load()
-    context = trial.load(settings, stages.PRUNED, stages.BANK, stages.ALPACA, stages.BENCHMARKS)
-    priors = Priors.from_json(json.loads((stages.REPORTS / "importance.json").read_text()))
+    context = trial.load(settings, PRUNED, BANK, ALPACA, BENCHMARKS)
+    priors = Priors.from_json(json.loads((REPORTS / "importance.json").read_text()))
     table = record(context, trial.space(context), priors, count, recovered, FOLDER)
     console.note(f"{len(table)} rows in {FOLDER / 'table.csv'}; {agreement(table)}")
 

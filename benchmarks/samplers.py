@@ -32,11 +32,11 @@ import pandas as pd
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import create_trial
 
-from pipeline import pareto, surrogate
-from pipeline.allocate import Bits, Space, raised_of
-from pipeline.importance import Priors
-from pipeline.search import seeds
-from pipeline.surrogate import Observation
+from pipeline.compress.importance import Priors
+from pipeline.search import pareto, surrogate
+from pipeline.search.allocate import Bits, Space, raised_of
+from pipeline.search.search import seeds
+from pipeline.search.surrogate import Observation
 
 GAINS = {29: 59.1, 11: 56.6, 0: 25.0, 16: 14.7, 15: 14.1, 28: 13.9, 2: 13.5, 7: 13.3, 4: 11.7, 23: 11.3, 13: 10.6}
 DISTRIBUTION = CategoricalDistribution([4, 8])

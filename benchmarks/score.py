@@ -6,8 +6,10 @@ python -m benchmarks.score artifacts/base data/benchmarks [items of a task, 0: a
 import sys
 from pathlib import Path
 
-from pipeline import checkpoint, console, definitions, device, evaluate, tasks
+from pipeline import checkpoint, console, device
+from pipeline.data import definitions, tasks
 from pipeline.params import TASKS
+from pipeline.trial import evaluate
 
 
 def main(folder: Path, items: Path, limit: int) -> None:

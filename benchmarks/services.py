@@ -17,27 +17,15 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.harness import BAR, Figure, LeftOut, interleaved, less_is_better, timed
 from benchmarks.setup import Setup
-from pipeline import params, pareto, tracking
+from pipeline import params, tracking
 from pipeline.paths import REPORTS
-from pipeline.recorder import Recorder, log_result
-from pipeline.trial import Result
+from pipeline.search import pareto
+from pipeline.stages import STAGES
+from pipeline.stages.recorder import Recorder, log_result
+from pipeline.trial.trial import Result
 
 STARTUP, NOOP, QUERY, SHARE = 5.0, 3.0, 1.0, 0.02  # bars: seconds, and a share
 LOSSES = 16
-
-# What each command imports before its first line of work, as its shell in stages.py does.
-IMPORTS = {
-    "fetch": "fetch",
-    "prune": "calibration, checkpoint, prune",
-    "importance": "alpaca, architecture, checkpoint, importance",
-    "quantize": "checkpoint, trial, quantize",
-    "search": "checkpoint, trial, search, allocate, importance, memory",
-    "pareto": "pareto",
-    "build": "build, checkpoint, trial, quantize",
-    "evaluate": "checkpoint, tasks, trial, evaluate",
-    "register": "storage",
-    "report": "report, pareto",
-}
 
 
 def startup(setup: Setup) -> dict[str, Figure]:
@@ -47,8 +35,8 @@ def startup(setup: Setup) -> dict[str, Figure]:
     imports and end.
     """
     commands = {"check": ["-m", "pipeline", "check"]}
-    for name, modules in IMPORTS.items():
-        commands[name] = ["-c", f"from pipeline import tracking, stages, {modules}"]
+    for name in STAGES:
+        commands[name] = ["-c", f"import pipeline.stages.{name}"]
     found = {}
     for name, command in commands.items():
         subprocess.run([sys.executable, *command], check=True, capture_output=True)  # warms the caches
@@ -233,12 +221,12 @@ def suggesters(done: int, units: int) -> tuple[Any, Any]:
         LeftOut: This checkout has no ``pipeline.surrogate``.
     """
     try:
-        from pipeline import surrogate
+        from pipeline.search import surrogate
     except ImportError as error:
-        raise LeftOut("pipeline/surrogate.py is not there") from error
+        raise LeftOut("pipeline/search/surrogate.py is not there") from error
     import optuna
 
-    from pipeline.allocate import Space
+    from pipeline.search.allocate import Space
 
     generator = random.Random(units)
     prior = [generator.random() for _ in range(units)]

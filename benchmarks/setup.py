@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pipeline import params, stages
-from pipeline.trial import Context
-from pipeline.trial import load as load_context
+from pipeline import params
+from pipeline.paths import ALPACA, BANK, BASE, BENCHMARKS, PRUNED
+from pipeline.trial.trial import Context
+from pipeline.trial.trial import load as load_context
 
 MAX_LENGTH = 256  # tokens of a row of Alpaca, as in the paper
 
@@ -24,7 +25,7 @@ class Options:
         matrix: Shape of the matrix of ``loftq_svd``.
     """
 
-    items: Path = stages.BENCHMARKS
+    items: Path = BENCHMARKS
     limit: int = 24
     repeats: int = 3
     matrix: tuple[int, int] = (4096, 11008)
@@ -50,14 +51,14 @@ class Setup:
         Raises:
             FileNotFoundError: The pipeline has not made what a trial needs.
         """
-        needed = (stages.BASE, stages.PRUNED, stages.BANK, stages.ALPACA, self.options.items)
+        needed = (BASE, PRUNED, BANK, ALPACA, self.options.items)
         if missing := [str(path) for path in needed if not path.exists()]:
             raise FileNotFoundError(f"{', '.join(missing)}: not there; run: dvc repro quantize")
         given = params.load()
         recover = given.recover.model_copy(update={"max_length": MAX_LENGTH})
         evaluate = given.evaluate.model_copy(update={"limit": self.options.limit})
         wanted = given.model_copy(update={"recover": recover, "evaluate": evaluate, "device": "cpu"})
-        return load_context(wanted, stages.PRUNED, stages.BANK, stages.ALPACA, self.options.items)
+        return load_context(wanted, PRUNED, BANK, ALPACA, self.options.items)
 
     @property
     def low(self) -> tuple[int, ...]:

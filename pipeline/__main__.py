@@ -7,9 +7,13 @@ import logging
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
-STAGES = ("fetch", "prune", "importance", "quantize", "search", "pareto", "build", "evaluate", "register", "report")
-PAPER = ("table", "ablation")  # the paper's results: commands of their own, outside DVC's graph
+from pipeline.stages import PAPER, STAGES
+
+if TYPE_CHECKING:
+    from pipeline.params import Params
+
 FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -66,30 +70,26 @@ def main(arguments: list[str] | None = None) -> int:
         return FAILED
 
 
-def _stage(name: str, params: object) -> None:
+def _stage(name: str, params: Params) -> None:
     from pipeline import tracking
-
-    if name in PAPER:
-        from pipeline.paper import COMMANDS as shells
-    else:
-        from pipeline.stages import STAGES as shells
+    from pipeline.stages import shell
 
     tracking.on_termination_interrupt()
-    shells[name](params)  # type: ignore[arg-type]
+    shell.start(name, params)
 
 
 def expected_errors() -> tuple[type[Exception], ...]:
     """Return the errors whose message says all that a user needs; any other one shows its traceback."""
     import torch
 
-    from pipeline.build import BuildError
+    from pipeline.data.fetch import FetchError
     from pipeline.errors import UserError
-    from pipeline.fetch import FetchError
-    from pipeline.paper import CellsFailed
-    from pipeline.recover import RecoverError
-    from pipeline.search import SearchError
+    from pipeline.search.search import SearchError
+    from pipeline.stages.paper import CellsFailed
     from pipeline.storage import CheckpointError
     from pipeline.tracking import ItemsLost, StoreError
+    from pipeline.trial.build import BuildError
+    from pipeline.trial.recover import RecoverError
 
     return (
         BuildError,

@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import definitions, fits
+from pipeline import fits
 from pipeline.architecture import FAMILIES
+from pipeline.data import definitions
 
 
 def _needs_samples(raw: Any) -> str | None:

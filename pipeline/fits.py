@@ -165,7 +165,9 @@ def budget(
     """
     if asked is None:
         return None
-    from pipeline import GIB, memory, plan, trial
+    from pipeline import GIB
+    from pipeline.results import plan
+    from pipeline.trial import memory, trial
 
     even = plan.uniform(plan.config_of(vars(config), "model.source"), prune.ratio, prune.multiple_of)
     setting = trial.memory_setting(recover, evaluate, quantize)

@@ -27,8 +27,9 @@ from pydantic import (
     field_validator,
 )
 
-from pipeline import combinations, definitions, fits
+from pipeline import combinations, fits
 from pipeline.architecture import FAMILIES
+from pipeline.data import definitions
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 Granularity = Literal["block", "group", "linear"]

@@ -20,10 +20,10 @@ import psutil
 from pipeline import console, params, storage, tracking
 from pipeline.params import Params, ParamsError
 from pipeline.paths import REPORTS
+from pipeline.stages import PAPER
 
 # The main job goes all the way to a registered model; every other entry point is the stage of its name.
 TARGETS = {"search": ("report", "register")}
-PAPER = ("table", "ablation")  # they keep their own cells; DVC only fetches for them
 _LOCK = Path(".dvc/tmp/qpruner.lock")
 _SOURCES = Path(".dvc/tmp/qpruner.sources.json")  # what `path:` sources were when they were last fetched
 
@@ -61,9 +61,9 @@ def run(entry: str, n_trials: str = "params.yaml") -> int:
             if status == 0 and not tracking.registered(checked.register_.name, checked.register_.alias):
                 status = _again("register")
         if status == 0 and entry in ("search", "pareto", "report"):
-            from pipeline.stages import show_front
+            from pipeline.stages import report
 
-            show_front(checked)
+            report.show(checked)
         if status == 0 and entry in ("search", "register"):
             found = storage.read_json(REPORTS / "register.json", "register")
             console.note(f"In the registry: {found['model']}, alias {found['alias']}")
@@ -80,13 +80,13 @@ def plan(config: str, memory_gib: str) -> int:
     Raises:
         ParamsError: An argument or ``params.yaml`` has faults.
     """
-    from pipeline import plan as plan_
-    from pipeline import stages
+    from pipeline.results import plan as plan_
+    from pipeline.stages import plan as shown
 
     asked = plan_.asked(config, memory_gib)
     tracking.on_termination_interrupt()
     tracking.adopt_project_run()
-    stages.show_plan(asked)
+    shown.show(asked)
     return 0
 
 

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import torch
 from conftest import batches, tiny_model
 
-from pipeline import prune, quantize, trial
+from pipeline.compress import prune, quantize
 from pipeline.params import Quantize
+from pipeline.trial import trial
 
 
 def settings(**changes):

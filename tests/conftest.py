@@ -12,7 +12,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipeline import alpaca, fits, params
+from pipeline import fits, params
+from pipeline.data import alpaca
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 512

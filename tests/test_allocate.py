@@ -4,7 +4,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from pipeline.allocate import Space
+from pipeline.search.allocate import Space
 
 COSTS = (5, 3, 8, 1, 4)
 SIZES = (2, 2, 2, 12, 4)  # parameters

@@ -2,8 +2,8 @@ import pytest
 import torch
 from conftest import ROOT, write_jsonl
 
-from pipeline import alpaca
-from pipeline.alpaca import IGNORED, Example
+from pipeline.data import alpaca
+from pipeline.data.alpaca import IGNORED, Example
 
 SAMPLE = ROOT / "data/sample/alpaca.jsonl"
 ROWS = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Greet.", "input": "", "output": "Hi!"}]

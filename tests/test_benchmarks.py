@@ -12,9 +12,12 @@ from conftest import ROOT
 from test_search import PRIORS, SPACE, UNITS, result
 
 from benchmarks import evidence, granularity, priors, record, samplers
-from pipeline import alpaca, architecture, params, surrogate, tasks, trial
-from pipeline.allocate import raised_of
+from pipeline import architecture, params
+from pipeline.data import alpaca, tasks
 from pipeline.device import Compute
+from pipeline.search import surrogate
+from pipeline.search.allocate import raised_of
+from pipeline.trial import trial
 
 
 @pytest.fixture(scope="module")

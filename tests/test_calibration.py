@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import VOCABULARY, batches, tiny_model, write_jsonl
 
-from pipeline import alpaca, calibration, prune, saliency
+from pipeline.compress import prune, saliency
+from pipeline.data import alpaca, calibration
 
 HELD_OUT, SEED = 2, 3
 

@@ -1,7 +1,7 @@
 import pytest
 
-from pipeline import cells
-from pipeline.cells import FACTORS, ROWS, VARIANT, Cell
+from pipeline.results import cells
+from pipeline.results.cells import FACTORS, ROWS, VARIANT, Cell
 
 ORIGIN = {"base": "b", "alpaca": "a", "items": ["i"], "device": "cpu"}
 

@@ -10,8 +10,9 @@ from conftest import FAMILIES, batches, tiny_config, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import architecture, checkpoint, quantize, storage
+from pipeline import architecture, checkpoint, storage
 from pipeline.architecture import BlockShape
+from pipeline.compress import quantize
 
 MODULES = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: torch.nn.Linear}
 FORMATS = [("nf4", False), ("fp4", True)]

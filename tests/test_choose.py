@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.build import BuildError, choose
+from pipeline.trial.build import BuildError, choose
 
 RUN, OTHER, OUTSIDE = "a" * 32, "b" * 32, "4" * 31 + "8"
 

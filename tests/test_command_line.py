@@ -9,7 +9,8 @@ from conftest import ROOT
 from mlflow.projects import _project_spec
 
 from pipeline import __main__ as command
-from pipeline import params, project, stages
+from pipeline import params, project
+from pipeline.stages import shell
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +28,10 @@ def plain(monkeypatch):
     ],
 )
 def test_expected_failure_is_one_message_and_no_traceback(error, said, monkeypatch, capsys):
-    def fails(_):
+    def fails(name, _):
         raise error
 
-    monkeypatch.setitem(stages.STAGES, "prune", fails)
+    monkeypatch.setattr(shell, "start", fails)
     assert command.main(["prune"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("error in stage prune: ") and "Traceback" not in told
@@ -39,10 +40,10 @@ def test_expected_failure_is_one_message_and_no_traceback(error, said, monkeypat
 
 
 def test_any_other_failure_shows_where(monkeypatch):
-    def fails(_):
+    def fails(name, _):
         raise KeyError("a bug")
 
-    monkeypatch.setitem(stages.STAGES, "prune", fails)
+    monkeypatch.setattr(shell, "start", fails)
     with pytest.raises(KeyError):
         command.main(["prune"])
 

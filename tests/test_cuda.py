@@ -9,25 +9,13 @@ import torch
 from conftest import ROOT, batches, tiny_model
 from lm_eval.models.huggingface import HFLM
 
-from pipeline import (
-    alpaca,
-    architecture,
-    build,
-    checkpoint,
-    evaluate,
-    importance,
-    memory,
-    prune,
-    quantize,
-    recorder,
-    recover,
-    saliency,
-    storage,
-    tasks,
-    trial,
-)
+from pipeline import architecture, checkpoint, storage
+from pipeline.compress import importance, prune, quantize, saliency
+from pipeline.data import alpaca, tasks
 from pipeline.device import Compute
 from pipeline.params import TASKS, Importance
+from pipeline.stages import recorder
+from pipeline.trial import build, evaluate, memory, recover, trial
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

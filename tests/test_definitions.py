@@ -9,9 +9,11 @@ from conftest import ROOT, tiny_model, write_jsonl
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 
-from pipeline import definitions, evaluate, fetch, params, tasks
-from pipeline.definitions import DefinitionError
+from pipeline import params
+from pipeline.data import definitions, fetch, tasks
+from pipeline.data.definitions import DefinitionError
 from pipeline.params import ParamsError
+from pipeline.trial import evaluate
 
 ITEMS = {
     "sciq": [

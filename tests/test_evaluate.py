@@ -13,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import definitions, evaluate, tasks, trial
-from pipeline.evaluate import Request, SharedPrefixLM, Tree
+from pipeline.data import definitions, tasks
 from pipeline.params import TASKS
+from pipeline.trial import evaluate, trial
+from pipeline.trial.evaluate import Request, SharedPrefixLM, Tree
 
 LIMIT = 6
 WEIGHT = "base_model.model.model.layers.0.mlp.down_proj.base_layer.weight"

@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import FAMILIES, ROOT, tiny_config, tiny_model, write_jsonl
 
-from pipeline import alpaca, checkpoint, fetch, fits, storage, tasks
-from pipeline.fetch import FetchError
+from pipeline import checkpoint, fits, storage
+from pipeline.data import alpaca, fetch, tasks
+from pipeline.data.fetch import FetchError
 from pipeline.params import Data, Model
 
 ROW = {"instruction": "Name a color.", "input": "", "output": "Blue."}

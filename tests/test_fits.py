@@ -7,9 +7,11 @@ import pytest
 import yaml
 from conftest import FAMILIES, ROOT, tiny_config, tiny_model
 
-from pipeline import GIB, architecture, fits, memory, params, plan
+from pipeline import GIB, architecture, fits, params
 from pipeline import __main__ as command
 from pipeline.params import ParamsError
+from pipeline.results import plan
+from pipeline.trial import memory
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import mutual_info_score
 from torch.nn import functional as F
 
-from pipeline import architecture, importance, params
-from pipeline.alpaca import IGNORED
-from pipeline.quantize import dequantize, quantize
+from pipeline import architecture, params
+from pipeline.compress import importance
+from pipeline.compress.quantize import dequantize, quantize
+from pipeline.data.alpaca import IGNORED
 
 
 def quantization(**changes):

@@ -8,11 +8,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from benchmarks import memory as benchmark
-from pipeline import architecture, checkpoint, memory, params, traced
-from pipeline.allocate import Space
+from pipeline import architecture, checkpoint, params
 from pipeline.architecture import BlockShape
-from pipeline.memory import Setting
-from pipeline.quantize import linear_bits, quantize, stored_bytes
+from pipeline.compress.quantize import linear_bits, quantize, stored_bytes
+from pipeline.search.allocate import Space
+from pipeline.trial import memory, traced
+from pipeline.trial.memory import Setting
 
 SHAPES = [BlockShape(4, 2, 96), BlockShape(2, 1, 50), BlockShape(4, 2, 96)]
 

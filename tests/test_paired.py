@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline import paired, trial
+from pipeline.search import paired
+from pipeline.trial import trial
 
 RECORD = {
     "by_item": {"piqa": [(1.0, -0.2), (0.0, -0.6)], "arc_easy": [(1.0, -0.1), (1.0, -0.3), (0.0, -0.8)]},

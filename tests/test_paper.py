@@ -8,10 +8,13 @@ import torch
 from conftest import ROOT, tiny_model
 from test_search import PRIORS, SPACE, UNITS, result
 
-from pipeline import architecture, checkpoint, paper, search, storage, tracking, trial
-from pipeline.cells import at_ratio, changed, qpruner3
-from pipeline.paper import COMMANDS, CellsFailed
-from pipeline.quantize import write_bits
+from pipeline import architecture, checkpoint, storage, tracking
+from pipeline.compress.quantize import write_bits
+from pipeline.results.cells import at_ratio, changed, qpruner3
+from pipeline.search import search
+from pipeline.stages import paper, shell
+from pipeline.stages.paper import CellsFailed
+from pipeline.trial import trial
 
 TASK = "piqa"
 
@@ -94,7 +97,7 @@ def bits(call):
 
 
 def test_table_has_one_run_a_cell_with_the_searchs_trials_below_qpruner3(params, trials):
-    COMMANDS["table"](params)
+    shell.start("table", params)
     (top,) = runs("table")
     found = runs("cell")
     assert [run.data.tags["method"] for run in found] == ["dense", "llm_pruner", "qpruner1", "qpruner2", "qpruner3"]
@@ -107,7 +110,7 @@ def test_table_has_one_run_a_cell_with_the_searchs_trials_below_qpruner3(params,
 
 
 def test_cells_are_judged_on_items_that_the_searchs_trials_never_see(params, trials):
-    COMMANDS["table"](params)
+    shell.start("table", params)
     in_search = [call for call in trials.calls if call[1] is None]
     in_cells = [call for call in trials.calls if call[1] is not None]
     assert {call[2:] for call in in_search} == {(None, 0, True)}  # the first evaluate.limit, by the params' own
@@ -119,11 +122,11 @@ def test_cells_are_judged_on_items_that_the_searchs_trials_never_see(params, tri
 def test_killed_table_goes_on_without_repeating_what_is_finished(params, trials, call):
     trials.killed_at = call
     with pytest.raises(KeyboardInterrupt):
-        COMMANDS["table"](params)
+        shell.start("table", params)
     assert not runs("table", "RUNNING") + runs("cell", "RUNNING") + runs("trial", "RUNNING")
     kept = {run.info.run_id for run in runs("cell") + runs("trial")}
     assert len(trials.calls) == call - 1 == len(kept)
-    COMMANDS["table"](params)
+    shell.start("table", params)
     assert len(trials.calls) == 9  # five cells and four trials
     after = runs("cell") + runs("trial")
     assert len(after) == 9 and kept <= {run.info.run_id for run in after}
@@ -142,23 +145,23 @@ def test_interrupted_recovery_is_taken_up_from_a_file_of_its_own(params, trials,
     monkeypatch.setattr(trial, "run", run)
     trials.killed_at = call
     with pytest.raises(KeyboardInterrupt):
-        COMMANDS["table"](params)
-    COMMANDS["table"](params)
+        shell.start("table", params)
+    shell.start("table", params)
     assert kept[call - 1] == kept[call]
     assert len(kept) == 9 + 1 and len(set(kept)) == 9
 
 
 def test_finished_table_runs_nothing_again(params, trials):
-    COMMANDS["table"](params)
+    shell.start("table", params)
     before = (paper.REPORTS / "table.md").read_text()
-    COMMANDS["table"](params)
+    shell.start("table", params)
     assert len(trials.calls) == 9 and len(runs("cell")) == 5
     assert (paper.REPORTS / "table.md").read_text() == before
 
 
 def test_more_trials_continue_the_search_and_keep_the_other_cells(params, trials):
-    COMMANDS["table"](params)
-    COMMANDS["table"](params.model_copy(update={"table": params.table.model_copy(update={"n_trials": 6})}))
+    shell.start("table", params)
+    shell.start("table", params.model_copy(update={"table": params.table.model_copy(update={"n_trials": 6})}))
     assert len(trials.calls) == 9 + 2 + 1
 
 
@@ -174,12 +177,12 @@ def test_search_of_a_table_is_taught_by_the_history(params, trials, monkeypatch)
     vectors = [(4,) * UNITS, (8,) + (4,) * (UNITS - 1)]
     earlier = search.export_history("earlier", [result(bits) for bits in vectors])
     storage.write_text(paper.REPORTS / "earlier.json", json.dumps(earlier))
-    COMMANDS["table"](changed(params, "search", history="reports/earlier.json"))
+    shell.start("table", changed(params, "search", history="reports/earlier.json"))
     assert taught == [vectors]
 
 
 def test_qpruner3_is_the_best_of_its_searchs_trials(params, trials):
-    COMMANDS["table"](params)
+    shell.start("table", params)
     tried = [bits(call) for call in trials.calls if call[1] is None]
     chosen = runs("cell")[-1].data.params["bits"]
     assert chosen in tried and result(chosen_bits(chosen)).accuracy == max(
@@ -194,60 +197,60 @@ def chosen_bits(text):
 def test_failed_cell_is_failed_with_its_cause_and_the_others_go_on(params, trials):
     trials.broken = (4,) * UNITS
     with pytest.raises(CellsFailed, match=r"1 of 5 cells failed: 20% QPruner1 \(OutOfMemoryError.*run the same comm"):
-        COMMANDS["table"](params)
+        shell.start("table", params)
     (failed,) = runs("cell", "FAILED")
     assert failed.data.tags["error"] == "OutOfMemoryError: tried to allocate 20 GiB"
     assert not failed.data.metrics and len(runs("cell")) == 4
     assert "| 20 % | QPruner1 | failed |" in (paper.REPORTS / "table.md").read_text()
     assert [run.info.status for run in tracking.tagged("stage", "table")] == ["FAILED"]
     trials.broken = None
-    COMMANDS["table"](params)
+    shell.start("table", params)
     assert [bits(call) for call in trials.calls[8:]] == ["4" * UNITS]
     assert "failed" not in (paper.REPORTS / "table.md").read_text()
 
 
 def test_cell_kept_but_not_ended_by_a_kill_is_ended(params, trials):
-    COMMANDS["table"](params)
+    shell.start("table", params)
     victim = runs("cell")[1].info.run_id
     tracking.client().set_terminated(victim, "KILLED")
-    COMMANDS["table"](params)
+    shell.start("table", params)
     assert tracking.run(victim).info.status == "FINISHED" and len(runs("cell")) == 5
 
 
 def test_lost_store_is_filled_again_once(params, trials, tmp_path, monkeypatch):
-    COMMANDS["table"](params)
+    shell.start("table", params)
     before = [(run.data.params["bits"], run.data.metrics["accuracy"]) for run in runs("cell") + runs("trial")]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     for _ in range(2):
-        COMMANDS["table"](params)
+        shell.start("table", params)
         after = [(run.data.params["bits"], run.data.metrics["accuracy"]) for run in runs("cell") + runs("trial")]
         assert after == before
     assert len(trials.calls) == 9
 
 
 def test_damaged_cell_runs_again(params, trials):
-    COMMANDS["table"](params)
+    shell.start("table", params)
     victim = next(iter((paper.KEPT / "cells").iterdir()))
     victim.write_text("")
-    COMMANDS["table"](params)
+    shell.start("table", params)
     assert len(trials.calls) == 10 and json.loads(victim.read_text())["result"]
 
 
 def test_ablation_takes_the_tables_qpruner3_and_leaves_it_in_its_place(params, trials):
-    COMMANDS["table"](params)
+    shell.start("table", params)
     (kept,) = [run for run in runs("cell") if run.data.tags["method"] == "qpruner3"]
-    COMMANDS["ablation"](params)
+    shell.start("ablation", params)
     own = [run for run in runs("cell") if run.data.tags["command"] == "ablation"]
     assert len(trials.calls) == 9 + 6 == 9 + len(own)
     assert {bits(call) for call in trials.calls[9:]} == {kept.data.params["bits"]}
     assert parent(tracking.run(kept.info.run_id)) == runs("table")[0].info.run_id
     assert {parent(run) for run in own} == {runs("ablation")[0].info.run_id}
-    COMMANDS["ablation"](params)
+    shell.start("ablation", params)
     assert len(trials.calls) == 15
 
 
 def test_ablation_alone_holds_the_search_itself(params, trials):
-    COMMANDS["ablation"](params)
+    shell.start("ablation", params)
     assert len(trials.calls) == 4 + 1 + 6
     lines = (paper.REPORTS / "ablation.md").read_text().splitlines()
     (row,) = [line for line in lines if line.startswith("| PIQA")]
@@ -258,7 +261,7 @@ def test_ablation_alone_holds_the_search_itself(params, trials):
 def test_search_that_sees_every_item_is_refused_before_anything_runs(params, trials, limit, wanted):
     params = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"limit": limit})})
     with pytest.raises(ValueError, match=rf"evaluate\.limit: {limit} .*{wanted}.*between 1 and 63"):
-        COMMANDS["table"](params)
+        shell.start("table", params)
     assert not trials.calls
 
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import pareto
-from pipeline.pareto import Point
+from pipeline.search import pareto
+from pipeline.search.pareto import Point
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 from conftest import ROOT, tiny_config
 
-from pipeline import architecture, plan
+from pipeline import architecture
 from pipeline.__main__ import main
 from pipeline.params import ParamsError
+from pipeline.results import plan
 
 PRESETS = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
 PARAMETERS = {

@@ -6,7 +6,8 @@ import os
 import pytest
 from conftest import ROOT
 
-from pipeline import params, paths, project, stages, storage, tracking
+from pipeline import params, paths, project, storage, tracking
+from pipeline.stages import report
 
 
 class Asked:
@@ -38,7 +39,7 @@ def asked(raw_params, tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "registered", lambda name, alias: made.registered)
     for module, name in ((tracking, "reap"), (tracking, "adopt_project_run"), (tracking, "on_termination_interrupt")):
         monkeypatch.setattr(module, name, lambda: None)
-    monkeypatch.setattr(stages, "show_front", lambda checked: None)
+    monkeypatch.setattr(report, "show", lambda checked: None)
     monkeypatch.delenv("QPRUNER_OVERRIDES", raising=False)
     return made
 

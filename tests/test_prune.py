@@ -7,10 +7,13 @@ import torch
 import transformers
 from conftest import FAMILIES, ROOT, batches, tiny_config, tiny_model
 
-from pipeline import alpaca, architecture, checkpoint, plan, prune, saliency
-from pipeline.alpaca import IGNORED, Batch
+from pipeline import architecture, checkpoint
 from pipeline.architecture import COUPLED, BlockShape
+from pipeline.compress import prune, saliency
+from pipeline.data import alpaca
+from pipeline.data.alpaca import IGNORED, Batch
 from pipeline.params import BlockRange
+from pipeline.results import plan
 
 READERS = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 

@@ -7,7 +7,8 @@ import torch
 from banks import logits, make_bank, mixed_bits, pruned, real_model, settings
 from conftest import FAMILIES, tiny_config
 
-from pipeline import architecture, checkpoint, quantize
+from pipeline import architecture, checkpoint
+from pipeline.compress import quantize
 
 # Appendix E of QLoRA; bitsandbytes' 4-bit float has three exponent bits, no fraction of its own and a subnormal.
 NF4 = [

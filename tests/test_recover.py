@@ -7,11 +7,13 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from peft import LoraConfig, get_peft_model
 
-from pipeline import alpaca, params, recover
-from pipeline.alpaca import IGNORED, Batch, Example
+from pipeline import params
 from pipeline.architecture import TARGET_MODULES
-from pipeline.memory import LOSS_CHUNK
-from pipeline.recover import RecoverError
+from pipeline.data import alpaca
+from pipeline.data.alpaca import IGNORED, Batch, Example
+from pipeline.trial import recover
+from pipeline.trial.memory import LOSS_CHUNK
+from pipeline.trial.recover import RecoverError
 
 PADDING = 1
 

@@ -9,8 +9,9 @@ from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
 
-from pipeline import GIB, report
-from pipeline.pareto import Point
+from pipeline import GIB
+from pipeline.results import report
+from pipeline.search.pareto import Point
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-from pipeline import alpaca, fetch, tasks
+from pipeline.data import alpaca, fetch, tasks
 
 SAMPLE = ROOT / "data/sample"
 TASKS = tuple(tasks.FIELDS)

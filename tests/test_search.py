@@ -4,12 +4,12 @@ import random
 
 import pytest
 
-from pipeline import pareto, search
-from pipeline.allocate import Space
-from pipeline.importance import Priors
-from pipeline.search import Candidate, Ended, SearchError, Study
-from pipeline.surrogate import Observation
-from pipeline.trial import Result
+from pipeline.compress.importance import Priors
+from pipeline.search import pareto, search
+from pipeline.search.allocate import Space
+from pipeline.search.search import Candidate, Ended, SearchError, Study
+from pipeline.search.surrogate import Observation
+from pipeline.trial.trial import Result
 
 UNITS = 8
 SPACE = Space(base=1000, deltas=(10,) * UNITS, max_eights=2, budget=None)

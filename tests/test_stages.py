@@ -10,10 +10,13 @@ import torch
 from conftest import ROOT
 from test_search import PRIORS, SPACE, UNITS, result
 
-from pipeline import pareto, recorder, search, stages, tracking, trial
-from pipeline.recorder import Recorder
-from pipeline.search import Study
-from pipeline.trial import Result
+from pipeline import tracking
+from pipeline.search import pareto, search
+from pipeline.search.search import Study
+from pipeline.stages import recorder
+from pipeline.stages.recorder import Recorder
+from pipeline.trial import trial
+from pipeline.trial.trial import Result
 
 
 @pytest.fixture
@@ -162,15 +165,7 @@ def test_reference_is_measured_once_and_stands_outside_the_trials(tmp_path, sett
     assert reference.data.params["bits"] == "8" * UNITS
 
 
-def test_commands_of_the_paper_are_no_stages():
-    from pipeline import __main__ as command
-    from pipeline import paper
-
-    assert tuple(stages.STAGES) == command.STAGES
-    assert tuple(paper.COMMANDS) == command.PAPER
-
-
 def test_stages_that_load_no_model_do_not_import_torch():
-    code = "import sys; from pipeline import pareto, report, stages, storage; print('torch' in sys.modules)"
+    code = "import sys; from pipeline.stages import pareto, report, register; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == "False"

@@ -6,9 +6,9 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from pipeline import pareto, surrogate
-from pipeline.allocate import Space, raised_of
-from pipeline.surrogate import Front, Model, Observation
+from pipeline.search import pareto, surrogate
+from pipeline.search.allocate import Space, raised_of
+from pipeline.search.surrogate import Front, Model, Observation
 
 UNITS = 9
 SPACE = Space(1000, (11, 7, 13, 9, 10, 8, 12, 6, 10), 3, 1032)

@@ -3,9 +3,10 @@ import dataclasses
 import pytest
 from test_search import UNITS, result
 
-from pipeline import GIB, cells, table
-from pipeline.cells import Cell, Outcome
-from pipeline.table import Entry
+from pipeline import GIB
+from pipeline.results import cells, table
+from pipeline.results.cells import Cell, Outcome
+from pipeline.results.table import Entry
 
 TASKS = ("piqa", "arc_challenge")
 

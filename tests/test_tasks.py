@@ -1,11 +1,11 @@
 import subprocess
 import sys
 
+import pipeline.evaluate  # noqa: F401  (lm_eval.tasks)
 import pytest
 from conftest import ROOT
 
-import pipeline.evaluate  # noqa: F401  (lm_eval.tasks)
-from pipeline import definitions, tasks
+from pipeline.data import definitions, tasks
 from pipeline.params import TASKS
 
 SAMPLE = ROOT / "data/sample/benchmarks"

@@ -11,10 +11,12 @@ from banks import make_bank, mixed_bits, pruned
 from conftest import tiny_model
 from peft.tuners.lora import LoraLayer
 
-from pipeline import GIB, architecture, build, checkpoint, quantize, recover, trial
-from pipeline.alpaca import Example
-from pipeline.cells import changed
+from pipeline import GIB, architecture, checkpoint
+from pipeline.compress import quantize
+from pipeline.data.alpaca import Example
 from pipeline.device import Compute
+from pipeline.results.cells import changed
+from pipeline.trial import build, recover, trial
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,13 @@ import yaml
 from conftest import ROOT, VOCABULARY, batches
 from mlflow.tracking import MlflowClient
 
-from pipeline import architecture, build, checkpoint, fits, params, prune, report, search, stages, tracking
-from pipeline.surrogate import Observation
+from pipeline import architecture, checkpoint, fits, params, tracking
+from pipeline.compress import prune
+from pipeline.results import report
+from pipeline.search import search
+from pipeline.search.surrogate import Observation
+from pipeline.stages import STAGES, shell
+from pipeline.trial import build
 
 # The models as their own config.json describes them, with the parameters that are known of them.
 LLAMA_7B = {
@@ -127,10 +132,10 @@ def finished(request, tmp_path_factory, store, tokenizer):
             patched.setattr(
                 build,
                 "probe_in_fresh_process",
-                lambda folder, device: build.probe(checkpoint.load_final(folder), checkpoint.load_tokenizer(folder)),
+                lambda folder, compute: build.probe(checkpoint.load_final(folder), checkpoint.load_tokenizer(folder)),
             )
-        for run in stages.STAGES.values():
-            run(params.load())
+        for stage in STAGES:
+            shell.start(stage, params.load())
         yield name
 
 
@@ -243,7 +248,7 @@ def test_accuracies_of_both_kinds_are_logged_where_a_task_has_both(finished):
 def test_each_benchmarks_picture_is_made_of_the_scores_on_it(finished, monkeypatch):
     drawn = {}
     monkeypatch.setattr(report, "benchmark_fronts", lambda every, path: drawn.update(every))
-    stages.STAGES["report"](params.load())
+    shell.start("report", params.load())
     assert tuple(drawn) == params.TASKS
     runs = trial_runs()
     for task, points in drawn.items():
@@ -262,7 +267,7 @@ def test_history_of_a_search_is_taken_up_by_the_next_one(finished, monkeypatch):
     monkeypatch.setattr(search, "run", noted)
     monkeypatch.setenv("QPRUNER_OVERRIDES", json.dumps({"search.history": "earlier.json"}))
     settings = params.load()
-    stages.STAGES["search"](settings)
+    shell.start("search", settings)
     objective, told = settings.search.objective, {}
     for run in trial_runs().values():
         bits = tuple(map(int, run.params["bits"]))

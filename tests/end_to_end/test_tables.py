@@ -14,8 +14,8 @@ import yaml
 from conftest import ROOT
 from test_pipeline import by_stage, clone, command, environment, runs, tiny_params
 
-from pipeline.cells import changed
 from pipeline.params import load
+from pipeline.results.cells import changed
 
 RUN = (sys.executable, "-m", "pipeline", "run")
 

@@ -1,0 +1,57 @@
+"""What pruning is calibrated on: Alpaca's texts, and the same with some of their tokens drawn at random.
+
+Least squares makes up for what leaves a block on the text that it is fitted to. Random tokens among the words call up
+much of what a model knows and Alpaca never asks for, so that the fit holds on other text (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import fits
+from pipeline.data import alpaca
+from pipeline.data.alpaca import Batch
+from pipeline.params import Prune
+
+
+def batches(
+    tokenizer: Any, rows: str | Path, settings: Prune, held_out: int, seed: int, device: Any = "cpu", size: int = 8
+) -> list[Batch]:
+    """Return the calibration batches that section ``prune`` asks for, every position labelled; none if it reads none.
+
+    Args:
+        tokenizer: The tokenizer of the model to prune.
+        rows: File of Alpaca rows.
+        settings: What it is for, ``text``, ``samples`` and ``max_length`` are read.
+        held_out: Rows that calibration may not see.
+        seed: For the draw of the rows.
+        device: Where they are put.
+        size: Rows of a batch.
+    """
+    if not fits.calibrated(settings.importance, settings.compensate):
+        return []
+    found = alpaca.SOURCES[settings.text](rows, tokenizer, held_out, settings.samples, settings.max_length, seed)
+    return [part.to(device) for part in alpaca.batches(found, size, tokenizer.pad_token_id, whole=True)]
+
+
+def noised(calibration: Sequence[Batch], share: float, vocabulary: int, seed: int) -> Iterator[Batch]:
+    """Yield the batches with a share of their tokens replaced by random ones, all tokens alike.
+
+    Labels stay as they are and only tell what is padding: such a text is for what layers receive, not for its loss.
+
+    Args:
+        calibration: The batches.
+        share: Probability of each token to be replaced.
+        vocabulary: Number of tokens to draw from.
+        seed: The same seed replaces the same tokens, on any device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for part in calibration:
+        shape, device = part.tokens.shape, part.tokens.device
+        replaced = torch.rand(shape, generator=generator) < share
+        drawn = torch.randint(vocabulary, shape, generator=generator)
+        yield Batch(torch.where(replaced.to(device), drawn.to(device), part.tokens), part.labels, part.length)

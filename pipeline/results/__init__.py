@@ -1,0 +1,1 @@
+"""Tables, pictures and plans: what a person reads."""

@@ -1,0 +1,171 @@
+"""The cells of the paper's tables 1, 2 and 3: which there are, what defines one, which vector QPruner3 is.
+
+A cell is one model to train and judge: a method at a ratio, or a variant of the ablation. Nothing here runs one
+(``paper.py`` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.params import Params, digest
+from pipeline.search.pareto import LABELS, UNTOUCHED
+from pipeline.trial.trial import MEASURED, Result
+
+ROWS = ("llm_pruner", "qpruner1", "qpruner2", "qpruner3")
+VARIANT = "variant"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model to train and judge.
+
+    Attributes:
+        row: ``dense``, one of ``ROWS``, or ``VARIANT``.
+        params: The params that it runs with: its ratio and its variant's settings in place.
+        title: What its run is called.
+        bits: Its bit string, where it is given.
+    """
+
+    row: str
+    params: Params
+    title: str
+    bits: str | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Return its pruning ratio; 0 for the untouched model."""
+        return 0.0 if self.row == UNTOUCHED else self.params.prune.ratio
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: a result, an error, or neither as long as it was not run."""
+
+    cell: Cell
+    result: Result | None = None
+    error: str = ""
+    run_id: str = ""
+
+    @property
+    def state(self) -> str:
+        """Return ``done``, ``failed`` or ``pending``."""
+        return "done" if self.result else "failed" if self.error else "pending"
+
+
+def at_ratio(params: Params, ratio: float) -> Params:
+    """Return the params with another pruning ratio."""
+    return changed(params, "prune", ratio=ratio)
+
+
+def changed(params: Params, section: str, **values: Any) -> Params:
+    """Return the params with values of one section replaced."""
+    return params.model_copy(update={section: getattr(params, section).model_copy(update=values)})
+
+
+def cells(params: Params) -> list[Cell]:
+    """Return the cells of table 1: the untouched model once, then the four methods at each ratio."""
+    first = at_ratio(params, params.table.ratios[0])
+    found = [Cell(UNTOUCHED, first, LABELS[UNTOUCHED])]
+    for ratio in params.table.ratios:
+        own = at_ratio(params, ratio)
+        found += [_method(row, own) for row in ROWS]
+    return found
+
+
+def qpruner3(params: Params) -> Cell:
+    """Return QPruner3's cell at the ratio of the params."""
+    return _method("qpruner3", params)
+
+
+def _method(row: str, params: Params) -> Cell:
+    return Cell(row, params, f"{100 * params.prune.ratio:g}% {LABELS[row]}")
+
+
+def definition(cell: Cell, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that a cell's result depends on, as plain values.
+
+    Args:
+        cell: The cell.
+        origin: Digests of the base model and the data, and the device.
+    """
+    params = cell.params
+    found = {
+        "row": cell.row,
+        "measured": MEASURED,
+        "origin": dict(origin),
+        "seed": params.seed,
+        "validation_rows": params.data.validation_rows,
+        "judged": {"tasks": list(params.evaluate.tasks), "skip": params.evaluate.limit, "limit": params.table.limit},
+        "batch_tokens": params.evaluate.batch_tokens,
+        "recover": params.recover.model_dump(mode="json", exclude={"steps"}),
+    }
+    if cell.row == UNTOUCHED:
+        return found
+    search = params.search.model_dump(mode="json", exclude={"n_trials", "references"})
+    found |= {
+        "prune": params.prune.model_dump(mode="json"),
+        "quantize": params.quantize.model_dump(mode="json"),
+        "steps": params.table.steps,
+        "granularity": search["granularity"],
+    }
+    if cell.bits:
+        found["bits"] = cell.bits
+    if cell.row in ("qpruner2", "qpruner3"):
+        found["importance"] = params.importance.model_dump(mode="json")
+        found["space"] = [search[name] for name in ("max_8bit_fraction", "memory_budget_gib", "average_bits")]
+    if cell.row == "qpruner3":
+        found["search"] = search | {"n_trials": params.table.n_trials, "trial_steps": params.recover.steps}
+    return found
+
+
+def key(cell: Cell, origin: Mapping[str, Any]) -> str:
+    """Return twelve hex digits that name a cell by all that defines it."""
+    return digest(definition(cell, origin))
+
+
+# --- the ablation ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A setting that the ablation varies, and the values it takes: value -> title."""
+
+    title: str
+    section: str
+    name: str
+    values: Mapping[Any, str]
+
+
+FACTORS = (
+    Factor("4-bit type", "quantize", "four_bit", {"nf4": "NF4", "fp4": "FP4"}),
+    Factor("initialization", "quantize", "init", {"loftq": "LoftQ", "gaussian": "Gaussian", "pissa": "PiSSA"}),
+    Factor("LoftQ iterations", "quantize", "iterations", {1: "1", 2: "2", 4: "4"}),
+    Factor("importance", "prune", "importance", {"taylor1": "Element1", "taylor2": "Element2"}),
+)
+Variants = list[tuple[Factor, str, Cell]]
+
+
+def variants(default: Cell, bits: str) -> Variants:
+    """Return the columns of table 2: (factor, title of the value, cell).
+
+    One factor at a time is varied from the default; the value that is the default's is the default cell itself. A
+    default that the paper does not vary over comes first in its factor.
+
+    Args:
+        default: QPruner3's cell at the ablation's ratio.
+        bits: The bit vector that its search found; all variants take it.
+    """
+    found: Variants = []
+    for factor in FACTORS:
+        now = getattr(getattr(default.params, factor.section), factor.name)
+        if now not in factor.values:
+            found.append((factor, str(now), default))
+        for value, title in factor.values.items():
+            more = {"init": "loftq"} if factor.name == "iterations" else {}  # no other one iterates
+            own = changed(default.params, factor.section, **{factor.name: value}, **more)
+            cell = Cell(VARIANT, own, f"{100 * own.prune.ratio:g}% {factor.title} {title}", bits)
+            found.append((factor, title, default if own == default.params else cell))
+    return found

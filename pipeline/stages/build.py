@@ -1,0 +1,45 @@
+"""Stage ``build``: the chosen bit vector as the final checkpoint, verified in a fresh process.
+
+Reads ``reports/pareto.json``, ``artifacts/pruned``, ``artifacts/bank`` and the data. Writes ``artifacts/final`` and
+``reports/build.json``.
+"""
+
+from __future__ import annotations
+
+from pipeline import storage, tracking
+from pipeline.compress.quantize import read_bits
+from pipeline.params import Params
+from pipeline.paths import ALPACA, BANK, BENCHMARKS, FINAL, PRUNED
+from pipeline.stages.recorder import log_losses, steps, study_name, unfinished
+from pipeline.stages.shell import keep_figures, made
+from pipeline.tracking import Run
+from pipeline.trial import build, trial
+
+
+def run(params: Params, run: Run) -> None:
+    """Run the stage."""
+    text, chosen = build.choose(params.build.choose, made("pareto"))
+    context = trial.load(params, PRUNED, BANK, ALPACA, BENCHMARKS)
+    bits = read_bits(text, context.units)
+    run.params({"bits": text, "chosen_run": chosen or ""})
+    kept = unfinished(study_name(params, PRUNED, BANK), text, params.build.steps)
+    result, model = trial.run(context, bits, steps=params.build.steps, progress=steps("build: recovery"), keep=kept)
+    lineage = {
+        "chosen_run": chosen or "none: bits given",
+        "git_commit": tracking.git_commit(),
+        "alpaca_md5": tracking.md5(ALPACA),
+        "benchmarks_md5": tracking.md5(BENCHMARKS),
+        "pruned_checkpoint": storage.sha256(PRUNED / storage.CHECKSUMS),
+        "base_model": params.model.source,
+        "search_run": made("search")["search_run"],
+    }
+    with storage.writing(FINAL) as folder:
+        card = build.card(params.register_.name, result, context, lineage)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "lineage.json").write_text(build.lineage_json(lineage))
+        figures = build.verified(context, bits, model, folder)
+    run.metrics(result.metrics())
+    log_losses(run, result)
+    run.artifact(FINAL / "README.md")
+    figures |= {key: value for key, value in result.metrics().items() if "seconds" not in key}
+    keep_figures(run, "build", figures)

@@ -1,0 +1,50 @@
+"""Stage ``prune``: remove the structures that the loss misses least (paper section 3.1).
+
+Reads ``artifacts/base`` and ``data/alpaca.jsonl``. Writes ``artifacts/pruned``, ``reports/prune.json`` and
+``reports/prune.png``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline import checkpoint, device, storage
+from pipeline.compress import prune
+from pipeline.compress.prune import Pruned
+from pipeline.data import calibration
+from pipeline.params import Params
+from pipeline.paths import ALPACA, BASE, PRUNED, REPORTS
+from pipeline.results import report
+from pipeline.stages.shell import keep_figures
+from pipeline.tracking import Run
+
+
+def run(params: Params, run: Run) -> None:
+    """Run the stage."""
+    run.dataset(ALPACA, "alpaca", "calibration")
+    pruned = write(params, {params.prune.ratio: PRUNED})
+    before, after = pruned.parameters
+    keep_figures(run, "prune", {"ratio": pruned.ratio, "parameters_before": before, "parameters_after": after})
+    _draw(pruned)
+    run.artifact(REPORTS / "prune.png")
+
+
+def write(params: Params, targets: Mapping[float, Path]) -> Pruned:
+    """Prune the base model to each ratio into its checkpoint folder; return the last one."""
+    storage.verify(BASE, "fetch")
+    compute = device.choose(params.device, params.dtype)
+    model, tokenizer = checkpoint.load_base(BASE, compute.device, compute.dtype), checkpoint.load_tokenizer(BASE)
+    parts = calibration.batches(tokenizer, ALPACA, params.prune, params.data.validation_rows, params.seed, model.device)
+    made = prune.at_ratios(model, parts, params.prune, list(targets), params.seed)
+    for target, pruned in zip(targets.values(), made, strict=True):
+        with storage.writing(target) as folder:
+            checkpoint.from_state(pruned.config, checkpoint.stored(pruned.state)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    return pruned
+
+
+def _draw(pruned: Pruned) -> None:
+    kinds = {"attention": "key/value heads kept", "mlp": "MLP channels kept"}
+    series = {label: [len(block[kind]) for block in pruned.kept] for kind, label in kinds.items()}
+    report.bar_chart([str(index) for index in range(len(pruned.kept))], series, REPORTS / "prune.png")

@@ -1,0 +1,41 @@
+"""Stage ``register``: the built checkpoint into the model registry, with an alias and its evidence.
+
+Reads ``artifacts/final`` and ``reports/evaluate.json``. Writes ``reports/register.json``.
+"""
+
+from __future__ import annotations
+
+import json
+
+from pipeline import console, storage, tracking
+from pipeline.params import Params
+from pipeline.paths import FINAL, REPORTS
+from pipeline.stages.shell import made
+from pipeline.tracking import Run
+
+_NEEDED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")  # to serve the model
+
+
+def run(params: Params, run: Run) -> None:
+    """Run the stage."""
+    storage.verify(FINAL, "build")
+    figures = made("evaluate")
+    lineage = storage.read_json(FINAL / "lineage.json", "build")
+    run.metrics(figures)
+    root = tracking.root()
+    pinned = [line for line in (root / "requirements.txt").read_text().splitlines() if line.split("==")[0] in _NEEDED]
+    uri = tracking.register_model(
+        run,
+        params.register_.name,
+        params.register_.alias,
+        root / "pipeline" / "stages" / "served.py",
+        FINAL.absolute(),
+        [str(root / "pipeline")],
+        pinned,
+        lineage | {key: f"{value:.4f}" for key, value in figures.items()},
+        ["What is the capital of France?"],
+        max_new_tokens=64,
+    )
+    run.tags({"model": uri})
+    storage.write_text(REPORTS / "register.json", json.dumps({"model": uri, "alias": params.register_.alias}, indent=1))
+    console.note(f"registered {uri} as models:/{params.register_.name}@{params.register_.alias}")

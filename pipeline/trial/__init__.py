@@ -1,0 +1,1 @@
+"""One trial: a bit vector becomes a model that is recovered, judged and measured."""
