@@ -122,7 +122,7 @@ def record_one_by_one(parent: tracking.Run, number: int, result: Result) -> None
     """Track the same trial with a call for each value."""
     client = tracking.client()
     tags = {"mlflow.parentRunId": parent.run_id, "stage": "trial", "study": "s", "method": "random"}
-    run_id = client.create_run(parent.experiment_id, tags=tags, run_name=f"trial {number}").info.run_id
+    run_id = client.create_run(parent.experiment_id, tags=tags, run_name=f"trial {number}").run_id
     for key, value in {"bits": result.bits, "method": "random", "granularity": "block"}.items():
         client.log_param(run_id, key, value)
     for key, value in result.metrics().items():

@@ -30,6 +30,7 @@ from pydantic import (
 from pipeline import combinations, fits
 from pipeline.architecture import FAMILIES
 from pipeline.data import definitions
+from pipeline.errors import UserError
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 Granularity = Literal["block", "group", "linear"]
@@ -56,7 +57,7 @@ def _task(name: str) -> str:
 Task = Annotated[str, AfterValidator(_task)]
 
 
-class ParamsError(ValueError):
+class ParamsError(UserError):
     """The user's mistakes in ``params.yaml``, all of them in one message."""
 
 

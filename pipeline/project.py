@@ -124,7 +124,7 @@ def _finished() -> int:
 def _tracked() -> int:
     """Return how many finished trials of the search the store has."""
     runs = tracking.trials(_search()["study"])
-    return sum(run.info.status == "FINISHED" and run.data.tags["stage"] == "trial" for run in runs)
+    return sum(run.status == "FINISHED" and run.tags["stage"] == "trial" for run in runs)
 
 
 def _search() -> dict[str, Any]:

@@ -16,11 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
+
 CHECKSUMS = "checksums.json"
 _CHUNK = 1 << 22
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, unfinished or changed, with the stage to run again."""
 
 

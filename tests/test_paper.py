@@ -85,11 +85,11 @@ def trials(monkeypatch):
 
 
 def runs(stage, status="FINISHED"):
-    return [run for run in tracking.tagged("stage", stage) if run.info.status == status]
+    return [run for run in tracking.tagged("stage", stage) if run.status == status]
 
 
 def parent(run):
-    return run.data.tags["mlflow.parentRunId"]
+    return run.tags["mlflow.parentRunId"]
 
 
 def bits(call):
@@ -100,10 +100,10 @@ def test_table_has_one_run_a_cell_with_the_searchs_trials_below_qpruner3(params,
     shell.start("table", params)
     (top,) = runs("table")
     found = runs("cell")
-    assert [run.data.tags["method"] for run in found] == ["dense", "llm_pruner", "qpruner1", "qpruner2", "qpruner3"]
-    assert {parent(run) for run in found} == {top.info.run_id}
-    assert {parent(run) for run in runs("trial")} == {found[-1].info.run_id} and len(runs("trial")) == 4
-    assert found[3].data.params["bits"] == "48484444"
+    assert [run.tags["method"] for run in found] == ["dense", "llm_pruner", "qpruner1", "qpruner2", "qpruner3"]
+    assert {parent(run) for run in found} == {top.run_id}
+    assert {parent(run) for run in runs("trial")} == {found[-1].run_id} and len(runs("trial")) == 4
+    assert found[3].params["bits"] == "48484444"
     text = paper.REPORTS.joinpath("table.md").read_text()
     assert "| 20 % | QPruner3 |" in text and "pending" not in text
     assert {path.name for path in paper.REPORTS.iterdir()} == {"table.md", "table.csv", "table.tex", "figure1.png"}
@@ -124,14 +124,14 @@ def test_killed_table_goes_on_without_repeating_what_is_finished(params, trials,
     with pytest.raises(KeyboardInterrupt):
         shell.start("table", params)
     assert not runs("table", "RUNNING") + runs("cell", "RUNNING") + runs("trial", "RUNNING")
-    kept = {run.info.run_id for run in runs("cell") + runs("trial")}
+    kept = {run.run_id for run in runs("cell") + runs("trial")}
     assert len(trials.calls) == call - 1 == len(kept)
     shell.start("table", params)
     assert len(trials.calls) == 9  # five cells and four trials
     after = runs("cell") + runs("trial")
-    assert len(after) == 9 and kept <= {run.info.run_id for run in after}
-    assert {parent(run) for run in runs("cell")} == {runs("table")[-1].info.run_id}
-    assert {parent(run) for run in runs("trial")} == {runs("cell")[-1].info.run_id}
+    assert len(after) == 9 and kept <= {run.run_id for run in after}
+    assert {parent(run) for run in runs("cell")} == {runs("table")[-1].run_id}
+    assert {parent(run) for run in runs("trial")} == {runs("cell")[-1].run_id}
 
 
 @pytest.mark.parametrize("call", [3, 6])  # a cell's own recovery, and one of a trial below QPruner3's
@@ -184,7 +184,7 @@ def test_search_of_a_table_is_taught_by_the_history(params, trials, monkeypatch)
 def test_qpruner3_is_the_best_of_its_searchs_trials(params, trials):
     shell.start("table", params)
     tried = [bits(call) for call in trials.calls if call[1] is None]
-    chosen = runs("cell")[-1].data.params["bits"]
+    chosen = runs("cell")[-1].params["bits"]
     assert chosen in tried and result(chosen_bits(chosen)).accuracy == max(
         result(chosen_bits(one)).accuracy for one in tried
     )
@@ -199,10 +199,10 @@ def test_failed_cell_is_failed_with_its_cause_and_the_others_go_on(params, trial
     with pytest.raises(CellsFailed, match=r"1 of 5 cells failed: 20% QPruner1 \(OutOfMemoryError.*run the same comm"):
         shell.start("table", params)
     (failed,) = runs("cell", "FAILED")
-    assert failed.data.tags["error"] == "OutOfMemoryError: tried to allocate 20 GiB"
-    assert not failed.data.metrics and len(runs("cell")) == 4
+    assert failed.tags["error"] == "OutOfMemoryError: tried to allocate 20 GiB"
+    assert not failed.metrics and len(runs("cell")) == 4
     assert "| 20 % | QPruner1 | failed |" in (paper.REPORTS / "table.md").read_text()
-    assert [run.info.status for run in tracking.tagged("stage", "table")] == ["FAILED"]
+    assert [run.status for run in tracking.tagged("stage", "table")] == ["FAILED"]
     trials.broken = None
     shell.start("table", params)
     assert [bits(call) for call in trials.calls[8:]] == ["4" * UNITS]
@@ -211,19 +211,19 @@ def test_failed_cell_is_failed_with_its_cause_and_the_others_go_on(params, trial
 
 def test_cell_kept_but_not_ended_by_a_kill_is_ended(params, trials):
     shell.start("table", params)
-    victim = runs("cell")[1].info.run_id
+    victim = runs("cell")[1].run_id
     tracking.client().set_terminated(victim, "KILLED")
     shell.start("table", params)
-    assert tracking.run(victim).info.status == "FINISHED" and len(runs("cell")) == 5
+    assert tracking.run(victim).status == "FINISHED" and len(runs("cell")) == 5
 
 
 def test_lost_store_is_filled_again_once(params, trials, tmp_path, monkeypatch):
     shell.start("table", params)
-    before = [(run.data.params["bits"], run.data.metrics["accuracy"]) for run in runs("cell") + runs("trial")]
+    before = [(run.params["bits"], run.metrics["accuracy"]) for run in runs("cell") + runs("trial")]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     for _ in range(2):
         shell.start("table", params)
-        after = [(run.data.params["bits"], run.data.metrics["accuracy"]) for run in runs("cell") + runs("trial")]
+        after = [(run.params["bits"], run.metrics["accuracy"]) for run in runs("cell") + runs("trial")]
         assert after == before
     assert len(trials.calls) == 9
 
@@ -238,13 +238,13 @@ def test_damaged_cell_runs_again(params, trials):
 
 def test_ablation_takes_the_tables_qpruner3_and_leaves_it_in_its_place(params, trials):
     shell.start("table", params)
-    (kept,) = [run for run in runs("cell") if run.data.tags["method"] == "qpruner3"]
+    (kept,) = [run for run in runs("cell") if run.tags["method"] == "qpruner3"]
     shell.start("ablation", params)
-    own = [run for run in runs("cell") if run.data.tags["command"] == "ablation"]
+    own = [run for run in runs("cell") if run.tags["command"] == "ablation"]
     assert len(trials.calls) == 9 + 6 == 9 + len(own)
-    assert {bits(call) for call in trials.calls[9:]} == {kept.data.params["bits"]}
-    assert parent(tracking.run(kept.info.run_id)) == runs("table")[0].info.run_id
-    assert {parent(run) for run in own} == {runs("ablation")[0].info.run_id}
+    assert {bits(call) for call in trials.calls[9:]} == {kept.params["bits"]}
+    assert parent(tracking.run(kept.run_id)) == runs("table")[0].run_id
+    assert {parent(run) for run in own} == {runs("ablation")[0].run_id}
     shell.start("ablation", params)
     assert len(trials.calls) == 15
 

@@ -30,12 +30,12 @@ def cloud(seed, count=25, most=12):
 def fake_run(status="FINISHED", stage="trial", **metrics):
     every = {"accuracy": 0.5, "accuracy_stderr": 0.02, "peak_memory_bytes": 1e9, "boolq": 0.6, "boolq_stderr": 0.1}
     return SimpleNamespace(
-        info=SimpleNamespace(status=status, run_id="f" * 32, run_name="trial 3"),
-        data=SimpleNamespace(
-            metrics=every | metrics,
-            tags={"method": "random", "stage": stage, "memory_source": "predicted"},
-            params={"bits": "4488"},
-        ),
+        status=status,
+        run_id="f" * 32,
+        name="trial 3",
+        metrics=every | metrics,
+        tags={"method": "random", "stage": stage, "memory_source": "predicted"},
+        params={"bits": "4488"},
     )
 
 
@@ -200,7 +200,7 @@ def test_points_carry_what_the_run_holds(objective, score, stderr, stage):
     run = fake_run(stage=stage)
     (found,) = pareto.points([run], objective)
     assert found == Point(
-        "f" * 32, "trial 3", "random", "4488", score, stderr, 10**9, "predicted", stage == "reference", run.data.metrics
+        "f" * 32, "trial 3", "random", "4488", score, stderr, 10**9, "predicted", stage == "reference", run.metrics
     )
 
 

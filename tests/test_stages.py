@@ -72,14 +72,14 @@ def test_no_model_of_an_earlier_trial_is_left_when_the_next_one_is_measured(tmp_
 
 
 def found(status="FINISHED", stage="trial"):
-    return [run for run in tracking.trials("study") if run.info.status == status and run.data.tags["stage"] == stage]
+    return [run for run in tracking.trials("study") if run.status == status and run.tags["stage"] == stage]
 
 
 def test_trial_out_of_memory_is_failed_with_its_cause_and_search_goes_on(tmp_path, settings, monkeypatch):
     study, _ = searched(tmp_path, settings, monkeypatch, broken=(4, 8, 4, 8, 4, 4, 4, 4))
     (failed,) = found("FAILED")
-    assert failed.data.tags["error"] == "OutOfMemoryError: tried to allocate 20 GiB"
-    assert "accuracy" not in failed.data.metrics
+    assert failed.tags["error"] == "OutOfMemoryError: tried to allocate 20 GiB"
+    assert "accuracy" not in failed.metrics
     assert len(found()) == 4 == len(study.finished())
 
 
@@ -90,7 +90,7 @@ def test_trial_without_a_number_for_a_score_is_failed_and_search_goes_on(tmp_pat
 
     study, _ = searched(tmp_path, settings, monkeypatch, run=fake)
     (failed, *_) = found("FAILED")
-    assert failed.data.tags["error"].startswith("SearchError: gold_logprob is nan")
+    assert failed.tags["error"].startswith("SearchError: gold_logprob is nan")
     assert len(found()) == 4 == len(study.finished())
 
 
@@ -116,11 +116,11 @@ def test_a_trials_run_shows_its_losses_step_by_step(tmp_path, settings, monkeypa
     run = found()[0]
 
     def history(key):
-        return [(one.step, one.value) for one in tracking.client().get_metric_history(run.info.run_id, key)]
+        return [(one.step, one.value) for one in tracking.client().get_metric_history(run.run_id, key)]
 
     assert history("loss") == [(0, 3.5), (1, 3.0)]
     assert history("held_out_loss") == [(1, 2.25), (2, 2.0)]
-    assert run.data.metrics["trained_tokens"] == 640
+    assert run.metrics["trained_tokens"] == 640
 
 
 def test_search_shows_how_its_front_grows_and_a_resumed_one_shows_all_of_it(tmp_path, settings, monkeypatch):
@@ -141,19 +141,19 @@ def test_search_shows_how_its_front_grows_and_a_resumed_one_shows_all_of_it(tmp_
 
 def test_trial_finished_in_the_study_is_finished_in_mlflow_after_a_kill_in_between(tmp_path, settings, monkeypatch):
     searched(tmp_path, settings, monkeypatch)
-    victim = found()[-1].info.run_id
+    victim = found()[-1].run_id
     tracking.client().set_terminated(victim, "KILLED")  # as reaping does with a run whose end was not written
     _, run = searched(tmp_path, settings, monkeypatch)
     assert len(found()) == 4
-    assert {one.data.tags["mlflow.parentRunId"] for one in found()} == {run.run_id}
+    assert {one.tags["mlflow.parentRunId"] for one in found()} == {run.run_id}
 
 
 def test_lost_store_is_filled_again_from_the_study(tmp_path, settings, monkeypatch):
     searched(tmp_path, settings, monkeypatch)
-    before = {(run.data.params["bits"], run.data.metrics["accuracy"]) for run in found()}
+    before = {(run.params["bits"], run.metrics["accuracy"]) for run in found()}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     searched(tmp_path, settings, monkeypatch)
-    assert {(run.data.params["bits"], run.data.metrics["accuracy"]) for run in found()} == before
+    assert {(run.params["bits"], run.metrics["accuracy"]) for run in found()} == before
     searched(tmp_path, settings, monkeypatch)
     assert len(found()) == 4
 
@@ -162,7 +162,7 @@ def test_reference_is_measured_once_and_stands_outside_the_trials(tmp_path, sett
     searched(tmp_path, settings, monkeypatch)
     searched(tmp_path, settings, monkeypatch)
     (reference,) = found(stage="reference")
-    assert reference.data.params["bits"] == "8" * UNITS
+    assert reference.params["bits"] == "8" * UNITS
 
 
 def test_stages_that_load_no_model_do_not_import_torch():

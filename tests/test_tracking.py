@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from pipeline import tracking
+from pipeline.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +19,7 @@ def own_store(tmp_path, monkeypatch):
 
 
 def status(run):
-    return tracking.run(run.run_id).info.status
+    return tracking.run(run.run_id).status
 
 
 def test_stage_ends_finished_with_its_params_and_dataset_digest(tmp_path):
@@ -27,8 +28,8 @@ def test_stage_ends_finished_with_its_params_and_dataset_digest(tmp_path):
     with tracking.stage("prune", {"prune.ratio": 0.25}) as run:
         digest = run.dataset(data, "alpaca", "training")
     found = tracking.run(run.run_id)
-    assert status(run) == "FINISHED" and found.data.params["prune.ratio"] == "0.25"
-    assert found.inputs.dataset_inputs[0].dataset.digest == digest == tracking.md5(data)
+    assert status(run) == "FINISHED" and found.params["prune.ratio"] == "0.25"
+    assert tracking.client().get_run(run.run_id).inputs.dataset_inputs[0].dataset.digest == digest == tracking.md5(data)
 
 
 def test_failed_stage_keeps_its_cause_and_ends_its_trials():
@@ -36,7 +37,7 @@ def test_failed_stage_keeps_its_cause_and_ends_its_trials():
         child = run.child("trial 0", {"stage": "trial"})
         raise ValueError("ratio too large")
     assert status(run) == "FAILED" and status(child) == "KILLED"
-    assert tracking.run(run.run_id).data.tags["error"] == "ValueError: ratio too large"
+    assert tracking.run(run.run_id).tags["error"] == "ValueError: ratio too large"
 
 
 def test_interrupted_stage_and_trial_are_killed():
@@ -53,6 +54,7 @@ def test_second_signal_does_not_cut_short_what_ends_the_runs():
 import os
 import signal
 from pipeline import tracking
+from pipeline.errors import UserError
 tracking.on_termination_interrupt()
 finish = tracking.Run.finish
 def told_again(run, *arguments):
@@ -69,7 +71,7 @@ with tracking.stage("search", {}) as run:
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root}, check=False
     )
     assert "Interrupted" in done.stderr
-    assert [tracking.run(run).info.status for run in done.stdout.split()] == ["KILLED", "KILLED"]
+    assert [tracking.run(run).status for run in done.stdout.split()] == ["KILLED", "KILLED"]
 
 
 def test_an_interrupt_that_is_lost_in_a_destructor_comes_again():
@@ -78,6 +80,7 @@ import os
 import signal
 import time
 from pipeline import tracking
+from pipeline.errors import UserError
 tracking._AGAIN = 0.2
 tracking.on_termination_interrupt()
 class Dies:
@@ -96,7 +99,7 @@ with tracking.stage("search", {}) as run:
     )
     run, *said = done.stdout.split("\n")
     assert said[0] == "goes on" and "Exception ignored" in done.stderr
-    assert tracking.run(run).info.status == "KILLED"
+    assert tracking.run(run).status == "KILLED"
 
 
 def test_runs_of_dead_processes_are_reaped_and_others_left():
@@ -104,6 +107,7 @@ def test_runs_of_dead_processes_are_reaped_and_others_left():
 import os
 import platform
 from pipeline import tracking
+from pipeline.errors import UserError
 stage = tracking.stage("search", {})  # kept: a stage that is dropped ends
 run = stage.__enter__()
 print(run.run_id, flush=True)
@@ -115,7 +119,7 @@ os._exit(9)
     )
     dead = done.stdout.split()[-1]
     with tracking.stage("report", {}) as alive:  # a stage that starts reaps
-        assert tracking.run(dead).info.status == "KILLED"
+        assert tracking.run(dead).status == "KILLED"
         assert tracking.reap() == [] and status(alive) == "RUNNING"
 
 
@@ -127,8 +131,8 @@ def test_stages_stand_below_the_project_run(monkeypatch):
     with tracking.stage("prune", {}) as run:
         child = run.child("trial 0", {"stage": "trial"})
         child.finish()
-    assert tracking.run(run.run_id).data.tags["mlflow.parentRunId"] == project.info.run_id
-    assert tracking.run(child.run_id).data.tags["mlflow.parentRunId"] == run.run_id
+    assert tracking.run(run.run_id).tags["mlflow.parentRunId"] == project.info.run_id
+    assert tracking.run(child.run_id).tags["mlflow.parentRunId"] == run.run_id
     assert run.experiment_id == "0"
 
 
@@ -137,7 +141,7 @@ def test_trials_are_found_by_study_across_experiments():
         for study in ("a", "a", "b"):
             run.child("trial", {"stage": "trial", "study": study}).finish()
     elsewhere = tracking.client().create_run("0", tags={"study": "a"})
-    found = {one.info.run_id for one in tracking.trials("a")}
+    found = {one.run_id for one in tracking.trials("a")}
     assert len(found) == 3 and elsewhere.info.run_id in found
 
 
@@ -150,7 +154,7 @@ def test_what_a_trial_measured_item_by_item_is_read_back_and_its_loss_says_what_
     assert tracking.items(found) == {"by_item": {"piqa": [[1.0, -0.5]]}}
     (file,) = tmp_path.rglob(tracking.ITEMS)
     file.unlink()
-    with pytest.raises(LookupError, match=f"run {own.run_id}.*lost its artifact items.json; delete the run"):
+    with pytest.raises(UserError, match=f"run {own.run_id}.*lost its artifact items.json; delete the run"):
         tracking.items(found)
 
 
@@ -160,7 +164,7 @@ def test_trial_moves_below_another_search():
         child.finish()
     with tracking.stage("search", {}) as second:
         tracking.move(child.run_id, second)
-    assert tracking.run(child.run_id).data.tags["mlflow.parentRunId"] == second.run_id
+    assert tracking.run(child.run_id).tags["mlflow.parentRunId"] == second.run_id
 
 
 def test_missing_run_cannot_be_reopened():
@@ -202,16 +206,15 @@ def test_trials_read_from_the_database_are_those_that_mlflow_finds():
         if name == "deleted":
             tracking.client().delete_run(other.run_id)
     ours, theirs = tracking.trials("one"), tracking._search_tagged("study", "one")
-    assert [run.info.run_name for run in ours] == ["trial 0", "trial 2", "trial 3", "kept"]
+    assert [run.name for run in ours] == ["trial 0", "trial 2", "trial 3", "kept"]
     assert sorted(map(_plain, ours)) == sorted(map(_plain, theirs))
-    assert ours[1].data.metrics["loss"] == 4.0 and math.isnan(ours[1].data.metrics["broken"])
+    assert ours[1].metrics["loss"] == 4.0 and math.isnan(ours[1].metrics["broken"])
     assert tracking.trials("none") == []
 
 
 def _plain(run):
     """All that a run says, in a form that compares nan as equal."""
-    data = [sorted(part.items()) for part in (run.data.metrics, run.data.params, run.data.tags)]
-    return repr((dict(run.info), data))
+    return repr({name: sorted(v.items()) if isinstance(v, dict) else v for name, v in vars(run).items()})
 
 
 def test_series_keeps_every_step():

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from pipeline.errors import UserError
+
 # The paper's seven, so that they need no search.
 _SEVEN: Mapping[str, str] = {
     "boolq": "super_glue/boolq/default.yaml",
@@ -33,7 +35,7 @@ _MEANS = ("acc", "acc_norm", "acc_bytes", "exact_match")  # lm-eval takes their 
 _NAME = re.compile(rb"""^["']?(task|group)["']?:[ \t]*["']?([^\s"'#\[\]]+)""", re.M)
 
 
-class DefinitionError(ValueError):
+class DefinitionError(UserError, ValueError):
     """A task that lm-eval does not ship or that is not scored by log-likelihoods; says what to do."""
 
 

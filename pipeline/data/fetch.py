@@ -22,6 +22,7 @@ import torch
 from pipeline import architecture, fits, storage
 from pipeline.console import note
 from pipeline.data import tasks
+from pipeline.errors import UserError
 from pipeline.params import Data, Model
 from pipeline.paths import ALPACA, BASE, BENCHMARKS
 
@@ -42,7 +43,7 @@ _TWICE = "consolidated*"  # the same weights once more, as their makers' own cod
 _SHOWN = 20  # faults of one file
 
 
-class FetchError(RuntimeError):
+class FetchError(UserError):
     """Something that could not be had: what was asked, why it failed, what to do."""
 
 

@@ -63,15 +63,15 @@ def points(runs: Sequence[Any], objective: str) -> list[Point]:
     """
     found = []
     for run in runs:
-        metrics, tags = run.data.metrics, run.data.tags
-        if run.info.status != "FINISHED" or objective not in metrics:
+        metrics, tags = run.metrics, run.tags
+        if run.status != "FINISHED" or objective not in metrics:
             continue
         found.append(
             Point(
-                run_id=run.info.run_id,
-                name=run.info.run_name,
+                run_id=run.run_id,
+                name=run.name,
                 method=tags["method"],
-                bits=run.data.params["bits"],
+                bits=run.params["bits"],
                 score=metrics[objective],
                 stderr=metrics[f"{objective}_stderr"],
                 memory=int(metrics["peak_memory_bytes"]),

@@ -26,6 +26,7 @@ from optuna.trial import TrialState
 
 from pipeline.compress.importance import Priors
 from pipeline.compress.quantize import write_bits
+from pipeline.errors import UserError
 from pipeline.params import Objective, Search, read_history
 from pipeline.search import surrogate
 from pipeline.search.allocate import Bits, Space
@@ -36,7 +37,7 @@ JOURNAL = "journal.log"
 _FAILURES_IN_A_ROW = 3
 
 
-class SearchError(RuntimeError):
+class SearchError(UserError):
     """The search cannot go on: what failed and what to do."""
 
 

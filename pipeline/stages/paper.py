@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline import console, storage, tracking
 from pipeline.data import definitions
+from pipeline.errors import UserError
 from pipeline.params import Params, digest, flatten
 from pipeline.paths import ALPACA, BASE, BENCHMARKS, REPORTS
 from pipeline.results.cells import VARIANT, Cell, Outcome
@@ -27,7 +28,7 @@ from pipeline.tracking import Run
 KEPT = Path("artifacts/table")
 
 
-class CellsFailed(RuntimeError):
+class CellsFailed(UserError):
     """Some cells failed: which, why, and what to do."""
 
 
@@ -163,7 +164,7 @@ class Cells:
         from pipeline import device
 
         self.run, self.params, self.ratios = run, params, ratios
-        self.command = tracking.run(run.run_id).data.tags["stage"]
+        self.command = tracking.run(run.run_id).tags["stage"]
         storage.verify(BASE, "fetch")
         check_held_out(params)
         self.origin = {
@@ -240,7 +241,7 @@ class Cells:
 
     def _agree(self, cell: Cell, key: str, kept: dict[str, Any], result: Any) -> str:
         """Give a finished cell its finished run below its command's newest run, whatever the store holds of it."""
-        finished = [one.info.run_id for one in tracking.tagged("cell", key) if one.info.status == "FINISHED"]
+        finished = [one.run_id for one in tracking.tagged("cell", key) if one.status == "FINISHED"]
         if finished:
             run_id = finished[-1]
         else:  # a kill came before the run's end, or the store is another one

@@ -40,7 +40,7 @@ def front(params: Params) -> tuple[list[Any], list[Any]]:
 def compared(objectives: Sequence[str]) -> list[list[Any]]:
     """Return the latest study's points for each objective, compared item by item, from MLflow."""
     runs = tracking.trials(made("search")["study"])
-    records = {run.info.run_id: tracking.items(run) for run in runs if run.info.status == "FINISHED"}
+    records = {run.run_id: tracking.items(run) for run in runs if run.status == "FINISHED"}
     found = []
     for objective in objectives:
         points = pareto.points(runs, objective)

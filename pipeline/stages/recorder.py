@@ -40,7 +40,7 @@ class Recorder:
         """Give every finished trial its finished run below this search, whatever a killed process left of it."""
         from pipeline.trial.trial import Result
 
-        known = {run.data.tags.get("journal_run_id", run.info.run_id): run for run in tracking.trials(self.study)}
+        known = {run.tags.get("journal_run_id", run.run_id): run for run in tracking.trials(self.study)}
         for record in [*study.finished(), *study.references().values()]:
             result = Result.from_json(record["result"])
             found = known.get(record["run_id"])
@@ -48,9 +48,9 @@ class Recorder:
                 own = self._open(record["method"], record["method"], result.bits, "number" not in record)
                 own.tags({"journal_run_id": record["run_id"]})
             else:
-                own = Run(found.info.run_id, found.info.experiment_id)
+                own = Run(found.run_id, found.experiment_id)
                 tracking.move(own.run_id, self.run)
-            if found is None or found.info.status != "FINISHED":
+            if found is None or found.status != "FINISHED":
                 log_result(own, result)
                 own.finish()
 
@@ -138,7 +138,7 @@ def log_result(own: Run, result: Any) -> None:
     own.metrics(result.metrics())
     own.json(result.record, tracking.ITEMS)
     log_losses(own, result)
-    name = tracking.run(own.run_id).info.run_name.partition(":")[0]
+    name = tracking.run(own.run_id).name.partition(":")[0]
     text, gold = result.response_logprob, result.gold_logprob
     quality = f"response {text:.3f}, gold answer {gold:.3f}, {100 * result.accuracy:.1f} %"
     figures = f"{quality}, {result.peak_memory_bytes / 2**30:.3f} GiB, {summary(result.bits)}"

@@ -53,7 +53,7 @@ def show(params: Params) -> None:
     console.table("Methods", columns, rows)
     columns, rows = report.front_table(members, params.pareto.objective, console.BITS)
     console.table("Pareto front: lowest memory first", columns, rows)
-    experiment = tracking.run(members[0].run_id).info.experiment_id if members else tracking.experiment_id()
+    experiment = tracking.run(members[0].run_id).experiment_id if members else tracking.experiment_id()
     console.note(
         "See every trial, best first, in the MLflow UI:\n"
         + tracking.ui_command(experiment, study, params.pareto.objective)

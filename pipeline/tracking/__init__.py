@@ -36,12 +36,13 @@ import mlflow  # noqa: E402
 from mlflow.artifacts import load_text  # noqa: E402
 from mlflow.data.dataset_source_registry import resolve_dataset_source  # noqa: E402
 from mlflow.data.meta_dataset import MetaDataset  # noqa: E402
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunData, RunInfo, RunTag  # noqa: E402
-from mlflow.entities import Run as Entity  # noqa: E402
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.store.db.db_types import DATABASE_ENGINES  # noqa: E402
 from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlParam, SqlRun, SqlTag  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
+
+from pipeline.errors import UserError  # noqa: E402
 
 EXPERIMENT = "qpruner"
 PARENT = "QPRUNER_PARENT_RUN"  # the run of `mlflow run`, handed from the entry point to the stages it starts
@@ -55,8 +56,47 @@ _AGAIN = 5.0  # seconds after which an interrupt that was not heeded is raised a
 StoreError = MlflowException  # what a store raises that cannot be reached, or refuses
 
 
-class ItemsLost(LookupError):
+class ItemsLost(UserError):
     """A trial's run lacks what it measured item by item; what to do."""
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A run as the store has it, without MLflow's own types.
+
+    Attributes:
+        run_id: Its id.
+        experiment_id: Its experiment's.
+        name: Its name.
+        status: ``RUNNING``, ``FINISHED``, ``FAILED`` or ``KILLED``.
+        artifact_uri: Where its artifacts are.
+        params: Its params.
+        metrics: The latest value of each metric.
+        tags: Its tags.
+    """
+
+    run_id: str
+    experiment_id: str
+    name: str
+    status: str
+    artifact_uri: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+def _tracked(run: Any) -> Tracked:
+    info, data = run.info, run.data
+    return Tracked(
+        run_id=info.run_id,
+        experiment_id=info.experiment_id,
+        name=info.run_name,
+        status=info.status,
+        artifact_uri=info.artifact_uri,
+        params=dict(data.params),
+        metrics=dict(data.metrics),
+        tags=dict(data.tags),
+    )
 
 
 class Interrupted(KeyboardInterrupt):
@@ -117,6 +157,7 @@ def kill_project_run() -> None:
 _LAST_WORD = """
 import sys
 import psutil
+from pipeline.errors import UserError
 from pipeline import tracking
 if psutil.pid_exists(int(sys.argv[2])):
     psutil.wait_procs([psutil.Process(int(sys.argv[2]))], timeout=60)
@@ -321,20 +362,20 @@ def on_termination_interrupt() -> None:
 # --- trials ------------------------------------------------------------------------------------------------------
 
 
-def trials(study: str) -> list[Any]:
+def trials(study: str) -> list[Tracked]:
     """Return all runs of a study's trials and references, newest last."""
     return tagged("study", study)
 
 
-def tagged(key: str, value: str) -> list[Any]:
+def tagged(key: str, value: str) -> list[Tracked]:
     """Return all runs with a tag, newest last."""
     if store().partition(":")[0].partition("+")[0] in DATABASE_ENGINES:
         return _read_tagged(key, value)
     return _search_tagged(key, value)
 
 
-def _search_tagged(key: str, value: str) -> list[Any]:
-    found: list[Any] = []
+def _search_tagged(key: str, value: str) -> list[Tracked]:
+    found: list[Tracked] = []
     token = None
     while True:
         page = client().search_runs(
@@ -344,13 +385,13 @@ def _search_tagged(key: str, value: str) -> list[Any]:
             max_results=_PAGE,
             page_token=token,
         )
-        found += page
+        found += map(_tracked, page)
         token = page.token
         if not token:
             return found
 
 
-def _read_tagged(key: str, value: str) -> list[Any]:
+def _read_tagged(key: str, value: str) -> list[Tracked]:
     """Read the same out of the database, a query a table.
 
     MLflow's search maps every tag, param and metric of every run to an object of its own: seconds for 1,000 runs.
@@ -364,40 +405,37 @@ def _read_tagged(key: str, value: str) -> list[Any]:
     try:
         with engine.connect() as connection:
 
-            def values(table: Any, entity: Any, *columns: Any) -> dict[str, list[Any]]:
-                found: dict[str, list[Any]] = {}
-                wanted = sqlalchemy.select(table.run_uuid, table.key, *columns).where(table.run_uuid.in_(chosen))
-                for run_id, *row in connection.execute(wanted):
-                    found.setdefault(run_id, []).append(entity(*row))
+            def values(table: Any, column: Any) -> dict[str, dict[str, Any]]:
+                found: dict[str, dict[str, Any]] = {}
+                wanted = sqlalchemy.select(table.run_uuid, table.key, column).where(table.run_uuid.in_(chosen))
+                for run_id, key, value in connection.execute(wanted):
+                    found.setdefault(run_id, {})[key] = value
                 return found
 
-            tags = values(SqlTag, RunTag, SqlTag.value)
-            params = values(SqlParam, Param, SqlParam.value)
+            tags, params = values(SqlTag, SqlTag.value), values(SqlParam, SqlParam.value)
             latest = SqlLatestMetric
-            not_a_number = sqlalchemy.case((latest.is_nan, None), else_=latest.value)
-            metrics = values(latest, _metric, not_a_number, latest.timestamp, latest.step)
+            metrics = values(latest, sqlalchemy.case((latest.is_nan, None), else_=latest.value))
             return [
-                Entity(
-                    RunInfo(
-                        run_id=one.run_uuid,
-                        experiment_id=str(one.experiment_id),
-                        user_id=one.user_id,
-                        status=one.status,
-                        start_time=one.start_time,
-                        end_time=one.end_time,
-                        lifecycle_stage=one.lifecycle_stage,
-                        artifact_uri=one.artifact_uri,
-                        run_name=one.name,
-                    ),
-                    RunData(metrics.get(one.run_uuid), params.get(one.run_uuid), tags.get(one.run_uuid)),
+                Tracked(
+                    run_id=row.run_uuid,
+                    experiment_id=str(row.experiment_id),
+                    name=row.name,
+                    status=row.status,
+                    artifact_uri=row.artifact_uri,
+                    params=params.get(row.run_uuid, {}),
+                    metrics={
+                        name: math.nan if value is None else value
+                        for name, value in metrics.get(row.run_uuid, {}).items()
+                    },
+                    tags=tags.get(row.run_uuid, {}),
                 )
-                for one in connection.execute(runs.order_by(SqlRun.start_time, SqlRun.run_uuid))
+                for row in connection.execute(runs.order_by(SqlRun.start_time, SqlRun.run_uuid))
             ]
     finally:
         engine.dispose()
 
 
-def items(trial: Any) -> dict[str, Any]:
+def items(trial: Tracked) -> dict[str, Any]:
     """Return what a trial measured item by item.
 
     Args:
@@ -407,25 +445,21 @@ def items(trial: Any) -> dict[str, Any]:
         ItemsLost: Its run has no such file.
     """
     try:
-        return json.loads(load_text(f"{trial.info.artifact_uri}/{ITEMS}"))
+        return json.loads(load_text(f"{trial.artifact_uri}/{ITEMS}"))
     except (OSError, MlflowException):
         raise ItemsLost(
-            f"run {trial.info.run_id} ({trial.info.run_name}) has lost its artifact {ITEMS}; delete the run, then run: "
+            f"run {trial.run_id} ({trial.name}) has lost its artifact {ITEMS}; delete the run, then run: "
             "mlflow run . -e search (it writes the run again from what it keeps of each trial)"
         ) from None
 
 
-def _metric(key: str, value: float | None, timestamp: int, step: int) -> Metric:
-    return Metric(key, math.nan if value is None else value, timestamp, step)
-
-
-def run(run_id: str) -> Any:
-    """Return one run as MLflow has it.
+def run(run_id: str) -> Tracked:
+    """Return one run as the store has it.
 
     Raises:
         MlflowException: There is no such run.
     """
-    return client().get_run(run_id)
+    return _tracked(client().get_run(run_id))
 
 
 def reopen(run_id: str) -> Run | None:

@@ -24,13 +24,14 @@ from pipeline import checkpoint
 from pipeline.compress.quantize import write_bits
 from pipeline.device import Compute
 from pipeline.device import choose as choose_compute
+from pipeline.errors import UserError
 from pipeline.trial import trial
 from pipeline.trial.trial import Context, Result
 
 PROBES = ("The capital of France is", "Water boils when it is", "To plant a tree, first")
 
 
-class BuildError(RuntimeError):
+class BuildError(UserError):
     """The built checkpoint is not what was built, or cannot be chosen; what to do."""
 
 

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pipeline.data.alpaca import IGNORED, Batch, Example, batch, batches, padded
+from pipeline.errors import UserError
 from pipeline.params import Recover
 from pipeline.trial.memory import LOSS_CHUNK
 
@@ -30,7 +31,7 @@ _MAX_NORM = 1.0
 _BUCKET = 16  # batches whose rows are sorted by length together
 
 
-class RecoverError(RuntimeError):
+class RecoverError(UserError):
     """Training diverged: at which step, and what to change."""
 
 
