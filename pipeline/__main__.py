@@ -9,6 +9,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
+from pipeline import runtime
 from pipeline.stages import PAPER, STAGES
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _LESS_MEMORY = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 (failed), 2 (the user's mistake) or 130 (interrupted)."""
+    runtime.prepare()
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in STAGES:

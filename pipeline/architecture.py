@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ def shapes(config: Any) -> list[BlockShape]:
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     """Return the transformer blocks of a causal language model."""
-    return model.get_submodule("model.layers")
+    return cast("nn.ModuleList", model.get_submodule("model.layers"))
 
 
 def linear_name(block: int, name: str) -> str:

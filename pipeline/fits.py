@@ -12,11 +12,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pipeline import architecture
-from pipeline.architecture import ATTENTION, GRANULARITIES, LINEARS, BlockShape
+from pipeline.architecture import ATTENTION, GRANULARITIES, LINEARS
+from pipeline.compress.structures import block_range, calibrated, fitted, ratio  # noqa: F401  (checks like those here)
 from pipeline.paths import BASE
 
 if TYPE_CHECKING:
-    from pipeline.params import BlockRange, Build, Evaluate, Prune, Quantize, Recover, Search
+    from pipeline.params import Build, Evaluate, Prune, Quantize, Recover, Search
 
 SOURCE = "source.txt"  # in BASE: what was fetched
 _EVEN = 0.95  # of the peak of a model pruned evenly: what no other division of the same ratio was seen to come below
@@ -57,78 +58,6 @@ def dense(config: Any) -> str | None:
     )
 
 
-def block_range(config: Any, key: str, span: BlockRange) -> str | None:
-    """Refuse a block range outside the model."""
-    layers = config.num_hidden_layers
-    if not span.first <= counted(span, layers) < layers:
-        return f"prune.{key}: {span.first} to {span.last} is no range within blocks 0 to {layers - 1}"
-    return None
-
-
-def ratio(config: Any, prune: Prune, key: str, asked: float) -> str | None:
-    """Refuse a ratio that would empty a block: each keeps a head, and ``multiple_of`` channels.
-
-    Args:
-        config: The model's config.
-        prune: Section ``prune``; its own ratio is not read.
-        key: What the ratio is called in the params.
-        asked: The ratio.
-    """
-    spans = (("attention_blocks", prune.attention_blocks), ("mlp_blocks", prune.mlp_blocks))
-    if any(block_range(config, key, span) for key, span in spans):
-        return None  # which is a fault of its own
-    removable = sum(
-        architecture.group_parameters(config, shape, kind)
-        * (architecture.group_count(shape, kind) - kept(prune, shape, kind))
-        for index, shape in enumerate(architecture.shapes(config))
-        for kind in prune.structures
-        if prunable(config, prune, index, kind)
-    )
-    parameters = architecture.parameters(config)
-    if asked * parameters > removable:
-        return (
-            f"{key}: {asked} of {parameters:,} parameters is more than the {removable / parameters:.3f} "
-            "that structures and block ranges allow while each block keeps a head and prune.multiple_of channels; "
-            "lower it or widen the ranges"
-        )
-    return None
-
-
-def kept(prune: Prune, shape: BlockShape, kind: str) -> int:
-    """Return how many structures of a kind a block keeps at least."""
-    return 1 if kind == "attention" else min(prune.multiple_of, shape.channels)
-
-
-def calibrated(importance: str, compensate: bool) -> bool:
-    """Return whether pruning reads any text."""
-    return compensate or importance not in ("magnitude", "random")
-
-
-def fitted(importance: str, compensate: bool) -> bool:
-    """Return whether pruning reads what layers receive, not only gradients of the loss."""
-    return compensate or importance in ("activation", "surgeon")
-
-
-def span_of(prune: Prune, kind: str) -> BlockRange:
-    """Return the blocks in which a kind of structure may go."""
-    return prune.attention_blocks if kind == "attention" else prune.mlp_blocks
-
-
-def prunable(config: Any, prune: Prune, block: int, kind: str) -> bool:
-    """Return whether structures of a kind may go from a block."""
-    return kind in prune.structures and inside(block, span_of(prune, kind), config.num_hidden_layers)
-
-
-def inside(block: int, span: BlockRange, layers: int) -> bool:
-    """Return whether a block lies in a range."""
-    return span.first <= block <= counted(span, layers)
-
-
-def counted(span: BlockRange, layers: int) -> int:
-    """Return the last block of a range: -1 is the last block of the model, -2 the one before it."""
-    return span.last if span.last >= 0 else layers + span.last
-
-
 def rank(config: Any, quantize: Quantize) -> str | None:
     """Refuse a LoRA rank that a linear cannot have."""
     shape = architecture.shapes(config)[0]
@@ -166,11 +95,18 @@ def budget(
     if asked is None:
         return None
     from pipeline import GIB
+    from pipeline.compress import quantize as quantize_
     from pipeline.results import plan
-    from pipeline.trial import memory, trial
+    from pipeline.trial import memory
+    from pipeline.trial import recover as recover_
+    from pipeline.trial.context import memory_setting
 
     even = plan.uniform(plan.config_of(vars(config), "model.source"), prune.ratio, prune.multiple_of)
-    setting = trial.memory_setting(recover, evaluate, quantize)
+    setting = memory_setting(
+        recover_.Settings(**recover.model_dump()),
+        evaluate.batch_tokens,
+        quantize_.Settings(**quantize.model_dump()),
+    )
     least = memory.training(even, plan.bits_of(even, 0), setting)[1] / GIB
     if asked < _EVEN * least:
         return (

@@ -7,6 +7,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from pipeline import runtime
+
+runtime.prepare()  # before torch is imported
+
 import pytest
 import torch
 import transformers

@@ -12,14 +12,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from pipeline import architecture
 from pipeline.architecture import Unit
-from pipeline.compress.quantize import dequantize, quantize
+from pipeline.compress import quantize
+from pipeline.compress.modules import head_of, last_states, weight_of
 from pipeline.console import progress
 from pipeline.data.alpaca import IGNORED, Batch
-from pipeline.params import Importance, Quantize
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How mutual information is estimated.
+
+    Attributes:
+        clusters: k-means codes of a block's output.
+        outcomes: The most frequent predicted tokens told apart; the rest share one outcome.
+    """
+
+    clusters: int
+    outcomes: int
 
 
 @dataclass(frozen=True)
@@ -53,15 +68,15 @@ class Priors:
 
 
 # Part of what names kept priors: a version that measures something else, or otherwise, measures anew.
-MEASURED = [*(one.name for one in fields(Priors)), "by gradient"]
+MEASURED = [*(figure.name for figure in fields(Priors)), "by gradient"]
 
 
 def run(
-    model: Any,
+    model: PreTrainedModel,
     calibration: Sequence[Batch],
     units: Sequence[Unit],
-    settings: Importance,
-    quantization: Quantize,
+    settings: Settings,
+    quantization: quantize.Settings,
     seed: int,
 ) -> Priors:
     """Measure both importances.
@@ -70,7 +85,7 @@ def run(
         model: The pruned model; its linears are left at 4 bits.
         calibration: Token batches; every labelled position counts.
         units: What one bit choice covers.
-        settings: Section ``importance`` of the params.
+        settings: How mutual information is estimated.
         quantization: ``four_bit`` and ``double_quant`` are read.
         seed: Of k-means.
     """
@@ -88,7 +103,9 @@ def run(
 
 
 @torch.inference_mode()
-def mutual_information(model: Any, calibration: Sequence[Batch], settings: Importance, seed: int) -> list[float]:
+def mutual_information(
+    model: PreTrainedModel, calibration: Sequence[Batch], settings: Settings, seed: int
+) -> list[float]:
     """Return I(X; Y) of each block's output X and the model's prediction Y, in nats.
 
     X is the block's output at one token, coded by k-means; Y is the most likely next token, with the rare ones taken
@@ -98,10 +115,10 @@ def mutual_information(model: Any, calibration: Sequence[Batch], settings: Impor
     predictions = []
     for part in progress(calibration, "mutual information: outputs"):
         real = part.labels != IGNORED
-        with architecture.block_outputs(model) as found:
-            last = model.model(input_ids=part.tokens, use_cache=False).last_hidden_state
-        predictions.append(model.lm_head(last[real]).argmax(-1).cpu())
-        for block, value in enumerate(found):
+        with architecture.block_outputs(model) as of_blocks:
+            last = last_states(model, part.tokens)
+        predictions.append(head_of(model)(last[real]).argmax(-1).cpu())
+        for block, value in enumerate(of_blocks):
             outputs[block].append(value[real].float().cpu())
     from sklearn.cluster import MiniBatchKMeans  # seconds to import, and the search only reads what this wrote
 
@@ -147,7 +164,7 @@ def discrete_mutual_information(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def sensitivity(
-    model: Any, calibration: Sequence[Batch], units: Sequence[Unit], settings: Quantize
+    model: PreTrainedModel, calibration: Sequence[Batch], units: Sequence[Unit], settings: quantize.Settings
 ) -> tuple[list[float], float]:
     """Return (what each unit alone gains by going from 4 to 8 bits, the divergence with all at 4 bits), nats a token.
 
@@ -166,14 +183,18 @@ def sensitivity(
             wanted.append(_mean_embedding(model, last))
             entropy += _cross_entropy(model, last, wanted[-1]).item()
     names = [name for unit in units for name in unit.linears]
-    weights = {name: model.get_submodule(name).weight for name in names}
-    changes, gains = {}, dict.fromkeys(names, 0.0)
+    weights = {name: weight_of(model, name) for name in names}
+    changes: dict[str, torch.Tensor] = {}
+    gains = dict.fromkeys(names, 0.0)
     for name, weight in weights.items():
-        four, eight = (dequantize(quantize(weight, bits, settings), weight.dtype) for bits in (4, 8))
+        four, eight = (
+            quantize.dequantize(quantize.quantize(weight, bits, settings), weight.dtype) for bits in quantize.BITS
+        )
         changes[name] = (eight - four).cpu()
         weight.copy_(four)
 
     def take(name: str, weight: torch.Tensor) -> None:  # one weight's gradient exists at a time
+        assert weight.grad is not None  # the hook runs after it was accumulated
         change = changes[name].to(weight.device)
         gains[name] -= (weight.grad.float() * change.float()).sum().item()
         weight.grad = None
@@ -194,24 +215,25 @@ def sensitivity(
     return [sum(gains[name] for name in unit.linears) / count for unit in units], (base - entropy) / count
 
 
-def _states(model: Any, part: Batch) -> torch.Tensor:
+def _states(model: nn.Module, part: Batch) -> torch.Tensor:
     """Return the model's last states at the positions that predict a labelled token, [positions, hidden]."""
-    last = model.model(input_ids=part.tokens, use_cache=False).last_hidden_state
+    last = last_states(model, part.tokens)
     return last[:, :-1][part.labels[:, 1:] != IGNORED]
 
 
-def _mean_embedding(model: Any, last: torch.Tensor) -> torch.Tensor:
+def _mean_embedding(model: nn.Module, last: torch.Tensor) -> torch.Tensor:
     """Return what the head's rows, weighted by a model's predictions, add up to: [positions, hidden] in fp32.
 
     Args:
         model: Its head is read.
         last: The model's last states, [positions, hidden].
     """
-    predicted = model.lm_head(last).float().softmax(-1).to(last.dtype)
-    return (predicted @ model.lm_head.weight).float()
+    head = head_of(model)
+    predicted = head(last).float().softmax(-1).to(last.dtype)
+    return (predicted @ head.weight).float()
 
 
-def _cross_entropy(model: Any, last: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def _cross_entropy(model: nn.Module, last: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Return the sum over positions of the cross-entropy of predictions with the wanted ones.
 
     It is the divergence and a constant, the wanted ones' entropy. With p the wanted predictions, W the head and x a
@@ -222,5 +244,5 @@ def _cross_entropy(model: Any, last: torch.Tensor, wanted: torch.Tensor) -> torc
         last: States, [positions, hidden].
         wanted: W'p, [positions, hidden] in fp32.
     """
-    likeliest = model.lm_head(last).float().logsumexp(-1)
+    likeliest = head_of(model)(last).float().logsumexp(-1)
     return (likeliest - (last.float() * wanted).sum(-1)).sum()

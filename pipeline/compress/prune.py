@@ -8,22 +8,23 @@ removes every row and column that is coupled with it (``architecture.COUPLED``).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
-from pipeline import architecture, checkpoint, fits
+from pipeline import architecture, checkpoint
 from pipeline.architecture import COUPLED, BlockShape
 from pipeline.compress import saliency
-from pipeline.compress.saliency import Grams, Scores, input_grams
+from pipeline.compress.grams import Grams, input_grams, typical_energy
+from pipeline.compress.modules import Scores
+from pipeline.compress.structures import PruneError, Settings, block_range, fitted, kept, prunable
+from pipeline.compress.structures import ratio as ratio_fault
 from pipeline.data.alpaca import Batch
 from pipeline.data.calibration import noised
-from pipeline.params import Prune
 
 Keep = list[dict[str, torch.Tensor]]  # of each block: structure kind -> indices of those that stay, ascending
-# Of the median of the Gram matrix's diagonal; more than ``saliency`` adds, as the fit has to hold on other text.
-_REFIT_DAMPING = 1.0
+_REFIT_DAMPING = 1.0  # of ``typical_energy``; more than the surgeon adds, as the fit has to hold on other text
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Pruned:
         kept: Of each block, the structures that stayed, in the numbering of the original model.
     """
 
-    config: Any
+    config: PretrainedConfig
     state: dict[str, torch.Tensor]
     parameters: tuple[int, int]
     kept: Keep
@@ -48,35 +49,36 @@ class Pruned:
         return 1 - self.parameters[1] / self.parameters[0]
 
 
-def run(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) -> Pruned:
+def run(model: PreTrainedModel, calibration: Sequence[Batch], settings: Settings, seed: int) -> Pruned:
     """Prune a model to the settings' ratio.
 
     Args:
         model: The model; left as it is except for gradients.
         calibration: Token batches with every position labelled.
-        settings: Section ``prune`` of the params.
+        settings: How it is pruned.
         seed: For random importance and noise.
 
     Raises:
-        ValueError: The settings do not fit this model.
+        PruneError: The settings do not fit this model, or its weights are not finite.
     """
     return next(at_ratios(model, calibration, settings, [settings.ratio], seed))
 
 
 def at_ratios(
-    dense: Any, calibration: Sequence[Batch], settings: Prune, ratios: Sequence[float], seed: int
+    dense: PreTrainedModel, calibration: Sequence[Batch], settings: Settings, ratios: Sequence[float], seed: int
 ) -> Iterator[Pruned]:
     """Prune a model to each of several ratios as ``run`` does; the dense model is scored once for all."""
     before = architecture.parameters(dense.config)
-    every: Keep = [
+    whole: Keep = [
         {kind: torch.arange(architecture.group_count(shape, kind)) for kind in COUPLED}
         for shape in architecture.shapes(dense.config)
     ]
     for ratio in ratios:
-        check(dense.config, settings.model_copy(update={"ratio": ratio}))
+        check(dense.config, replace(settings, ratio=ratio))
+    check_finite(dense)
     first = scored(dense, calibration, settings, seed)
     for ratio in ratios:
-        model, config, kept, (scores, grams) = dense, dense.config, every, first
+        model, config, left, (scores, grams) = dense, dense.config, whole, first
         state: dict[str, torch.Tensor] = {}
         for step in range(1, settings.steps + 1):
             if step > 1:
@@ -85,35 +87,51 @@ def at_ratios(
             target = round(before * ratio * step / settings.steps) - (before - architecture.parameters(config))
             keep = select(scores, config, target, settings)
             config, state = remove(model, keep, grams)
-            kept = [{kind: old[kind][new[kind]] for kind in COUPLED} for old, new in zip(kept, keep, strict=True)]
-        yield Pruned(config, state, (before, architecture.parameters(config)), kept)
+            left = [{kind: old[kind][new[kind]] for kind in COUPLED} for old, new in zip(left, keep, strict=True)]
+        yield Pruned(config, state, (before, architecture.parameters(config)), left)
 
 
-def scored(model: Any, calibration: Sequence[Batch], settings: Prune, seed: int) -> tuple[Scores, Grams | None]:
+def scored(
+    model: PreTrainedModel, calibration: Sequence[Batch], settings: Settings, seed: int
+) -> tuple[Scores, Grams | None]:
     """Return the score of every structure, and what ``remove`` refits with if ``compensate`` asks for it."""
     grams = None
-    if fits.fitted(settings.importance, settings.compensate):
+    if fitted(settings.importance, settings.compensate):
         text = list(noised(calibration, settings.noise, model.config.vocab_size, seed))
         grams = input_grams(model, text)
     return saliency.importance(model, calibration, settings, seed, grams), grams if settings.compensate else None
 
 
-def check(config: Any, settings: Prune) -> None:
+def check(config: PretrainedConfig, settings: Settings) -> None:
     """Refuse settings that do not fit a model.
 
     Raises:
-        ValueError: A block range lies outside the model, or the ratio asks for more than the ranges hold.
+        PruneError: A block range lies outside the model, or the ratio asks for more than the ranges hold.
     """
     faults = [
-        fits.block_range(config, "attention_blocks", settings.attention_blocks),
-        fits.block_range(config, "mlp_blocks", settings.mlp_blocks),
-        fits.ratio(config, settings, "prune.ratio", settings.ratio),
+        block_range(config, "attention_blocks", settings.attention_blocks),
+        block_range(config, "mlp_blocks", settings.mlp_blocks),
+        ratio_fault(config, settings, "prune.ratio", settings.ratio),
     ]
     if any(faults):
-        raise ValueError("\n".join(filter(None, faults)))
+        raise PruneError("\n".join(filter(None, faults)))
 
 
-def select(scores: Scores, config: Any, target: int, settings: Prune) -> Keep:
+def check_finite(model: PreTrainedModel) -> None:
+    """Refuse a model with weights that are no finite numbers: its scores would order nothing.
+
+    Raises:
+        PruneError: Naming the first such tensor.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise PruneError(
+                f"{name} of the model holds values that are not finite (NaN or infinite); its file is damaged or was "
+                "saved from a training that diverged: name another model in model.source"
+            )
+
+
+def select(scores: Scores, config: PretrainedConfig, target: int, settings: Settings) -> Keep:
     """Choose what stays so that ``target`` parameters go, to within half a head or half of ``multiple_of`` channels.
 
     ``global`` ranks all structures by score per parameter and takes the lowest. ``local`` takes the same share of every
@@ -130,13 +148,13 @@ def select(scores: Scores, config: Any, target: int, settings: Prune) -> Keep:
     ranked: list[tuple[float, int, int, str, list[int]]] = []
     for index, (shape, block) in enumerate(zip(architecture.shapes(config), scores, strict=True)):
         for kind in COUPLED:
-            if not fits.prunable(config, settings, index, kind):
+            if not prunable(config, settings, index, kind):
                 continue
             cost = architecture.group_parameters(config, shape, kind)
             order = block[kind].argsort(stable=True).tolist()
             score = block[kind].tolist()
             gone_so_far = 0
-            for lot in _lots(order, fits.kept(settings, shape, kind))[:-1]:  # the best one always stays
+            for lot in _lots(order, kept(settings, shape, kind))[:-1]:  # the best one always stays
                 gone_so_far += len(lot)
                 local_rank = gone_so_far / len(order)
                 mean = sum(score[structure] for structure in lot) / len(lot)
@@ -165,7 +183,9 @@ def _lots(order: list[int], size: int) -> list[list[int]]:
     return [order[start:end] for start, end in zip(cuts, [*cuts[1:], len(order)], strict=True)]
 
 
-def remove(model: Any, keep: Keep, grams: Grams | None = None) -> tuple[Any, dict[str, torch.Tensor]]:
+def remove(
+    model: PreTrainedModel, keep: Keep, grams: Grams | None = None
+) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
     """Return (config, tensors) of the model without the structures that are not kept, in the CPU's memory.
 
     Args:
@@ -186,10 +206,10 @@ def remove(model: Any, keep: Keep, grams: Grams | None = None) -> tuple[Any, dic
                 weight = state[f"{full}.weight"]
                 if side == "in":
                     if grams:
-                        fitted = refit(weight.to(model.device), grams[index][kind].to(model.device), rows).cpu()
+                        columns = refit(weight.to(model.device), grams[index][kind].to(model.device), rows).cpu()
                     else:
-                        fitted = weight[:, rows]
-                    state[f"{full}.weight"] = fitted.contiguous()
+                        columns = weight[:, rows]
+                    state[f"{full}.weight"] = columns.contiguous()
                 else:
                     state[f"{full}.weight"] = weight[rows].contiguous()
                     if f"{full}.bias" in state:
@@ -211,7 +231,7 @@ def refit(weight: torch.Tensor, gram: torch.Tensor, columns: torch.Tensor) -> to
     """
     inner = gram[columns][:, columns].double()
     outer = weight.double() @ gram[:, columns].double()
-    pull = _REFIT_DAMPING * gram.diagonal().double().median()
+    pull = _REFIT_DAMPING * typical_energy(gram)
     inner.diagonal().add_(pull)
     outer += weight[:, columns].double() * pull  # towards the unchanged columns, not towards zero
     return torch.linalg.solve(inner, outer.T).T.to(weight.dtype)

@@ -7,26 +7,52 @@ of the final checkpoint. (Paper section 2.1, eq. 1-3, and section 3.3, eq. 10.)
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import PretrainedConfig
 
 from pipeline import architecture
 from pipeline.architecture import Unit
 from pipeline.console import progress
-from pipeline.params import Quantize
 
 BITS = (4, 8)
 Stored = dict[str, torch.Tensor]  # a linear's tensors by bitsandbytes' names: `weight`, `weight.absmax`, `SCB`, ...
 CPU = torch.device("cpu")
 _BLOCK = 64  # weights that share one 4-bit scale
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How linears are quantized, and the shape and start of their adapters.
+
+    Attributes:
+        four_bit: ``nf4`` or ``fp4``.
+        double_quant: Whether the 4-bit scales are quantized too.
+        init: LoRA initialization: ``loftq``, ``gaussian`` or ``pissa``.
+        iterations: LoftQ's alternations.
+        r: LoRA rank.
+        lora_alpha: LoRA alpha; the adapter is scaled by ``lora_alpha / r``.
+    """
+
+    four_bit: str
+    double_quant: bool
+    init: str
+    iterations: int
+    r: int
+    lora_alpha: int
+
+    @property
+    def scale(self) -> float:
+        """Return the factor of the adapters."""
+        return self.lora_alpha / self.r
 
 
 @dataclass(frozen=True)
@@ -37,7 +63,7 @@ class Adapter:
     b: torch.Tensor
 
 
-def quantize(weight: torch.Tensor, bits: int, settings: Quantize) -> Stored:
+def quantize(weight: torch.Tensor, bits: int, settings: Settings) -> Stored:
     """Quantize a matrix (eq. 1).
 
     4 bits: blocks of 64 weights share an absolute maximum, codes index a 16-entry table (eq. 2). 8 bits: a row shares
@@ -100,7 +126,7 @@ def low_rank(matrix: torch.Tensor, r: int, scale: float) -> Adapter:
     return Adapter(a.contiguous(), b.contiguous())
 
 
-def initialize(weight: torch.Tensor, bits: int, settings: Quantize) -> tuple[Stored, Adapter]:
+def initialize(weight: torch.Tensor, bits: int, settings: Settings) -> tuple[Stored, Adapter]:
     """Quantize a matrix together with its LoRA initialization.
 
     ``loftq``: alternate Q = quantize(W - s B A) and s B A = low_rank(W - Q) to lower ||W - (Q + s B A)|| (eq. 10). The
@@ -110,9 +136,9 @@ def initialize(weight: torch.Tensor, bits: int, settings: Quantize) -> tuple[Sto
     Args:
         weight: W, [out, in].
         bits: 4 or 8.
-        settings: Section ``quantize`` of the params.
+        settings: How it is quantized and the adapter initialized.
     """
-    scale = settings.lora_alpha / settings.r
+    scale = settings.scale
     weight32 = weight.float()
     if settings.init == "gaussian":
         a = torch.randn(settings.r, weight.shape[1]) / settings.r
@@ -136,7 +162,7 @@ def initialize(weight: torch.Tensor, bits: int, settings: Quantize) -> tuple[Sto
 def run(
     weights: Mapping[str, torch.Tensor],
     names: Sequence[str],
-    settings: Quantize,
+    settings: Settings,
     seed: int,
     folder: Path,
     device: torch.device = CPU,
@@ -146,7 +172,7 @@ def run(
     Args:
         weights: Tensors of the pruned model, by name.
         names: The linears' full names.
-        settings: Section ``quantize`` of the params.
+        settings: How it is quantized and the adapter initialized.
         seed: For Gaussian initialization and randomized SVD.
         folder: Where the bank goes: ``codes<bits>.safetensors`` and ``adapters<bits>.safetensors``.
         device: Where it is computed, a linear at a time.
@@ -162,7 +188,7 @@ def run(
                 adapters |= {f"{name}.lora_A": adapter.a.cpu(), f"{name}.lora_B": adapter.b.cpu()}
             save_file(codes, folder / f"codes{bits}.safetensors")
             save_file(adapters, folder / f"adapters{bits}.safetensors")
-    (folder / "quantize.json").write_text(settings.model_dump_json(indent=1))
+    (folder / "quantize.json").write_text(json.dumps(asdict(settings), indent=1))
 
 
 class Bank:
@@ -170,7 +196,7 @@ class Bank:
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        self.settings = Quantize.model_validate_json((folder / "quantize.json").read_text())
+        self.settings = Settings(**json.loads((folder / "quantize.json").read_text()))
         self._codes = {bits: safe_open(folder / f"codes{bits}.safetensors", "pt") for bits in BITS}
         self._adapters = {bits: safe_open(folder / f"adapters{bits}.safetensors", "pt") for bits in BITS}
         self._keys: dict[int, dict[str, list[str]]] = {bits: {} for bits in BITS}
@@ -182,7 +208,7 @@ class Bank:
     @property
     def scale(self) -> float:
         """Return the factor of the adapters, lora_alpha / r."""
-        return self.settings.lora_alpha / self.settings.r
+        return self.settings.scale
 
     def codes(self, name: str, bits: int) -> Stored:
         """Return a linear's stored tensors at a bit-width."""
@@ -199,19 +225,19 @@ def linear_bits(units: Iterable[Unit], bits: Sequence[int]) -> dict[str, int]:
     return {name: width for unit, width in zip(units, bits, strict=True) for name in unit.linears}
 
 
-def simulated(state: Mapping[str, torch.Tensor], bank: Bank, bits_of: Mapping[str, int]) -> dict[str, torch.Tensor]:
+def simulated(state: Mapping[str, torch.Tensor], bank: Bank, widths: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """Return a dense model's tensors with each linear replaced by its simulated quantization; 16 leaves it dense."""
     result = dict(state)
-    for name, bits in bits_of.items():
+    for name, bits in widths.items():
         if bits != 16:
             result[f"{name}.weight"] = dequantize(bank.codes(name, bits), state[f"{name}.weight"].dtype)
     return result
 
 
-def quantized(state: Mapping[str, torch.Tensor], bank: Bank, bits_of: Mapping[str, int]) -> dict[str, torch.Tensor]:
+def quantized(state: Mapping[str, torch.Tensor], bank: Bank, widths: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """Return a mixed-bit model's tensors: codes for the quantized linears, the rest as it is."""
-    result = {name: value for name, value in state.items() if name.removesuffix(".weight") not in bits_of}
-    for name, bits in bits_of.items():
+    result = {name: value for name, value in state.items() if name.removesuffix(".weight") not in widths}
+    for name, bits in widths.items():
         if bits == 16:
             result[f"{name}.weight"] = state[f"{name}.weight"]
         else:
@@ -219,24 +245,6 @@ def quantized(state: Mapping[str, torch.Tensor], bank: Bank, bits_of: Mapping[st
     return result
 
 
-def read_bits(text: str, units: Sequence[Unit]) -> tuple[int, ...]:
-    """Return the bits of each unit from a string such as ``4484``; ``16`` stands for a dense model.
-
-    Raises:
-        ValueError: The string does not have one digit for each unit.
-    """
-    if text == "16":
-        return (16,) * len(units)
-    if len(text) != len(units) or set(text) - {"4", "8"}:
-        raise ValueError(f"bits {text!r}: needs {len(units)} digits, 4 or 8, one for each unit (block 0 first)")
-    return tuple(int(digit) for digit in text)
-
-
-def write_bits(bits: Sequence[int]) -> str:
-    """Return bits as a string, block 0 first; ``16`` for a dense model."""
-    return "16" if set(bits) == {16} else "".join(str(width) for width in bits)
-
-
-def names_of(config: Any) -> list[str]:
+def names_of(config: PretrainedConfig) -> list[str]:
     """Return the names of the linears that a bank holds."""
     return list(architecture.linears(config))

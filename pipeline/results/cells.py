@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.params import Params, digest
 from pipeline.search.pareto import LABELS, UNTOUCHED
-from pipeline.trial.trial import MEASURED, Result
+from pipeline.trial.result import MEASURED, Result
 
 ROWS = ("llm_pruner", "qpruner1", "qpruner2", "qpruner3")
 VARIANT = "variant"

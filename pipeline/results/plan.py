@@ -20,7 +20,7 @@ from pipeline import GIB, architecture, storage
 from pipeline.architecture import BlockShape
 from pipeline.params import Params, ParamsError, load
 from pipeline.trial import memory
-from pipeline.trial.memory import Setting
+from pipeline.trial.setting import Setting
 
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 SHARES = (0.0, 0.25, 0.5, 1.0)
@@ -158,9 +158,15 @@ def config_of(values: dict[str, Any], origin: str) -> Any:
 
 def setting_of(params: Params) -> Setting:
     """Return the batch and adapter sizes of the params."""
-    from pipeline.trial import trial
+    from pipeline.compress import quantize
+    from pipeline.trial import recover
+    from pipeline.trial.context import memory_setting
 
-    return trial.memory_setting(params.recover, params.evaluate, params.quantize)
+    return memory_setting(
+        recover.Settings(**params.recover.model_dump()),
+        params.evaluate.batch_tokens,
+        quantize.Settings(**params.quantize.model_dump()),
+    )
 
 
 def uniform(config: Any, ratio: float, multiple_of: int = 1) -> Any:
@@ -286,11 +292,11 @@ def plain_peak(config: Any) -> int:
     """Return the peak of a training step in fp32 with plain attention and the logits of all positions at once."""
     import torch
 
-    from pipeline.trial import traced
+    from pipeline.trial import kernels, traced
 
-    machine = replace(traced.CUDA, dtype=torch.float32, attention="eager")
+    machine = replace(kernels.CUDA, dtype=torch.float32, attention="eager")
     model = traced.model_of(config, {}, PAPER_SETTING, machine)
-    return traced.training(model, PAPER_SETTING, machine, loss=_whole_loss)[1]
+    return traced.training(model, PAPER_SETTING, machine, step=_whole_loss)[1]
 
 
 def _whole_loss(model: Any, tokens: Any, where: Any, wanted: Any) -> Any:

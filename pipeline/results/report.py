@@ -188,7 +188,7 @@ class Bars:
 
     label: str
     tasks: Mapping[str, tuple[float, float]]
-    memory: int
+    memory: float
 
 
 def bars_of(rows: Sequence[tuple[str, Point]], tasks: Sequence[str]) -> list[Bars]:

@@ -50,7 +50,7 @@ def entries(outcome: Outcome, tasks: Sequence[str]) -> list[Entry]:
     result = outcome.result
     if result is None:
         return [Entry(outcome.state)] * len(columns(tasks))
-    memory = "-" if outcome.cell.row == UNTOUCHED else f"{result.peak_memory_bytes / GIB:.3f}"  # it is not trained
+    memory = "-" if result.peak_memory_bytes is None else f"{result.peak_memory_bytes / GIB:.3f}"  # it is not trained
     return [
         *(_percent(*result.tasks[task]) for task in tasks),
         _percent(result.accuracy, result.accuracy_stderr),

@@ -7,6 +7,7 @@ Writes ``reports/pareto.csv``, ``.json``, ``.png`` and ``.html``, and tags the r
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ class Point:
         bits: Its bit string.
         score: The objective, higher is better.
         stderr: Its standard error.
-        memory: Peak bytes, lower is better.
+        memory: Peak bytes of training, lower is better; nan for the untouched model, which is not trained.
         source: ``measured`` or ``predicted``.
         reference: Whether it stands outside the front.
         metrics: All its metrics.
@@ -45,7 +46,7 @@ class Point:
     bits: str
     score: float
     stderr: float
-    memory: int
+    memory: float
     source: str
     reference: bool
     metrics: dict[str, float]
@@ -74,7 +75,7 @@ def points(runs: Sequence[Any], objective: str) -> list[Point]:
                 bits=run.params["bits"],
                 score=metrics[objective],
                 stderr=metrics[f"{objective}_stderr"],
-                memory=int(metrics["peak_memory_bytes"]),
+                memory=metrics.get("peak_memory_bytes", math.nan),
                 source=tags["memory_source"],
                 reference=tags["stage"] == "reference",
                 metrics=dict(metrics),
@@ -197,7 +198,7 @@ def table(every: Sequence[Point], members: Sequence[Point]) -> pd.DataFrame:
             "paired_stderr": [one.paired for one in order],
             "expected": [one.expected for one in order],
             "probability": [one.probability for one in order],
-            "peak_memory_bytes": [one.memory for one in order],
+            "peak_memory_bytes": pd.array([one.memory for one in order], dtype="Int64"),
             "memory_source": [one.source for one in order],
             "run_id": [one.run_id for one in order],
         }

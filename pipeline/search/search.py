@@ -25,7 +25,6 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from pipeline.compress.importance import Priors
-from pipeline.compress.quantize import write_bits
 from pipeline.errors import UserError
 from pipeline.params import Objective, Search, read_history
 from pipeline.search import surrogate
@@ -118,7 +117,7 @@ class Study:
         """Open a trial of a bit vector."""
         trial = self._study.ask()
         trial.set_user_attr("method", candidate.method)
-        trial.set_user_attr("bits", write_bits(candidate.bits))
+        trial.set_user_attr("bits", bit_text.write(candidate.bits))
         return trial
 
     def complete(self, trial: Any, run_id: str, result: Result) -> None:
@@ -230,7 +229,7 @@ def stale(finished: Sequence[tuple[str, Result]], objective: str) -> int:
     count = 0
     earlier: list[tuple[float, int]] = []
     for method, result in finished:
-        score, memory = result.score(objective)[0], result.peak_memory_bytes
+        score, memory = result.score(objective)[0], result.peak_memory_bytes or 0
         if not any(other >= score and cost <= memory for other, cost in earlier):
             count = 0
         elif method == "sampler":

@@ -6,10 +6,11 @@ Reads ``reports/pareto.json``, ``artifacts/pruned``, ``artifacts/bank`` and the 
 
 from __future__ import annotations
 
+from pipeline import bits as bit_text
 from pipeline import storage, tracking
-from pipeline.compress.quantize import read_bits
 from pipeline.params import Params
 from pipeline.paths import ALPACA, BANK, BENCHMARKS, FINAL, PRUNED
+from pipeline.stages import trials
 from pipeline.stages.recorder import log_losses, steps, study_name, unfinished
 from pipeline.stages.shell import keep_figures, made
 from pipeline.tracking import Run
@@ -19,11 +20,12 @@ from pipeline.trial import build, trial
 def run(params: Params, run: Run) -> None:
     """Run the stage."""
     text, chosen = build.choose(params.build.choose, made("pareto"))
-    context = trial.load(params, PRUNED, BANK, ALPACA, BENCHMARKS)
-    bits = read_bits(text, context.units)
+    context = trials.load(params)
+    bits = bit_text.parse(text, len(context.units))
     run.params({"bits": text, "chosen_run": chosen or ""})
     kept = unfinished(study_name(params, PRUNED, BANK), text, params.build.steps)
-    result, model = trial.run(context, bits, steps=params.build.steps, progress=steps("build: recovery"), keep=kept)
+    work = trial.Work(steps=params.build.steps)
+    result, model = trial.run(context, bits, work, steps("build: recovery"), kept)
     lineage = {
         "chosen_run": chosen or "none: bits given",
         "git_commit": tracking.git_commit(),
@@ -34,7 +36,7 @@ def run(params: Params, run: Run) -> None:
         "search_run": made("search")["search_run"],
     }
     with storage.writing(FINAL) as folder:
-        card = build.card(params.register_.name, result, context, lineage)
+        card = build.card(params.register_.name, result, params.search.granularity, lineage)
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "lineage.json").write_text(build.lineage_json(lineage))
         figures = build.verified(context, bits, model, folder)

@@ -11,12 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import architecture, checkpoint, device, storage
-from pipeline.compress import importance
+from pipeline.compress import importance, quantize
 from pipeline.compress.importance import Priors
 from pipeline.data import alpaca
 from pipeline.params import Params
 from pipeline.paths import ALPACA, PRUNED, REPORTS
 from pipeline.results import report
+from pipeline.stages.settings import settings_of
 from pipeline.tracking import Run
 
 _ROWS_AT_ONCE = 4  # a pass back through a large model keeps every block's states
@@ -40,13 +41,13 @@ def write(params: Params, pruned: Path, target: Path) -> Priors:
     compute = device.choose(params.device, params.dtype)
     model = checkpoint.load_model(pruned, compute.device, compute.dtype)
     tokenizer = checkpoint.load_tokenizer(pruned)
-    settings = params.importance
-    rows = alpaca.rows(
-        ALPACA, tokenizer, params.data.validation_rows, settings.samples, settings.max_length, params.seed
-    )
+    text = params.importance
+    rows = alpaca.rows(ALPACA, tokenizer, params.data.validation_rows, text.samples, text.max_length, params.seed)
     parts = list(alpaca.batches(rows, _ROWS_AT_ONCE, tokenizer.pad_token_id, whole=False))
     units = architecture.units(model.config, params.search.granularity)
-    priors = importance.run(model, parts, units, settings, params.quantize, params.seed)
+    settings = settings_of(importance.Settings, params.importance)
+    quantization = settings_of(quantize.Settings, params.quantize)
+    priors = importance.run(model, parts, units, settings, quantization, params.seed)
     storage.write_text(target, json.dumps(asdict(priors), indent=1))
     return priors
 

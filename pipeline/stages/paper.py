@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline import bits as bit_text
 from pipeline import console, storage, tracking
 from pipeline.data import definitions
 from pipeline.errors import UserError
@@ -136,7 +137,7 @@ def _bars(outcomes: Sequence[Outcome], params: Params) -> list[Path]:
     for ratio in params.table.ratios:
         own = [one for one in outcomes if one.result and one.cell.ratio == ratio]
         bars = [
-            report.Bars(LABELS[one.cell.row], one.result.tasks, one.result.peak_memory_bytes)
+            report.Bars(LABELS[one.cell.row], one.result.tasks, one.result.peak_memory_bytes or 0)
             for one in own
             if one.result and one.cell.row in report.COMPARED
         ]
@@ -196,7 +197,7 @@ class Cells:
     def outcome(self, cell: Cell, label: str) -> Outcome:
         """Return a cell's outcome: kept from before, or run now; its failure is recorded, not raised."""
         from pipeline.results import cells
-        from pipeline.trial.trial import Result
+        from pipeline.trial.result import Result
 
         key = self.key(cell)
         kept = read(key)
@@ -259,8 +260,8 @@ class Cells:
 
     def _compute(self, cell: Cell, own: Run, label: str) -> tuple[Any, str | None]:
         """Run one cell; return its result and the name of its study, if it held one."""
-        from pipeline.compress.quantize import read_bits
         from pipeline.search import pareto
+        from pipeline.stages import trials
         from pipeline.trial import trial
 
         params = cell.params
@@ -268,26 +269,19 @@ class Cells:
         context = supplies.context
         count, study = len(context.units), None
         if cell.bits is not None:
-            bits = read_bits(cell.bits, context.units)
+            bits = bit_text.parse(cell.bits, count)
         elif cell.row in (pareto.UNTOUCHED, "llm_pruner"):
-            bits = (16,) * count
+            bits = (bit_text.DENSE,) * count
         elif cell.row == "qpruner1":
             bits = (4,) * count
         elif cell.row == "qpruner2":
             bits = supplies.space.allocate(supplies.priors.mutual_information)
         else:
             bits, study = _searched(supplies, own)
-        untouched = cell.row == pareto.UNTOUCHED
-        result, _ = trial.run(
-            trial.untouched(context, BASE) if untouched else context,
-            bits,
-            steps=params.table.steps,
-            limit=params.table.limit,
-            skip=params.evaluate.limit,
-            progress=steps(label),
-            trained=not untouched,
-            keep=unfinished(self.key(cell)),
-        )
+        work = trial.Work(params.table.steps, params.table.limit, params.evaluate.limit)
+        if cell.row == pareto.UNTOUCHED:
+            return trials.untouched(params, context, work), study
+        result, _ = trial.run(context, bits, work, steps(label), unfinished(self.key(cell)))
         return result, study
 
     def _supplied(self, params: Params) -> Supplies:
@@ -305,7 +299,6 @@ def _owner(cell: Cell) -> str:
 
 def _searched(supplies: Supplies, own: Run) -> tuple[tuple[int, ...], str]:
     """Hold QPruner3's search below its cell's run; return the best vector and the study's name."""
-    from pipeline.compress.quantize import read_bits
     from pipeline.results import cells
     from pipeline.search import pareto, search
 
@@ -321,7 +314,7 @@ def _searched(supplies: Supplies, own: Run) -> tuple[tuple[int, ...], str]:
     search.run(study, settings, supplies.space, supplies.priors, params.seed, attempt, history)
     trials = pareto.points(tracking.trials(name), settings.objective)
     found = pareto.best(pareto.judge(pareto.front(trials), trials, supplies.priors.sensitivity))  # as ``build`` chooses
-    return read_bits(found.bits, context.units), name
+    return bit_text.parse(found.bits, len(context.units)), name
 
 
 def _study(name: str, objective: str) -> Any:
@@ -381,16 +374,16 @@ class Supplies:
     @cached_property
     def context(self) -> Any:
         """Return what its trials share."""
-        from pipeline.trial import trial
+        from pipeline.stages import trials
 
-        return trial.load(self.params, self.pruned, self.bank, ALPACA, BENCHMARKS)
+        return trials.load(self.params, self.pruned, self.bank)
 
     @cached_property
     def space(self) -> Any:
         """Return its feasible bit vectors."""
-        from pipeline.trial import trial
+        from pipeline.stages import trials
 
-        return trial.space(self.context)
+        return trials.space(self.params, self.context)
 
 
 def sound(folder: Path, make: Callable[[Path], Any]) -> Path:

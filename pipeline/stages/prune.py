@@ -16,6 +16,7 @@ from pipeline.data import calibration
 from pipeline.params import Params
 from pipeline.paths import ALPACA, BASE, PRUNED, REPORTS
 from pipeline.results import report
+from pipeline.stages.settings import pruning
 from pipeline.stages.shell import keep_figures
 from pipeline.tracking import Run
 
@@ -36,8 +37,8 @@ def write(params: Params, targets: Mapping[float, Path]) -> Pruned:
     compute = device.choose(params.device, params.dtype)
     model, tokenizer = checkpoint.load_base(BASE, compute.device, compute.dtype), checkpoint.load_tokenizer(BASE)
     parts = calibration.batches(tokenizer, ALPACA, params.prune, params.data.validation_rows, params.seed, model.device)
-    made = prune.at_ratios(model, parts, params.prune, list(targets), params.seed)
-    for target, pruned in zip(targets.values(), made, strict=True):
+    at_ratios = prune.at_ratios(model, parts, pruning(params.prune), list(targets), params.seed)
+    for target, pruned in zip(targets.values(), at_ratios, strict=True):
         with storage.writing(target) as folder:
             checkpoint.from_state(pruned.config, checkpoint.stored(pruned.state)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -11,6 +11,7 @@ from pipeline import checkpoint, device, storage
 from pipeline.compress import quantize
 from pipeline.params import Params
 from pipeline.paths import BANK, PRUNED
+from pipeline.stages.settings import settings_of
 from pipeline.tracking import Run
 
 
@@ -25,5 +26,6 @@ def write(params: Params, pruned: Path, target: Path) -> None:
     """Quantize every linear of a pruned checkpoint into a layer bank."""
     names = quantize.names_of(checkpoint.load_config(pruned))
     where = device.choose(params.device, params.dtype).device
+    settings = settings_of(quantize.Settings, params.quantize)
     with storage.writing(target) as folder:
-        quantize.run(checkpoint.load_state(pruned), names, params.quantize, params.seed, folder, where)
+        quantize.run(checkpoint.load_state(pruned), names, settings, params.seed, folder, where)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import console, storage, tracking
+from pipeline import GIB, console, storage, tracking
+from pipeline import bits as bit_text
 from pipeline.params import Params, digest
-from pipeline.paths import ALPACA, BASE, BENCHMARKS, UNFINISHED
+from pipeline.paths import ALPACA, BENCHMARKS, UNFINISHED
 from pipeline.tracking import Run
 
 
@@ -19,7 +20,7 @@ def study_name(params: Params, pruned: Path, bank: Path) -> str:
     front.
     """
     from pipeline import device
-    from pipeline.trial.trial import MEASURED
+    from pipeline.trial.result import MEASURED
 
     parts = [storage.sha256(folder / storage.CHECKSUMS) for folder in (pruned, bank)]
     data = [tracking.md5(ALPACA), *(tracking.md5(BENCHMARKS / f"{task}.jsonl") for task in params.evaluate.tasks)]
@@ -62,16 +63,18 @@ class Recorder:
                 self._reference(study, name)
 
     def _reference(self, study: Any, name: str) -> None:
+        from pipeline.stages import trials
         from pipeline.trial import trial
 
-        context = trial.untouched(self.context, BASE) if name == "dense" else self.context
+        context = self.context
         width = 8 if name == "uniform8" else 16
         bits = (width,) * len(context.units)
         own = self._open(name, name, "16" if width == 16 else "8" * len(bits), reference=True)
         try:
-            result, _ = trial.run(
-                context, bits, progress=steps(name), trained=name != "dense", keep=unfinished(self.study, name)
-            )
+            if name == "dense":
+                result = trials.untouched(self.params, context)
+            else:
+                result, _ = trial.run(context, bits, progress=steps(name), keep=unfinished(self.study, name))
         except Exception as error:
             own.finish("FAILED", error)
             console.note(f"reference {name} failed: {error}")
@@ -85,14 +88,13 @@ class Recorder:
 
         The search's own run gets the hypervolume of the front after each trial, those of earlier processes first.
         """
-        from pipeline.compress.quantize import write_bits
         from pipeline.trial import trial
 
         followed = self._follow(study, space, 0)
 
         def run(opened: Any, candidate: Any, done: int) -> Any:
             nonlocal followed
-            text = write_bits(candidate.bits)
+            text = bit_text.write(candidate.bits)
             own = self._open(f"trial {opened.number}", candidate.method, text, reference=False)
             own.tags({"trial": str(opened.number)})
             label = f"trial {done + 1}/{self.params.search.n_trials} ({candidate.method})"
@@ -120,7 +122,7 @@ class Recorder:
         from pipeline.trial.trial import Result
 
         results = [Result.from_json(record["result"]) for record in study.finished()]
-        points = [(one.score(study.objective)[0], one.peak_memory_bytes) for one in results]
+        points = [(one.score(study.objective)[0], float(one.peak_memory_bytes or 0)) for one in results]
         self.run.series("hypervolume", enumerate(pareto.growth(points, space.reach, followed), followed + 1))
         return len(results)
 
@@ -141,7 +143,7 @@ def log_result(own: Run, result: Any) -> None:
     name = tracking.run(own.run_id).name.partition(":")[0]
     text, gold = result.response_logprob, result.gold_logprob
     quality = f"response {text:.3f}, gold answer {gold:.3f}, {100 * result.accuracy:.1f} %"
-    figures = f"{quality}, {result.peak_memory_bytes / 2**30:.3f} GiB, {summary(result.bits)}"
+    figures = f"{quality}, {training_memory(result, 3)}, {summary(result.bits)}"
     # The UI's default columns show no metric, so the figures stand in the name.
     own.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {figures}"})
 
@@ -157,8 +159,14 @@ def say(label: str, result: Any) -> None:
     console.note(
         f"{label}: accuracy {100 * result.accuracy:.1f} ± {100 * result.accuracy_stderr:.1f} %, gold answer "
         f"{result.gold_logprob:.4f} ± {result.gold_logprob_stderr:.4f} nats, response {result.response_logprob:.4f}, "
-        f"{result.peak_memory_bytes / 2**30:.4f} GiB, {sum(result.seconds.values()):.0f} s, bits {result.bits}"
+        f"{training_memory(result, 4)}, {sum(result.seconds.values()):.0f} s, bits {result.bits}"
     )
+
+
+def training_memory(result: Any, digits: int) -> str:
+    """Return the peak of training as text; a dash for a model that was not trained."""
+    peak = result.peak_memory_bytes
+    return "- GiB" if peak is None else f"{peak / GIB:.{digits}f} GiB"
 
 
 def unfinished(*parts: Any) -> Path:

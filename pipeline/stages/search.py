@@ -17,11 +17,11 @@ from pipeline.compress.importance import Priors
 from pipeline.params import Objective, Params, flatten
 from pipeline.paths import ALPACA, BANK, BENCHMARKS, PRUNED, REPORTS, STUDY
 from pipeline.search import search
+from pipeline.stages import trials
 from pipeline.stages.recorder import Recorder, study_name
 from pipeline.stages.shell import made
 from pipeline.tracking import Run
-from pipeline.trial import trial
-from pipeline.trial.trial import Result
+from pipeline.trial.result import Result
 
 
 def run(params: Params, run: Run) -> None:
@@ -29,7 +29,7 @@ def run(params: Params, run: Run) -> None:
     settings = params.search
     units = architecture.units(checkpoint.load_config(PRUNED), settings.granularity)
     history = search.import_history(settings.history, len(units), settings.objective)
-    context = trial.load(params, PRUNED, BANK, ALPACA, BENCHMARKS)
+    context = trials.load(params)
     name = study_name(params, PRUNED, BANK)
     run.params(flatten(params.recover, "recover.") | flatten(params.evaluate, "evaluate."))
     run.tags({"study_digest": name})
@@ -37,7 +37,7 @@ def run(params: Params, run: Run) -> None:
         run.dataset(BENCHMARKS / f"{task}.jsonl", task, "evaluation")
     run.dataset(ALPACA, "alpaca", "training")
     priors = Priors.from_json(made("importance"))
-    space = trial.space(context)
+    space = trials.space(params, context)
     study = search.Study(STUDY, name, settings.objective)
     recorder = Recorder(run, name, params, context)
     recorder.agree(study)

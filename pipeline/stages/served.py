@@ -38,7 +38,8 @@ class Compressed(mlflow.pyfunc.PythonModel):
         answers = []
         for text in model_input.iloc[:, 0]:
             tokens = torch.tensor([self.tokenizer.encode(alpaca.prompt(text))], device=self.model.device)
-            with torch.inference_mode():
+            # bitsandbytes would compile its CPU kernels anew for every length, seconds each.
+            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
                 out = self.model.generate(
                     input_ids=tokens,
                     attention_mask=torch.ones_like(tokens),

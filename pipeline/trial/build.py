@@ -18,16 +18,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import checkpoint
-from pipeline.compress.quantize import write_bits
+from pipeline import GIB, checkpoint
+from pipeline import bits as text_of
 from pipeline.device import Compute
-from pipeline.device import choose as choose_compute
 from pipeline.errors import UserError
-from pipeline.trial import trial
-from pipeline.trial.trial import Context, Result
+from pipeline.trial.adapters import lora_config
+from pipeline.trial.assemble import mixed_model, trained_state
+from pipeline.trial.context import Context
+from pipeline.trial.result import Result
 
+_RUN_ID = 32  # digits of a run's id
 PROBES = ("The capital of France is", "Water boils when it is", "To plant a tree, first")
 
 
@@ -49,37 +52,37 @@ def choose(wanted: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str | N
     if wanted == "best":
         if not members:
             raise BuildError("the front is empty: no trial has finished; run: mlflow run . -e search")
-        row = max(members, key=lambda one: (one["expected"], -one["peak_memory_bytes"]))  # as ``pareto.best``
+        row = max(members, key=lambda member: (member["expected"], -member["peak_memory_bytes"]))  # as ``pareto.best``
         return row["bits"], row["run_id"]
-    if set(wanted) <= {"4", "8"} and len(wanted) != 32:
+    if text_of.is_text(wanted) and len(wanted) != _RUN_ID:
         return wanted, None
     for row in rows:
         if wanted in (row["run_id"], row["bits"]):
             return row["bits"], row["run_id"]
-    if set(wanted) <= {"4", "8"}:  # a model of 32 units: as long as a run id, and no run has it
+    if text_of.is_text(wanted):  # a model of 32 units: as long as a run id, and no run has it
         return wanted, None
     raise BuildError(f"build.choose: no finished trial of this study has the run id {wanted}; see reports/pareto.csv")
 
 
-def save(context: Context, bits: Sequence[int], trained: PeftModel, folder: Path) -> Any:
+def save(context: Context, bits: Sequence[int], trained: PeftModel, folder: Path) -> PeftModel:
     """Save the trained model with bitsandbytes' modules; return it, as it will be after loading."""
-    bits_of = context.bits_of(bits)
-    if context.params.recover.train == "full":
-        context = replace(context, state=context.state | trial.trained_state(trained, bits_of))
-    real = trial.mixed_model(replace(context, state=checkpoint.stored(context.state)), bits_of)
+    widths = context.widths(bits)
+    if context.settings.recover.train == "full":
+        context = replace(context, state=context.state | trained_state(trained, widths))
+    real = mixed_model(replace(context, state=checkpoint.stored(context.state)), widths)
     real.save_pretrained(folder)  # before PEFT renames its linears
     checkpoint.compute_in(real, context.compute.dtype)
-    adapted = get_peft_model(real, trial.lora_config(context.params, context.bank.settings))
+    adapted = get_peft_model(real, lora_config(context.bank.settings, context.settings.recover.dropout))
     set_peft_model_state_dict(adapted, get_peft_model_state_dict(trained, save_embedding_layers=False))
     # The embeddings are the base's; left to itself, PEFT asks a hub whether they are.
-    adapted.save_pretrained(folder / checkpoint.ADAPTER, save_embedding_layers=False)
+    adapted.save_pretrained(str(folder / checkpoint.ADAPTER), save_embedding_layers=False)
     (folder / checkpoint.ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is one level up
     context.tokenizer.save_pretrained(folder)
     return adapted.eval()
 
 
 @torch.inference_mode()
-def probe(model: Any, tokenizer: Any) -> torch.Tensor:
+def probe(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Return the logits after each of ``PROBES``, [probes, vocabulary], fp32."""
     rows = []
     for text in PROBES:
@@ -99,7 +102,7 @@ def probe_in_fresh_process(folder: Path, compute: Compute) -> torch.Tensor:
         command = [
             sys.executable,
             "-m",
-            "pipeline.trial.build",
+            "pipeline.trial.probe",
             str(folder),
             str(out),
             compute.device.type,
@@ -111,7 +114,7 @@ def probe_in_fresh_process(folder: Path, compute: Compute) -> torch.Tensor:
         return load_file(out)["logits"]
 
 
-def card(name: str, result: Result, context: Context, lineage: Mapping[str, str]) -> str:
+def card(name: str, result: Result, granularity: str, lineage: Mapping[str, str]) -> str:
     """Return the model card."""
     tasks = "\n".join(
         f"| {task} | {100 * value:.1f} ± {100 * error:.1f} |" for task, (value, error) in result.tasks.items()
@@ -124,11 +127,11 @@ tags: [pruned, mixed-precision, bitsandbytes, lora]
 # {name}
 
 A causal language model compressed with QPruner (arXiv 2412.11629): structured pruning,
-{context.params.search.granularity}-wise 4/8-bit quantization, LoRA recovery on Alpaca.
+{granularity}-wise 4/8-bit quantization, LoRA recovery on Alpaca.
 
 - bits, block 0 first: `{result.bits}`
-- peak memory of recovery: {result.peak_memory_bytes / 2**30:.3f} GiB ({result.memory_source})
-- inference: {result.inference_memory_bytes / 2**30:.3f} GiB ({result.memory_source})
+- peak memory of recovery: {(result.peak_memory_bytes or 0) / GIB:.3f} GiB ({result.memory_source})
+- inference: {result.inference_memory_bytes / GIB:.3f} GiB ({result.memory_source})
 - mean zero-shot accuracy: {100 * result.accuracy:.1f} ± {100 * result.accuracy_stderr:.1f} % on {result.items} items
 
 | benchmark | accuracy, % |
@@ -159,19 +162,19 @@ def verified(context: Context, bits: Sequence[int], trained: PeftModel, folder: 
         BuildError: The fresh process computes something else than what was saved.
     """
     built = save(context, bits, trained, folder)
-    own = probe(built, context.tokenizer)
+    saved = probe(built, context.tokenizer)
     fresh = probe_in_fresh_process(folder, context.compute)
-    difference = (own - fresh).abs().max().item()
+    difference = (saved - fresh).abs().max().item()
     if difference != 0:
         raise BuildError(
-            f"the reloaded checkpoint of bits {write_bits(bits)} differs from the built one by {difference:.3g} in its "
-            "logits; nothing was written. Check that bitsandbytes and transformers are at the pinned versions"
+            f"the reloaded checkpoint of bits {text_of.write(bits)} differs from the built one by {difference:.3g} in "
+            "its logits; nothing was written. Check that bitsandbytes and transformers are at the pinned versions"
         )
     simulated = probe(trained, context.tokenizer)
-    agree = (own.argmax(1) == simulated.argmax(1)).float().mean().item()
+    agree = (saved.argmax(1) == simulated.argmax(1)).float().mean().item()
     return {
         "reload_difference": difference,
-        "trial_difference": (own - simulated).abs().max().item(),
+        "trial_difference": (saved - simulated).abs().max().item(),
         "trial_agreement": agree,
     }
 
@@ -179,10 +182,3 @@ def verified(context: Context, bits: Sequence[int], trained: PeftModel, folder: 
 def lineage_json(values: Mapping[str, str]) -> str:
     """Return lineage as JSON."""
     return json.dumps(dict(values), indent=1)
-
-
-if __name__ == "__main__":
-    source, target, *where = sys.argv[1:]
-    chosen = choose_compute(*where)
-    built = checkpoint.load_final(source, chosen.device, chosen.dtype)
-    save_file({"logits": probe(built, checkpoint.load_tokenizer(source))}, target)

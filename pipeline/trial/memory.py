@@ -12,49 +12,19 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+from transformers import PretrainedConfig
 
 from pipeline import architecture
 from pipeline.architecture import ATTENTION, LINEARS, MLP, BlockShape
 from pipeline.compress.quantize import stored_bytes
+from pipeline.trial.setting import Setting
 
-LOSS_CHUNK = 256  # positions whose logits exist at once (``recover``, ``evaluate``)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What memory depends on besides the model and its bits.
-
-    Attributes:
-        tokens: Tokens of a training micro-batch, padding included.
-        r: LoRA rank.
-        double_quant: Whether 4-bit scales are quantized.
-        inference_tokens: Tokens of an inference batch.
-        rows: Rows of a training micro-batch.
-        inference_rows: Rows of an inference batch.
-        dropout: Of the adapters; with 0 no masks are kept.
-        accumulate: Whether a batch has several micro-batches, so that gradients live through the forward pass.
-        gradient_checkpointing: Whether a block's activations are computed again in the backward pass.
-        full: Whether all that is not quantized is trained, not only the adapters.
-        keeps_best: Whether the weights of the lowest validation loss are kept in 32 bits.
-    """
-
-    tokens: int
-    r: int
-    double_quant: bool
-    inference_tokens: int
-    rows: int = 1
-    inference_rows: int = 1
-    dropout: float = 0.05
-    accumulate: bool = True
-    gradient_checkpointing: bool = False
-    full: bool = False
-    keeps_best: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +36,7 @@ class Peak:
     source: str
 
 
-def predict(config: Any, bits_of: Mapping[str, int], setting: Setting) -> Peak:
+def predict(config: PretrainedConfig, widths: Mapping[str, int], setting: Setting) -> Peak:
     """Predict peak memory on CUDA from shapes alone.
 
     Training as in ``training``. Inference peaks in the widest block or at the logits; each kind of block is traced
@@ -75,12 +45,12 @@ def predict(config: Any, bits_of: Mapping[str, int], setting: Setting) -> Peak:
 
     Args:
         config: The model's config, pruned or not.
-        bits_of: Bits of each linear: 4, 8 or 16.
+        widths: Bits of each linear: 4, 8 or 16.
         setting: Batch and adapter sizes.
     """
-    weights, peak = training(config, bits_of, setting)
+    weights, peak = training(config, widths, setting)
     model, widest = config.to_json_string(use_diff=False), 0
-    for index, (shape, own) in enumerate(_blocks(config, bits_of)):
+    for index, (shape, own) in enumerate(_blocks(config, widths)):
         alone = (shape.heads, shape.kv_heads, shape.channels)
         twice = _of_blocks(config, [index, index])  # only a first block's input is all that lives
         block_weights, block_peak = _traced(twice, (model, alone), (own, own), setting, "inference")
@@ -88,7 +58,7 @@ def predict(config: Any, bits_of: Mapping[str, int], setting: Setting) -> Peak:
     return Peak(peak, weights + widest, "predicted")
 
 
-def training(config: Any, bits_of: Mapping[str, int], setting: Setting) -> tuple[int, int]:
+def training(config: PretrainedConfig, widths: Mapping[str, int], setting: Setting) -> tuple[int, int]:
     """Return (bytes of the model alone, peak bytes of training it), predicted from shapes.
 
     Training peaks while the loss or the last block is computed, when all that earlier blocks keep is alive. So one
@@ -97,10 +67,10 @@ def training(config: Any, bits_of: Mapping[str, int], setting: Setting) -> tuple
 
     Args:
         config: As for ``predict``.
-        bits_of: As for ``predict``.
+        widths: As for ``predict``.
         setting: As for ``predict``.
     """
-    blocks = _blocks(config, bits_of)
+    blocks = _blocks(config, widths)
     model = config.to_json_string(use_diff=False)
     if setting.full:  # a block's widths say what it trains, so each is traced as it is
         return _traced(config, model, tuple(own for _, own in blocks), setting, "training")
@@ -112,21 +82,23 @@ def training(config: Any, bits_of: Mapping[str, int], setting: Setting) -> tuple
     return weights, peak
 
 
-def _blocks(config: Any, bits_of: Mapping[str, int]) -> list[tuple[BlockShape, tuple[int, ...]]]:
+def _blocks(config: PretrainedConfig, widths: Mapping[str, int]) -> list[tuple[BlockShape, tuple[int, ...]]]:
     """Return of each block its shape and the bits of its linears."""
     return [
-        (shape, tuple(bits_of[architecture.linear_name(index, name)] for name in LINEARS))
+        (shape, tuple(widths[architecture.linear_name(index, name)] for name in LINEARS))
         for index, shape in enumerate(architecture.shapes(config))
     ]
 
 
-def _added(config: Any, block: int, shape: BlockShape, bits: tuple[int, ...], setting: Setting) -> tuple[int, int]:
+def _added(
+    config: PretrainedConfig, block: int, shape: BlockShape, bits: tuple[int, ...], setting: Setting
+) -> tuple[int, int]:
     """Return the bytes by which a block stores and keeps for backward more than at 4 bits.
 
     An 8-bit linear keeps its 16-bit input, also under gradient checkpointing. Linears that read the same one share it.
     Without checkpointing the attention keeps o_proj's anyway, and what block 0's attention reads needs no gradient.
     """
-    width = dict(zip(LINEARS, bits, strict=True))
+    width = dict(zip(LINEARS, bits, strict=True))  # by the linear's name
     stored = 0
     for name in LINEARS:
         size = architecture.linear_shape(config, shape, name)
@@ -149,17 +121,17 @@ def _held(size: tuple[int, int], bits: int, setting: Setting) -> int:
     return stored_bytes(*size, bits, setting.double_quant) + offset
 
 
-def _of_blocks(config: Any, indices: Sequence[int]) -> Any:
+def _of_blocks(config: PretrainedConfig, indices: Sequence[int]) -> PretrainedConfig:
     """Return the config of a model that consists of some of the blocks."""
-    own = copy.deepcopy(config)
-    own.num_hidden_layers = len(indices)
+    chosen = copy.deepcopy(config)
+    chosen.num_hidden_layers = len(indices)
     for name in ("layer_types", "block_shapes"):
-        if per_block := getattr(own, name, None):
-            setattr(own, name, [per_block[index] for index in indices])
-    return own
+        if per_block := getattr(chosen, name, None):
+            setattr(chosen, name, [per_block[index] for index in indices])
+    return chosen
 
 
-def _last_block_at(config: Any, model: str, bits: tuple[int, ...], setting: Setting) -> tuple[int, int]:
+def _last_block_at(config: PretrainedConfig, model: str, bits: tuple[int, ...], setting: Setting) -> tuple[int, int]:
     """Return (bytes of the model alone, peak of training) with the last block at ``bits`` and the others at 4.
 
     Where all blocks between the first and the last are alike, each adds the same: two of them tell about all.
@@ -178,10 +150,12 @@ def _last_block_at(config: Any, model: str, bits: tuple[int, ...], setting: Sett
     return weights + (count - 3) * (more_weights - weights), peak + (count - 3) * (more_peak - peak)
 
 
-_traces: dict[Any, tuple[int, int]] = {}
+_traces: dict[Hashable, tuple[int, int]] = {}
 
 
-def _traced(config: Any, model: Any, bits: tuple[tuple[int, ...], ...], setting: Setting, step: str) -> tuple[int, int]:
+def _traced(
+    config: PretrainedConfig, model: Hashable, bits: tuple[tuple[int, ...], ...], setting: Setting, step: str
+) -> tuple[int, int]:
     """Return (bytes of the model alone, peak) of a traced step; each is traced once a process."""
     key = (model, bits, setting, step)
     if key not in _traces:

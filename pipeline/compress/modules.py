@@ -1,0 +1,41 @@
+"""What compression reads of a model: a linear's weight, the decoder, the head, and the loss of each token."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from pipeline.data.alpaca import IGNORED
+
+Scores = list[dict[str, torch.Tensor]]  # of each block: structure kind -> score of each structure
+
+
+def weight_of(model: nn.Module, name: str) -> torch.Tensor:
+    """Return the weight of a linear, named as in ``architecture.linears``: [out, in]."""
+    return cast(nn.Linear, model.get_submodule(name)).weight
+
+
+def head_of(model: nn.Module) -> nn.Linear:
+    """Return the linear that predicts tokens from a causal model's last states."""
+    return cast(nn.Linear, model.get_submodule("lm_head"))
+
+
+def last_states(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the states that a causal model's head reads: [B, L] -> [B, L, hidden]."""
+    return model.get_submodule("model")(input_ids=tokens, use_cache=False).last_hidden_state
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the loss of each next token, zero where it is not labelled: [B, T - 1]."""
+    # Flat, as the sum over the vocabulary is several times slower on a CPU where that is not the last dimension.
+    each = nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return each.view(len(labels), -1)
+
+
+def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss of each row's labelled tokens: [B]."""
+    return token_losses(logits, labels).sum(1) / (labels[:, 1:] != IGNORED).sum(1).clamp(min=1)

@@ -1,0 +1,188 @@
+"""What all trials of a study share: the pruned model, its layer bank, the data and the settings, loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from lm_eval.api.task import Task
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from pipeline import architecture, checkpoint, storage
+from pipeline.architecture import Unit
+from pipeline.compress import quantize
+from pipeline.data import alpaca, tasks
+from pipeline.data.alpaca import Example
+from pipeline.device import Compute
+from pipeline.errors import UserError
+from pipeline.trial import memory, recover
+from pipeline.trial.setting import ROW, Setting
+
+INT8_MULTIPLE = 4  # cuBLAS multiplies int8 matrices whose sides are multiples of it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a trial is run.
+
+    Attributes:
+        recover: How a model is recovered.
+        limit: Items of a task that it is judged on; 0: all.
+        batch_tokens: Tokens of one forward pass of evaluation.
+        seed: Of adapters that are drawn, of the order of rows, of dropout, and of the held-out rows.
+    """
+
+    recover: recover.Settings
+    limit: int
+    batch_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the parts of a context lie.
+
+    Attributes:
+        pruned: The pruned model.
+        bank: Its layer bank.
+        rows: File of Alpaca rows.
+        items: Folder of benchmark items.
+    """
+
+    pruned: Path
+    bank: Path
+    rows: Path
+    items: Path
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all trials of a study share.
+
+    Attributes:
+        config: Config of the pruned model.
+        state: Its tensors.
+        bank: The layer bank.
+        tokenizer: The tokenizer.
+        units: What one bit choice covers.
+        tasks: lm-eval's tasks by name.
+        train: Rows to recover on.
+        validation: Held-out rows.
+        settings: How a trial is run.
+        compute: Where trials run and in which type.
+    """
+
+    config: PretrainedConfig
+    state: dict[str, torch.Tensor]
+    bank: quantize.Bank
+    tokenizer: PreTrainedTokenizerBase
+    units: tuple[Unit, ...]
+    tasks: Mapping[str, Task]
+    train: list[Example]
+    validation: list[Example]
+    settings: Settings
+    compute: Compute
+
+    @property
+    def device(self) -> torch.device:
+        """Return where trials run."""
+        return self.compute.device
+
+    @property
+    def memory_setting(self) -> Setting:
+        """Return the batch and adapter sizes that peak memory depends on."""
+        return memory_setting(self.settings.recover, self.settings.batch_tokens, self.bank.settings)
+
+    def widths(self, bits: Sequence[int]) -> dict[str, int]:
+        """Return each linear's bits from the bits of the units."""
+        return quantize.linear_bits(self.units, bits)
+
+    def predict(self, bits: Sequence[int]) -> memory.Peak:
+        """Return the predicted peak memory of a bit vector."""
+        return memory.predict(self.config, self.widths(bits), self.memory_setting)
+
+
+def memory_setting(recovery: recover.Settings, batch_tokens: int, adapters: quantize.Settings) -> Setting:
+    """Return the batch and adapter sizes that peak memory depends on.
+
+    Args:
+        recovery: How a model is recovered.
+        batch_tokens: Tokens of one forward pass of evaluation.
+        adapters: How the bank that the adapters come from is made.
+    """
+    rows = max(1, batch_tokens // ROW)
+    return Setting(
+        tokens=recovery.micro_batch_size * alpaca.padded(recovery.max_length),
+        r=adapters.r,
+        double_quant=adapters.double_quant,
+        inference_tokens=rows * ROW,
+        rows=recovery.micro_batch_size,
+        inference_rows=rows,
+        dropout=recovery.dropout,
+        accumulate=recovery.batch_size > recovery.micro_batch_size,
+        full=recovery.train == "full",
+        keeps_best=recovery.validate_every > 0,
+    )
+
+
+def load(
+    sources: Sources,
+    settings: Settings,
+    compute: Compute,
+    *,
+    granularity: str,
+    task_names: Sequence[str],
+    validation_rows: int,
+) -> Context:
+    """Load and verify what trials share.
+
+    Args:
+        sources: Where its parts lie.
+        settings: How a trial is run.
+        compute: Where trials run and in which type.
+        granularity: What one bit choice covers (``architecture.GRANULARITIES``).
+        task_names: lm-eval's tasks.
+        validation_rows: Rows that are held out.
+
+    Raises:
+        CheckpointError: The pruned model or the bank is missing or was changed.
+        UserError: The model does not suit a GPU.
+    """
+    storage.verify(sources.pruned, "prune")
+    storage.verify(sources.bank, "quantize")
+    model = checkpoint.load_model(sources.pruned, dtype=compute.dtype)
+    tokenizer = checkpoint.load_tokenizer(sources.pruned)
+    on_gpu = compute.device.type == "cuda"
+    if on_gpu and any(shape.channels % INT8_MULTIPLE for shape in architecture.shapes(model.config)):
+        raise UserError(
+            f"{sources.pruned}: a block's number of channels is no multiple of {INT8_MULTIPLE}, which 8 bits need on a "
+            f"GPU; set prune.multiple_of to a multiple of {INT8_MULTIPLE} and prune again, or set device to cpu"
+        )
+    train, held_out = alpaca.split(alpaca.read(sources.rows), validation_rows, settings.seed)
+    length = settings.recover.max_length
+    return Context(
+        config=model.config,
+        state=model.state_dict(),
+        bank=quantize.Bank(sources.bank),
+        tokenizer=tokenizer,
+        units=architecture.units(model.config, granularity),
+        tasks=tasks.load(task_names, sources.items),
+        train=alpaca.encode(train, tokenizer, length),
+        validation=alpaca.encode(held_out, tokenizer, length),
+        settings=settings,
+        compute=compute,
+    )
+
+
+def untouched(context: Context, base: Path) -> Context:
+    """Return a context of the base model, before pruning; for 16 bits only, as the bank is of the pruned one.
+
+    Raises:
+        CheckpointError: The base model is missing or was changed.
+    """
+    storage.verify(base, "fetch")
+    model = checkpoint.load_base(base, dtype=context.compute.dtype)
+    config = checkpoint.pruned_config(model.config, architecture.shapes(model.config))
+    return replace(context, config=config, state=model.state_dict())

@@ -1,0 +1,122 @@
+"""The loss of responses: only their positions reach the head, and their logits exist a chunk at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.compress.modules import head_of, last_states
+from pipeline.data.alpaca import IGNORED, Batch, Example, batches
+from pipeline.trial.setting import LOSS_CHUNK
+
+Where = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # a mask, or rows and columns
+RowLosses = tuple[tuple[float, int], ...]  # of each row the sum of its losses in nats, and their number
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the causal language model that PEFT wrapped, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of cross-entropies of ``hidden @ head.T``, a chunk of positions at a time.
+
+    The gradients that are wanted are computed along with the loss, so that no chunk's logits outlive the chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
+        heads = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), LOSS_CHUNK):
+            here = slice(start, start + LOSS_CHUNK)
+            logits = (hidden[here] @ head.T).float().log_softmax(-1)
+            at_labels = torch.arange(len(logits), device=logits.device), labels[here]
+            total -= logits[at_labels].sum()
+            if gradient is not None:
+                logits.exp_()
+                logits[at_labels] -= 1
+                gradient[here] = logits.to(hidden.dtype) @ head
+            if heads is not None:
+                heads += logits.T @ hidden[here].float()
+            del logits  # else they live until the next chunk's exist
+        ctx.save_for_backward(gradient, None if heads is None else heads.to(head.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        gradient, heads = ctx.saved_tensors
+        outer = outer.to(gradient.dtype)
+        return gradient * outer, None if heads is None else heads * outer, None
+
+
+def response_loss(model: nn.Module, part: Batch) -> tuple[torch.Tensor, int]:
+    """Return (sum of the next-token losses at labelled positions, their number).
+
+    Args:
+        model: A causal language model, plain or wrapped by PEFT.
+        part: Tokens and labels, on the model's device.
+    """
+    labels = part.labels[:, 1:]
+    chosen = labels != IGNORED
+    return loss_at(model, part.tokens, chosen, labels[chosen]), int(chosen.sum())
+
+
+def loss_at(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    where: Where,
+    wanted: torch.Tensor,
+) -> torch.Tensor:
+    """Return the sum of the next-token losses at some positions; ``memory`` traces it on tensors without data.
+
+    Args:
+        model: As for ``response_loss``.
+        tokens: Token ids, [B, L].
+        where: What picks the positions out of [B, L - 1]: a boolean mask, or n rows and n columns.
+        wanted: The token after each of them, [n].
+    """
+    hidden, head = _before_head(model, tokens)
+    return _ChunkedLoss.apply(hidden[where], head, wanted)
+
+
+def _before_head(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the states that next tokens are predicted from, [B, L - 1, hidden], and the head's weight."""
+    causal = unwrapped(model)
+    return last_states(causal, tokens)[:, :-1], head_of(causal).weight
+
+
+@torch.no_grad()
+def row_losses(model: PreTrainedModel | PeftModel, examples: Sequence[Example], size: int, padding: int) -> RowLosses:
+    """Return of each row the sum of its response tokens' losses, in nats, and their number; shorter rows first."""
+    model.eval()
+    losses: list[tuple[float, int]] = []
+    for part in batches(examples, size, padding, False):
+        here = part.to(model.device)
+        hidden, head = _before_head(model, here.tokens)
+        for states, wanted in zip(hidden, here.labels[:, 1:], strict=True):
+            chosen = wanted != IGNORED
+            loss = _ChunkedLoss.apply(states[chosen], head, wanted[chosen])
+            losses.append((loss.item(), int(chosen.sum())))
+    return tuple(losses)
+
+
+def mean_loss(rows: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Return the mean loss of a token and its standard error over the rows, in nats.
+
+    The error is that of a ratio, as rows differ in tokens; of a single row, which tells nothing of it, 0.
+
+    Args:
+        rows: Of each row the sum of its losses and their number.
+    """
+    count = sum(positions for _, positions in rows)
+    mean = sum(value for value, _ in rows) / count
+    squares = sum((value - mean * positions) ** 2 for value, positions in rows)
+    return mean, math.sqrt(squares * len(rows) / max(len(rows) - 1, 1)) / count

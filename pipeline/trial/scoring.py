@@ -1,0 +1,105 @@
+"""One forward pass of evaluation: log-likelihoods of continuations, out of rows of trees.
+
+Only positions that predict a scored token reach the head, and their logits exist a chunk at a time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.compress.modules import head_of
+from pipeline.trial.loss import unwrapped
+from pipeline.trial.setting import LOSS_CHUNK
+from pipeline.trial.trees import Request, Row, Wanted, additive, pack, tree_mask
+
+_CACHED = 16  # rows of logits that a CPU's cache holds
+
+
+def score(
+    model: PreTrainedModel | PeftModel, requests: Sequence[Request], length: int, rows: Sequence[Row]
+) -> Iterator[tuple[int, tuple[float, bool]]]:
+    """Yield (request, (log-likelihood of its continuation, whether it is the greedy choice)) for one forward pass."""
+    packed, device = pack(requests, length, rows), model.device
+    values, greedy = choose(
+        model,
+        packed.tokens.to(device),
+        packed.positions.to(device),
+        additive(tree_mask(packed.owners, packed.branches), model.dtype).to(device),
+        list(chunks(packed.places, packed.wanted, device)),
+    )
+    totals: dict[int, tuple[float, bool]] = {}
+    for (index, _, _), value, best in zip(packed.wanted, values.tolist(), greedy.tolist(), strict=True):
+        total, all_best = totals.get(index, (0.0, True))
+        totals[index] = total + value, all_best and best
+    yield from totals.items()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Positions whose logits exist at once, and the tokens they should predict.
+
+    Attributes:
+        rows: Row of each position, [m].
+        columns: Its column, [m].
+        at: Which of the positions predicts each token, [n].
+        targets: The tokens, [n].
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    at: torch.Tensor
+    targets: torch.Tensor
+
+
+def chunks(places: Sequence[tuple[int, int]], wanted: Sequence[Wanted], device: torch.device) -> Iterator[Chunk]:
+    """Cut positions and the tokens wanted of them, in the order of the positions, into chunks of ``LOSS_CHUNK``."""
+    begin = 0
+    for start in range(0, len(places), LOSS_CHUNK):
+        end = bisect_left(wanted, start + LOSS_CHUNK, lo=begin, key=itemgetter(1))
+        rows, columns = torch.tensor(places[start : start + LOSS_CHUNK], device=device).unbind(1)
+        _, at, targets = torch.tensor(wanted[begin:end], device=device).unbind(1)
+        yield Chunk(rows, columns, at - start, targets)
+        begin = end
+
+
+def choose(
+    model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, parts: Sequence[Chunk]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-likelihoods of tokens and whether each is the greedy choice; ``memory`` traces it without data.
+
+    Args:
+        model: A causal language model, or one wrapped by PEFT.
+        tokens: Token ids, [B, L].
+        positions: Position ids, [B, L].
+        mask: What is added to the attention scores, [B, 1, L, L].
+        parts: What is wanted. All logits at once would take more than the model, and leave the cache.
+    """
+    causal = unwrapped(model)
+    head = head_of(causal)
+    hidden = causal.get_submodule("model")(
+        input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    values, greedy = [], []
+    for part in parts:
+        logits = head(hidden[part.rows, part.columns])
+        own = logits[part.at, part.targets].float()
+        norms, tops = zip(*map(_norm_and_top, logits.split(_CACHED)), strict=True)
+        del logits  # else they live until the next chunk's exist
+        values.append(own - torch.cat(norms)[part.at])
+        greedy.append(own == torch.cat(tops)[part.at])
+    return torch.cat(values), torch.cat(greedy)
+
+
+def _norm_and_top(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    exact = logits.float()
+    top = exact.amax(-1)
+    # logsumexp in its parts: it would look for the top again, and hide its memory from the trace.
+    return (exact - top[:, None]).exp_().sum(-1).log() + top, top
