@@ -37,7 +37,7 @@ from pipeline.tracking.store import (
     root,
 )
 from pipeline.tracking.tracked import Tracked
-from pipeline.tracking.ui import ui_command
+from pipeline.tracking.ui import serve_command, show_search, ui_command
 
 __all__ = [
     "EXPERIMENT",
@@ -73,7 +73,9 @@ __all__ = [
     "root",
     "run",
     "set_metric",
+    "serve_command",
     "set_tag",
+    "show_search",
     "stage",
     "tagged",
     "trials",

@@ -242,11 +242,10 @@ def reap() -> list[str]:
 # --- the run of `mlflow run` -------------------------------------------------------------------------------------
 
 
-def adopt_project_run(name: str = "mlflow run") -> str | None:
+def adopt_project_run() -> str | None:
     """Take ``MLFLOW_RUN_ID`` out of the environment and keep it as the parent of the stages to come.
 
-    Args:
-        name: What the run is called from now on, in place of MLflow's random words.
+    The run is named after its entry point; MLflow gives it random words.
     """
     quiet()
     run_id = os.environ.pop("MLFLOW_RUN_ID", None)
@@ -254,7 +253,9 @@ def adopt_project_run(name: str = "mlflow run") -> str | None:
         os.environ[PARENT] = run_id
         run = Run(run_id, "")
         run.tags(processes.tags() | {"stage": "project"})
-        run.rename(name)
+        with talking():
+            entry = client().get_run(run_id).data.tags.get("mlflow.project.entryPoint")
+        run.rename(f"mlflow run -e {entry}" if entry else "mlflow run")
     return run_id
 
 
