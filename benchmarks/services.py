@@ -105,7 +105,7 @@ def outcome(generator: random.Random, units: int = 30) -> Result:
 
 def recorder(study: str) -> Any:
     """Return a search's recorder with its own run in the store."""
-    run = tracking._create("search", tracking.experiment_id(), None, {"stage": "search"})
+    run = tracking.create("search", None, {"stage": "search"})
     return Recorder(run, study, params.load(), SimpleNamespace())
 
 

@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from pipeline import tracking
 from pipeline.errors import UserError
+from pipeline.tracking import queries
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +56,6 @@ def test_second_signal_does_not_cut_short_what_ends_the_runs():
 import os
 import signal
 from pipeline import tracking
-from pipeline.errors import UserError
 tracking.on_termination_interrupt()
 finish = tracking.Run.finish
 def told_again(run, *arguments):
@@ -66,7 +67,7 @@ with tracking.stage("search", {}) as run:
     print(run.run_id, run.child("trial 0", {"stage": "trial"}).run_id, flush=True)
     os.kill(os.getpid(), signal.SIGINT)
 """
-    root = str(tracking.Path(__file__).parent.parent)
+    root = str(ROOT)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root}, check=False
     )
@@ -79,9 +80,8 @@ def test_an_interrupt_that_is_lost_in_a_destructor_comes_again():
 import os
 import signal
 import time
-from pipeline import tracking
-from pipeline.errors import UserError
-tracking._AGAIN = 0.2
+from pipeline import signals, tracking
+signals._AGAIN = 0.2
 tracking.on_termination_interrupt()
 class Dies:
     def __del__(self):
@@ -93,7 +93,7 @@ with tracking.stage("search", {}) as run:
     print("goes on", flush=True)
     time.sleep(60)
 """
-    root = str(tracking.Path(__file__).parent.parent)
+    root = str(ROOT)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root}, check=False
     )
@@ -105,15 +105,13 @@ with tracking.stage("search", {}) as run:
 def test_runs_of_dead_processes_are_reaped_and_others_left():
     code = """
 import os
-import platform
 from pipeline import tracking
-from pipeline.errors import UserError
 stage = tracking.stage("search", {})  # kept: a stage that is dropped ends
 run = stage.__enter__()
 print(run.run_id, flush=True)
 os._exit(9)
 """
-    root = str(tracking.Path(__file__).parent.parent)
+    root = str(ROOT)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root}, check=False
     )
@@ -188,12 +186,11 @@ def test_store_is_anchored_at_the_project_root(tmp_path, monkeypatch):
     (tmp_path / "MLproject").write_text("name: x\n")
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
-    assert tracking.store() == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert tracking.address() == f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
 def test_trials_read_from_the_database_are_those_that_mlflow_finds():
-    experiment = tracking.experiment_id()
-    parent = tracking._create("search", experiment, None, {"stage": "search"})
+    parent = tracking.create("search", None, {"stage": "search"})
     for number, study in enumerate(("one", "two", "one", "one")):
         own = parent.child(f"trial {number}", {"stage": "trial", "study": study})
         own.params({"bits": "48" * number, "units": [1, 2]})
@@ -202,10 +199,10 @@ def test_trials_read_from_the_database_are_those_that_mlflow_finds():
         own.finish("FAILED" if number == 3 else "FINISHED")
     elsewhere = tracking.client().create_experiment("elsewhere")
     for name in ("kept", "deleted"):
-        other = tracking._create(name, elsewhere, None, {"stage": "reference", "study": "one"})
+        other = tracking.client().create_run(elsewhere, tags={"stage": "reference", "study": "one"}, run_name=name)
         if name == "deleted":
-            tracking.client().delete_run(other.run_id)
-    ours, theirs = tracking.trials("one"), tracking._search_tagged("study", "one")
+            tracking.client().delete_run(other.info.run_id)
+    ours, theirs = tracking.trials("one"), queries._search_tagged(tracking.experiments(), "study", "one")
     assert [run.name for run in ours] == ["trial 0", "trial 2", "trial 3", "kept"]
     assert sorted(map(_plain, ours)) == sorted(map(_plain, theirs))
     assert ours[1].metrics["loss"] == 4.0 and math.isnan(ours[1].metrics["broken"])
@@ -218,7 +215,7 @@ def _plain(run):
 
 
 def test_series_keeps_every_step():
-    run = tracking._create("trial", tracking.experiment_id(), None, {})
+    run = tracking.create("trial", None, {})
     run.series("loss", enumerate([3.0, 2.0, 1.0]))
     history = tracking.client().get_metric_history(run.run_id, "loss")
     assert [(one.step, one.value) for one in sorted(history, key=lambda one: one.step)] == [

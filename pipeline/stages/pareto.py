@@ -24,7 +24,7 @@ def run(params: Params, run: Run) -> None:
     for point in every:
         if not point.reference:
             tracking.set_tag(point.run_id, "pareto", "true" if point.run_id in inside else "false")
-            tracking.set_tag(point.run_id, "pareto_probability", f"{point.probability:.2f}")
+            tracking.set_metric(point.run_id, "pareto_probability", point.probability)
     for path in pareto.write(every, members, params.pareto.objective, REPORTS):
         run.artifact(path)
     run.metrics({"front_size": len(members), "trials": sum(not point.reference for point in every)})

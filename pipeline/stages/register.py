@@ -24,18 +24,17 @@ def run(params: Params, run: Run) -> None:
     run.metrics(figures)
     root = tracking.root()
     pinned = [line for line in (root / "requirements.txt").read_text().splitlines() if line.split("==")[0] in _NEEDED]
-    uri = tracking.register_model(
-        run,
-        params.register_.name,
-        params.register_.alias,
-        root / "pipeline" / "stages" / "served.py",
-        FINAL.absolute(),
-        [str(root / "pipeline")],
-        pinned,
-        lineage | {key: f"{value:.4f}" for key, value in figures.items()},
-        ["What is the capital of France?"],
-        max_new_tokens=64,
+    asked = tracking.Registration(
+        name=params.register_.name,
+        alias=params.register_.alias,
+        model_code=root / "pipeline" / "stages" / "served.py",
+        checkpoint=FINAL.absolute(),
+        code=[str(root / "pipeline")],
+        requirements=pinned,
+        tags=lineage | {key: f"{value:.4f}" for key, value in figures.items()},
+        example=["What is the capital of France?"],
     )
+    uri = tracking.register_model(run, asked)
     run.tags({"model": uri})
     storage.write_text(REPORTS / "register.json", json.dumps({"model": uri, "alias": params.register_.alias}, indent=1))
     console.note(f"registered {uri} as models:/{params.register_.name}@{params.register_.alias}")

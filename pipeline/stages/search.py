@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from pipeline import architecture, checkpoint, console, storage
+from pipeline import architecture, checkpoint, console, storage, tracking
 from pipeline.compress.importance import Priors
 from pipeline.params import Objective, Params, flatten
 from pipeline.paths import ALPACA, BANK, BENCHMARKS, PRUNED, REPORTS, STUDY
@@ -33,6 +33,7 @@ def run(params: Params, run: Run) -> None:
     name = study_name(params, PRUNED, BANK)
     run.params(flatten(params.recover, "recover.") | flatten(params.evaluate, "evaluate."))
     run.tags({"study_digest": name})
+    tracking.show_search(run, name, settings.objective)
     for task in params.evaluate.tasks:
         run.dataset(BENCHMARKS / f"{task}.jsonl", task, "evaluation")
     run.dataset(ALPACA, "alpaca", "training")
