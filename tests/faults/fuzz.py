@@ -120,10 +120,9 @@ def strange(values, key: str = "") -> list[str]:
     if isinstance(values, dict):
         return [problem for name, value in values.items() for problem in strange(value, f"{key}.{name}".strip("."))]
     if isinstance(values, (list, tuple)):
-        repeated = (
-            [f"{key} names {values} more than once"] if len({repr(value) for value in values}) < len(values) else []
-        )
-        return repeated + [problem for value in values for problem in strange(value, key)]
+        repeated = len({repr(value) for value in values}) < len(values)
+        problems = [f"{key} names something more than once: {values}"] if repeated else []
+        return problems + [problem for value in values for problem in strange(value, key)]
     if isinstance(values, bool):
         return []
     if isinstance(values, (int, float)) and (not math.isfinite(values) or abs(values) > 1e10):
