@@ -14,7 +14,10 @@ import pytest
 from conftest import ROOT
 
 # Lowest first. A module may import from its own room and from the rooms before it.
-GROUND = ("bits", "checks", "console", "device", "errors", "locks", "params", "paths", "storage", "")
+GROUND = (
+    "bits", "checks", "console", "device", "doctor", "documents", "errors", "identity", "locks", "overrides", "params",
+    "paths", "runtime", "signals", "sources", "storage", "",
+)  # fmt: skip
 ROOMS = [
     GROUND,
     ("architecture",),
@@ -26,7 +29,7 @@ ROOMS = [
     ("tracking",),
     ("results",),
     ("stages",),
-    ("project", "__main__"),
+    ("project", "repro", "__main__"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -60,12 +60,13 @@ def wait_for_end(project: Path, seconds: float) -> list[psutil.Process]:
 
 
 def litter(project: Path) -> list[str]:
-    """Temporary files and folders, and locks that nobody can hold any more."""
+    """Temporary files and folders, and locks that are links to nothing. A file that is only locked may stay."""
     names = []
     for folder in ("artifacts", "reports", "data"):
         for path in (project / folder).rglob("*"):
             dangling = path.is_symlink() and not path.exists()
-            if dangling or path.name.startswith(".") and path.name != ".gitignore":
+            temporary = path.name.startswith(".") and path.name != ".gitignore" and path.suffix != ".lock"
+            if dangling or temporary:
                 names.append(str(path.relative_to(project)))
     return names
 
