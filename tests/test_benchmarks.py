@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
-from test_search import PRIORS, SPACE, UNITS, result
 
 from benchmarks import evidence, granularity, priors, record, samplers
 from pipeline import architecture, params
@@ -18,6 +17,7 @@ from pipeline.device import Compute
 from pipeline.search import surrogate
 from pipeline.search.allocate import raised_of
 from pipeline.trial import trial
+from tests.fixtures.searches import PRIORS, SPACE, UNITS, result
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.search import paired
 from pipeline.trial import trial
+from tests.fixtures.searches import result
 
 RECORD = {
     "by_item": {"piqa": [(1.0, -0.2), (0.0, -0.6)], "arc_easy": [(1.0, -0.1), (1.0, -0.3), (0.0, -0.8)]},
@@ -104,8 +105,6 @@ def test_undominated_share_is_that_of_dominance_in_each_draw():
 
 def test_a_trials_record_survives_json():
     import json
-
-    from test_search import result
 
     found = result((4, 8, 4, 4, 4, 4, 4, 4))
     assert trial.Result.from_json(json.loads(json.dumps(found.as_json()))) == found

@@ -3,18 +3,20 @@ import json
 import shutil
 import types
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, tiny_model
-from test_search import PRIORS, SPACE, UNITS, result
 
 from pipeline import architecture, checkpoint, storage, tracking
 from pipeline.compress.quantize import write_bits
+from pipeline.params import load
 from pipeline.results.cells import at_ratio, changed, qpruner3
 from pipeline.search import search
 from pipeline.stages import paper, shell
 from pipeline.stages.paper import CellsFailed
 from pipeline.trial import trial
+from tests.fixtures.searches import PRIORS, SPACE, UNITS, result
 
 TASK = "piqa"
 
@@ -107,6 +109,14 @@ def test_table_has_one_run_a_cell_with_the_searchs_trials_below_qpruner3(params,
     text = paper.REPORTS.joinpath("table.md").read_text()
     assert "| 20 % | QPruner3 |" in text and "pending" not in text
     assert {path.name for path in paper.REPORTS.iterdir()} == {"table.md", "table.csv", "table.tex", "figure1.png"}
+
+
+def test_table_3_has_the_five_methods_at_half_of_the_parameters(params, trials):
+    preset = load(ROOT / "presets/llama-13b.yaml").model_copy(update={"evaluate": params.evaluate, "device": "cpu"})
+    shell.start("table", changed(preset, "table", n_trials=4))
+    written = pd.read_csv(paper.REPORTS / "table.csv")
+    assert written["method"].tolist() == ["dense", "llm_pruner", "qpruner1", "qpruner2", "qpruner3"]
+    assert written["ratio"].tolist() == [0, 0.5, 0.5, 0.5, 0.5] and set(written["state"]) == {"done"}
 
 
 def test_cells_are_judged_on_items_that_the_searchs_trials_never_see(params, trials):

@@ -4,48 +4,11 @@ import random
 
 import pytest
 
-from pipeline.compress.importance import Priors
 from pipeline.search import pareto, search
-from pipeline.search.allocate import Space
 from pipeline.search.search import Candidate, Ended, SearchError, Study
 from pipeline.search.surrogate import Observation
 from pipeline.trial.trial import Result
-
-UNITS = 8
-SPACE = Space(base=1000, deltas=(10,) * UNITS, max_eights=2, budget=None)
-PRIORS = Priors(
-    units=tuple(map(str, range(UNITS))),
-    mutual_information=(0.1, 0.9, 0.2, 0.8, 0.3, 0.0, 0.0, 0.0),
-    sensitivity=(0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.4, 0.0),
-    divergence=1.0,
-    tokens=10,
-)
-
-
-def result(bits):
-    text = "".join(map(str, bits))
-    score = sum((index + 1) * (width == 8) for index, width in enumerate(bits)) / 100
-    return Result(
-        text,
-        score,
-        0.01,
-        {"piqa": (score, 0.02)},
-        {},
-        score - 1.0,
-        0.005,
-        2.0,
-        0.1,
-        SPACE.memory(bits),
-        500,
-        "predicted",
-        {"recover": 1.0},
-        4,
-        by_item={"piqa": [(1.0, -0.5), (0.0, -1.5)]},
-        by_row=[(20.0, 10), (30.0, 12)],
-        losses=[3.5, 3.0],
-        validation_losses=[(1, 2.25), (2, 2.0)],
-        trained_tokens=640,
-    )
+from tests.fixtures.searches import PRIORS, SPACE, UNITS, result
 
 
 @pytest.fixture

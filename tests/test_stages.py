@@ -8,7 +8,6 @@ import weakref
 import pytest
 import torch
 from conftest import ROOT
-from test_search import PRIORS, SPACE, UNITS, result
 
 from pipeline import tracking
 from pipeline.search import pareto, search
@@ -17,6 +16,7 @@ from pipeline.stages import recorder
 from pipeline.stages.recorder import Recorder
 from pipeline.trial import trial
 from pipeline.trial.trial import Result
+from tests.fixtures.searches import PRIORS, SPACE, UNITS, result
 
 
 @pytest.fixture

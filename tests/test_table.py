@@ -1,12 +1,12 @@
 import dataclasses
 
 import pytest
-from test_search import UNITS, result
 
 from pipeline import GIB
 from pipeline.results import cells, table
 from pipeline.results.cells import Cell, Outcome
 from pipeline.results.table import Entry
+from tests.fixtures.searches import UNITS, result
 
 TASKS = ("piqa", "arc_challenge")
 

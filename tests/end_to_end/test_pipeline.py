@@ -2,79 +2,28 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import PLAIN_PRUNING
 from mlflow.tracking import MlflowClient
 
-ROOT = Path(__file__).parent.parent.parent
-BIN = Path(sys.executable).parent
-TASKS = ["piqa", "arc_easy"]
-
-
-def clone(target: Path) -> Path:
-    """A clone of the last commit, with the working tree's own changes on top."""
-    git = ["git", "-C", str(ROOT)]
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(target)], check=True)
-    listed = subprocess.run([*git, "ls-files", "-mo", "--exclude-standard"], capture_output=True, text=True, check=True)
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, target / name)
-    return target
-
-
-def tiny_params(model: Path) -> dict:
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
-    raw["device"] = "cpu"
-    raw["model"] = {"source": f"path:{model}", "sha256": ""}
-    raw["data"]["validation_rows"] = 4
-    raw["prune"] |= PLAIN_PRUNING | {"samples": 4, "max_length": 256, "ratio": 0.2}
-    raw["importance"] |= {"samples": 4, "max_length": 256, "clusters": 4, "outcomes": 4}
-    raw["recover"] |= {"steps": 1, "batch_size": 2, "micro_batch_size": 2, "max_length": 256}
-    raw["evaluate"] |= {"tasks": TASKS, "limit": 4, "final_limit": 4}
-    raw["search"] |= {"granularity": "block", "n_trials": 4, "n_random": 1, "max_8bit_fraction": 0.5}  # 11 feasible
-    raw["build"] |= {"steps": 1}
-    raw["table"] |= {"ratios": [0.3], "steps": 1, "limit": 6, "n_trials": 4}
-    raw["ablation"] |= {"ratio": 0.3}
-    return raw
-
-
-def environment() -> dict:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "QPRUNER_", "DVC_"))}
-    return kept | {"PATH": f"{BIN}:{kept['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def command(project: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        arguments, cwd=project, env=environment(), capture_output=True, text=True, check=False, timeout=500, **options
-    )
-
-
-SEARCH = ("mlflow", "run", ".", "-e", "search", "--env-manager=local", "--experiment-name", "qpruner")
-
-
-def runs(project: Path) -> list:
-    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
-    found = client.search_runs([one.experiment_id for one in client.search_experiments()], max_results=1000)
-    return sorted(found, key=lambda run: run.info.start_time)
-
-
-def by_stage(project: Path, stage: str, status: str = "FINISHED") -> list:
-    return [run for run in runs(project) if run.data.tags.get("stage") == stage and run.info.status == status]
-
-
-def edit(project: Path, section: str, **values) -> None:
-    raw = yaml.safe_load((project / "params.yaml").read_text())
-    raw[section] |= values
-    (project / "params.yaml").write_text(yaml.safe_dump(raw))
+from tests.end_to_end.project import (
+    SEARCH,
+    TASKS,
+    by_stage,
+    clone,
+    command,
+    edit,
+    environment,
+    runs,
+    start,
+    tiny_params,
+    wait_for_trials,
+)
 
 
 @pytest.fixture(scope="module")
@@ -180,22 +129,8 @@ print(json.dumps({"answer": answer, "short": short, "logits": logits.flatten().t
     assert {"alpaca_md5", "pruned_checkpoint", "git_commit", "search_run", "accuracy"} <= set(tags)
 
 
-def start(project: Path, *more: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*SEARCH, *more],
-        cwd=project, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-
-
-def wait_for_trials(project: Path, count: int) -> None:
-    limit = time.time() + 300
-    while len(by_stage(project, "trial")) < count or not by_stage(project, "trial", "RUNNING"):
-        assert time.time() < limit, "no trial was seen running"
-        time.sleep(0.05)
-
-
 def test_asking_for_more_trials_adds_them_and_a_kill_loses_none(project):
-    process = start(project, "-P", "n_trials=8")
+    process = start(project, *SEARCH, "-P", "n_trials=8")
     wait_for_trials(project, 6)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -211,7 +146,7 @@ def test_asking_for_more_trials_adds_them_and_a_kill_loses_none(project):
 
 def test_interrupted_search_leaves_killed_runs(project):
     before = len(by_stage(project, "trial"))
-    process = start(project, "-P", "n_trials=30")  # many, as a slow machine notices the first one late
+    process = start(project, *SEARCH, "-P", "n_trials=30")  # many, as a slow machine notices the first one late
     wait_for_trials(project, before)
     os.killpg(process.pid, signal.SIGINT)
     process.wait(timeout=240)

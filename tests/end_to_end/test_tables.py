@@ -7,15 +7,10 @@ import subprocess
 import sys
 import time
 
-import pandas as pd
 import pytest
-import test_paper
 import yaml
-from conftest import ROOT
-from test_pipeline import by_stage, clone, command, environment, runs, tiny_params
 
-from pipeline.params import load
-from pipeline.results.cells import changed
+from tests.end_to_end.project import by_stage, clone, command, environment, runs, tiny_params
 
 RUN = (sys.executable, "-m", "pipeline", "run")
 
@@ -61,14 +56,3 @@ def test_table_and_ablation_from_a_clone_lose_nothing_to_a_kill(project):
     assert len(by_stage(project, "cell")) == 5 + 6 and len(by_stage(project, "trial")) == 4
     assert "| PIQA | " in (project / "reports/ablation.md").read_text()
     assert not [run for run in runs(project) if run.info.status == "RUNNING"]
-
-
-empty_store, params, trials = test_paper.empty_store, test_paper.params, test_paper.trials  # fixtures
-
-
-def test_table_3_has_the_five_methods_at_half_of_the_parameters(params, trials):
-    preset = load(ROOT / "presets/llama-13b.yaml").model_copy(update={"evaluate": params.evaluate, "device": "cpu"})
-    test_paper.COMMANDS["table"](changed(preset, "table", n_trials=4))
-    found = pd.read_csv(test_paper.paper.REPORTS / "table.csv")
-    assert found["method"].tolist() == ["dense", "llm_pruner", "qpruner1", "qpruner2", "qpruner3"]
-    assert found["ratio"].tolist() == [0, 0.5, 0.5, 0.5, 0.5] and set(found["state"]) == {"done"}
