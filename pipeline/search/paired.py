@@ -73,7 +73,7 @@ def errors(scores: np.ndarray, among: Sequence[bool]) -> np.ndarray:
     return (scores - scores[:, np.asarray(among)].mean(axis=1, keepdims=True)).std(axis=0)
 
 
-def undominated(scores: np.ndarray, memories: Sequence[int]) -> np.ndarray:
+def undominated(scores: np.ndarray, memories: Sequence[float]) -> np.ndarray:
     """Return in which share of the draws no other trial dominates each one, [trials].
 
     Args:

@@ -1,12 +1,9 @@
-"""Dominance, the front, its hypervolume and how sure it is. Stage ``pareto``: the front, from the MLflow runs alone.
-
-Reads the search's trials out of MLflow (``reports/search.json`` names the study) and ``reports/importance.json``.
-Writes ``reports/pareto.csv``, ``.json``, ``.png`` and ``.html``, and tags the runs of the front's members.
-"""
+"""Dominance, the front, its hypervolume, and how sure it is; the front as tables and pictures."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +12,8 @@ from typing import Any
 import pandas as pd
 
 from pipeline import GIB
-from pipeline.search import paired, surrogate
+from pipeline import bits as bit_text
+from pipeline.search import SearchError, paired, surrogate
 from pipeline.search.surrogate import Observation
 
 
@@ -25,12 +23,12 @@ class Point:
 
     Attributes:
         run_id: Its run.
-        name: Its run's name.
+        name: What it is called: ``trial 3``, or a reference's name.
         method: ``qpruner1``, ``qpruner2``, ``sensitivity``, ``random``, ``sampler``, ... or a reference's name.
         bits: Its bit string.
         score: The objective, higher is better.
         stderr: Its standard error.
-        memory: Peak bytes, lower is better.
+        memory: Peak bytes of training, lower is better; nan for the untouched model, which is not trained.
         source: ``measured`` or ``predicted``.
         reference: Whether it stands outside the front.
         metrics: All its metrics.
@@ -45,7 +43,7 @@ class Point:
     bits: str
     score: float
     stderr: float
-    memory: int
+    memory: float
     source: str
     reference: bool
     metrics: dict[str, float]
@@ -55,7 +53,7 @@ class Point:
 
 
 def points(runs: Sequence[Any], objective: str) -> list[Point]:
-    """Turn MLflow's runs of one study into points; unfinished and failed ones are left out.
+    """Return the points of one study's MLflow runs; unfinished and failed ones are left out.
 
     Args:
         runs: As ``tracking.trials`` returns them.
@@ -69,12 +67,12 @@ def points(runs: Sequence[Any], objective: str) -> list[Point]:
         found.append(
             Point(
                 run_id=run.run_id,
-                name=run.name,
+                name=tags["name"],
                 method=tags["method"],
-                bits=run.params["bits"],
+                bits=tags["bits"],
                 score=metrics[objective],
                 stderr=metrics[f"{objective}_stderr"],
-                memory=int(metrics["peak_memory_bytes"]),
+                memory=metrics.get("peak_memory_bytes", math.nan),
                 source=tags["memory_source"],
                 reference=tags["stage"] == "reference",
                 metrics=dict(metrics),
@@ -165,7 +163,7 @@ def judge(members: Sequence[Point], trials: Sequence[Point], prior: Sequence[flo
 
 
 def _bits(one: Point) -> tuple[int, ...]:
-    return tuple(int(digit) for digit in one.bits)
+    return bit_text.parse(one.bits, len(one.bits))
 
 
 def best(members: Sequence[Point]) -> Point:
@@ -175,10 +173,10 @@ def best(members: Sequence[Point]) -> Point:
     judged counts with its measured score.
 
     Raises:
-        ValueError: There is none.
+        SearchError: There is none.
     """
     if not members:
-        raise ValueError("the front is empty: no trial of the study has finished; run: mlflow run . -e search")
+        raise SearchError("the front is empty: no trial of the study has finished; run: mlflow run . -e search")
     return max(members, key=lambda one: (one.score if one.expected is None else one.expected, -one.memory))
 
 
@@ -197,7 +195,7 @@ def table(every: Sequence[Point], members: Sequence[Point]) -> pd.DataFrame:
             "paired_stderr": [one.paired for one in order],
             "expected": [one.expected for one in order],
             "probability": [one.probability for one in order],
-            "peak_memory_bytes": [one.memory for one in order],
+            "peak_memory_bytes": pd.array([one.memory for one in order], dtype="Int64"),
             "memory_source": [one.source for one in order],
             "run_id": [one.run_id for one in order],
         }

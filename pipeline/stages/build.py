@@ -10,7 +10,7 @@ from pipeline import storage, tracking
 from pipeline.compress.quantize import read_bits
 from pipeline.params import Params
 from pipeline.paths import ALPACA, BANK, BENCHMARKS, FINAL, PRUNED
-from pipeline.stages.recorder import log_losses, steps, study_name, unfinished
+from pipeline.stages.recorder import log_losses, steps, study_identity, unfinished
 from pipeline.stages.shell import keep_figures, made
 from pipeline.tracking import Run
 from pipeline.trial import build, trial
@@ -22,7 +22,7 @@ def run(params: Params, run: Run) -> None:
     context = trial.load(params, PRUNED, BANK, ALPACA, BENCHMARKS)
     bits = read_bits(text, context.units)
     run.params({"bits": text, "chosen_run": chosen or ""})
-    kept = unfinished(study_name(params, PRUNED, BANK), text, params.build.steps)
+    kept = unfinished(study_identity(params, PRUNED, BANK).name, text, params.build.steps)
     result, model = trial.run(context, bits, steps=params.build.steps, progress=steps("build: recovery"), keep=kept)
     lineage = {
         "chosen_run": chosen or "none: bits given",
