@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -18,9 +17,12 @@ from typing import Any
 import psutil
 
 from pipeline import console, params, storage, tracking
+from pipeline.locks import Lock
 from pipeline.params import Params, ParamsError
-from pipeline.paths import REPORTS
+from pipeline.paths import STUDY
 from pipeline.stages import PAPER
+from pipeline.stages.recorder import tracked
+from pipeline.stages.shell import made
 
 # The main job goes all the way to a registered model; every other entry point is the stage of its name.
 TARGETS = {"search": ("report", "register")}
@@ -45,6 +47,8 @@ def run(entry: str, n_trials: str = "params.yaml") -> int:
     checked = params.load()
     tracking.on_termination_interrupt()
     with lock():
+        for link in STUDY.glob("*.lock*"):  # of versions that let Optuna lock its journal; DVC fails at a dangling one
+            link.unlink()
         tracking.reap()
         tracking.adopt_project_run()
         if not any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents)):
@@ -65,7 +69,7 @@ def run(entry: str, n_trials: str = "params.yaml") -> int:
 
             report.show(checked)
         if status == 0 and entry in ("search", "register"):
-            found = storage.read_json(REPORTS / "register.json", "register")
+            found = made("register")
             console.note(f"In the registry: {found['model']}, alias {found['alias']}")
     return status
 
@@ -123,12 +127,12 @@ def _finished() -> int:
 
 def _tracked() -> int:
     """Return how many finished trials of the search the store has."""
-    runs = tracking.trials(_search()["study"])
-    return sum(run.status == "FINISHED" and run.tags["stage"] == "trial" for run in runs)
+    searched = _search()
+    return sum(run.tags["stage"] == "trial" for run in tracked(searched["study"], searched["journal"]))
 
 
 def _search() -> dict[str, Any]:
-    return storage.read_json(REPORTS / "search.json", "search")
+    return made("search")
 
 
 def dvc(*arguments: str) -> int:
@@ -175,12 +179,13 @@ def lock() -> Iterator[None]:
     """Wait for any other run in this folder: DVC itself would fail at once. Stages that outlive this process count."""
     global _held
     _LOCK.parent.mkdir(parents=True, exist_ok=True)
-    with _LOCK.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    own = Lock(_LOCK)
+    try:
+        if not own.take():
             console.note("another run is at work in this folder; waiting for it to end (Ctrl-C to give up)")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        _held = (file.fileno(),)
+            own.take(wait=True)
+        _held = (own.descriptor,)
         yield
+    finally:
         _held = ()
+        own.release()

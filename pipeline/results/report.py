@@ -195,7 +195,7 @@ def bars_of(rows: Sequence[tuple[str, Point]], tasks: Sequence[str]) -> list[Bar
     """Return figure 1's bars from the table of methods: 16-bit LoRA, uniform 4-bit, mixed bits."""
     wanted = {LABELS[name] for name in COMPARED}
     return [
-        Bars(label, {task: (one.metrics[task], one.metrics[f"{task}_stderr"]) for task in tasks}, one.memory)
+        Bars(label, {task: (one.metrics[task], one.metrics[f"{task}_stderr"]) for task in tasks}, int(one.memory))
         for label, one in rows
         if label in wanted
     ]

@@ -13,6 +13,8 @@ from random import Random
 
 import numpy as np
 
+from pipeline.search import SearchError
+
 Bits = tuple[int, ...]
 
 
@@ -48,21 +50,21 @@ class Space:
         """Measure the linear model of memory with one prediction a unit.
 
         Raises:
-            ValueError: Not even 4 bits everywhere meets the budget, or 8-bit units are asked for and the limits
+            SearchError: Not even 4 bits everywhere meets the budget, or 8-bit units are asked for and the limits
                 together allow none.
         """
         low = (4,) * units
         base = predict(low)
         deltas = tuple(predict(low[:i] + (8,) + low[i + 1 :]) - base for i in range(units))
         if budget is not None and base > budget:
-            raise ValueError(
+            raise SearchError(
                 f"search.memory_budget_gib: every unit at 4 bits peaks at {base / 2**30:.3f} GiB, more than the "
                 f"budget of {budget / 2**30:.3f}; raise it, prune more, or lower recover.micro_batch_size"
             )
         max_eights = int(units * max_8bit_fraction + 1e-9)
         space = Space(base, deltas, max_eights, budget, tuple(sizes), average_bits)
         if max_8bit_fraction > 0 and not space.feasible(np.eye(units, dtype=bool)).any():
-            raise ValueError(
+            raise SearchError(
                 f"search.max_8bit_fraction is {max_8bit_fraction}, but not one of the {units} units may be raised to "
                 f"8 bits: {space._reason()}; loosen that, or set max_8bit_fraction to 0 for 4 bits everywhere"
             )
@@ -121,6 +123,10 @@ class Space:
     def memory(self, bits: Sequence[int]) -> int:
         """Return the peak bytes of a bit vector."""
         return self.base + sum(delta for delta, width in zip(self.deltas, bits, strict=True) if width == 8)
+
+    def average(self, bits: Sequence[int]) -> float:
+        """Return the mean bits of a parameter; ``sizes`` must be known."""
+        return sum(size * width for size, width in zip(self.sizes, bits, strict=True)) / sum(self.sizes)
 
     @property
     def ceiling(self) -> int:

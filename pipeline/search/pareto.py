@@ -1,8 +1,4 @@
-"""Dominance, the front, its hypervolume and how sure it is. Stage ``pareto``: the front, from the MLflow runs alone.
-
-Reads the search's trials out of MLflow (``reports/search.json`` names the study) and ``reports/importance.json``.
-Writes ``reports/pareto.csv``, ``.json``, ``.png`` and ``.html``, and tags the runs of the front's members.
-"""
+"""Dominance, the front, its hypervolume, and how sure it is; the front as tables and pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +12,8 @@ from typing import Any
 import pandas as pd
 
 from pipeline import GIB
-from pipeline.search import paired, surrogate
+from pipeline import bits as bit_text
+from pipeline.search import SearchError, paired, surrogate
 from pipeline.search.surrogate import Observation
 
 
@@ -26,7 +23,7 @@ class Point:
 
     Attributes:
         run_id: Its run.
-        name: Its run's name.
+        name: What it is called: ``trial 3``, or a reference's name.
         method: ``qpruner1``, ``qpruner2``, ``sensitivity``, ``random``, ``sampler``, ... or a reference's name.
         bits: Its bit string.
         score: The objective, higher is better.
@@ -56,7 +53,7 @@ class Point:
 
 
 def points(runs: Sequence[Any], objective: str) -> list[Point]:
-    """Turn MLflow's runs of one study into points; unfinished and failed ones are left out.
+    """Return the points of one study's MLflow runs; unfinished and failed ones are left out.
 
     Args:
         runs: As ``tracking.trials`` returns them.
@@ -70,9 +67,9 @@ def points(runs: Sequence[Any], objective: str) -> list[Point]:
         found.append(
             Point(
                 run_id=run.run_id,
-                name=run.name,
+                name=tags["name"],
                 method=tags["method"],
-                bits=run.params["bits"],
+                bits=tags["bits"],
                 score=metrics[objective],
                 stderr=metrics[f"{objective}_stderr"],
                 memory=metrics.get("peak_memory_bytes", math.nan),
@@ -166,7 +163,7 @@ def judge(members: Sequence[Point], trials: Sequence[Point], prior: Sequence[flo
 
 
 def _bits(one: Point) -> tuple[int, ...]:
-    return tuple(int(digit) for digit in one.bits)
+    return bit_text.parse(one.bits, len(one.bits))
 
 
 def best(members: Sequence[Point]) -> Point:
@@ -176,10 +173,10 @@ def best(members: Sequence[Point]) -> Point:
     judged counts with its measured score.
 
     Raises:
-        ValueError: There is none.
+        SearchError: There is none.
     """
     if not members:
-        raise ValueError("the front is empty: no trial of the study has finished; run: mlflow run . -e search")
+        raise SearchError("the front is empty: no trial of the study has finished; run: mlflow run . -e search")
     return max(members, key=lambda one: (one.score if one.expected is None else one.expected, -one.memory))
 
 

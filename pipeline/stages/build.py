@@ -11,7 +11,7 @@ from pipeline import storage, tracking
 from pipeline.params import Params
 from pipeline.paths import ALPACA, BANK, BENCHMARKS, FINAL, PRUNED
 from pipeline.stages import trials
-from pipeline.stages.recorder import log_losses, steps, study_name, unfinished
+from pipeline.stages.recorder import log_losses, steps, study_identity, unfinished
 from pipeline.stages.shell import keep_figures, made
 from pipeline.tracking import Run
 from pipeline.trial import build, trial
@@ -23,7 +23,7 @@ def run(params: Params, run: Run) -> None:
     context = trials.load(params)
     bits = bit_text.parse(text, len(context.units))
     run.params({"bits": text, "chosen_run": chosen or ""})
-    kept = unfinished(study_name(params, PRUNED, BANK), text, params.build.steps)
+    kept = unfinished(study_identity(params, PRUNED, BANK).name, text, params.build.steps)
     work = trial.Work(steps=params.build.steps)
     result, model = trial.run(context, bits, work, steps("build: recovery"), kept)
     lineage = {

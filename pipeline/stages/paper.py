@@ -9,7 +9,8 @@ They write ``reports/table.*`` and ``reports/ablation.*`` after each cell.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -17,13 +18,26 @@ from typing import Any
 
 from pipeline import bits as bit_text
 from pipeline import console, storage, tracking
+from pipeline.architecture import GRANULARITIES
+from pipeline.bits import grouped
 from pipeline.data import definitions
 from pipeline.errors import UserError
+from pipeline.identity import TRIAL, Identity, code
 from pipeline.params import Params, digest, flatten
 from pipeline.paths import ALPACA, BASE, BENCHMARKS, REPORTS
 from pipeline.results.cells import VARIANT, Cell, Outcome
+from pipeline.search.study import Study
 from pipeline.stages import importance, prune, quantize
-from pipeline.stages.recorder import Recorder, log_result, say, steps, study_name, unfinished
+from pipeline.stages.recorder import (
+    Recorder,
+    log_result,
+    say,
+    search_settings,
+    steps,
+    study_identity,
+    unfinished,
+    verified_runs,
+)
 from pipeline.tracking import Run
 
 KEPT = Path("artifacts/table")
@@ -192,7 +206,7 @@ class Cells:
         """Return the name of a cell on this data and device."""
         from pipeline.results import cells
 
-        return cells.key(cell, self.origin)
+        return cells.key(cell, self.origin | {"code": _code_behind(cell)})
 
     def outcome(self, cell: Cell, label: str) -> Outcome:
         """Return a cell's outcome: kept from before, or run now; its failure is recorded, not raised."""
@@ -218,10 +232,10 @@ class Cells:
             "run_id": own.run_id,
             "study": study,
             "result": result.as_json(),
-            "definition": cells.definition(cell, self.origin),
+            "definition": cells.definition(cell, self.origin | {"code": _code_behind(cell)}),
         }
         storage.write_text(path_of(key), json.dumps(record, indent=1))
-        self._log(own, result, study)
+        self._log(own, cell, result, study)
         own.finish()
         say(label, result)
         return Outcome(cell, result, run_id=own.run_id)
@@ -234,11 +248,11 @@ class Cells:
         own.params(flatten(params.prune, "prune.") | flatten(params.quantize, "quantize."))
         return own
 
-    def _log(self, own: Run, result: Any, study: str | None) -> None:
-        own.params({"bits": result.bits})
+    def _log(self, own: Run, cell: Cell, result: Any, study: Mapping[str, str] | None) -> None:
+        own.params({"bits": grouped(result.bits, len(GRANULARITIES[cell.params.search.granularity]))})
         if study:
-            own.tags({"study_digest": study})
-        log_result(own, result)
+            own.tags({"study_digest": Identity(**study).name})
+        log_result(own, cell.title, result)
 
     def _agree(self, cell: Cell, key: str, kept: dict[str, Any], result: Any) -> str:
         """Give a finished cell its finished run below its command's newest run, whatever the store holds of it."""
@@ -247,19 +261,18 @@ class Cells:
             run_id = finished[-1]
         else:  # a kill came before the run's end, or the store is another one
             own = tracking.reopen(kept["run_id"]) or self._open(cell, key)
-            self._log(own, result, kept["study"])
+            self._log(own, cell, result, kept["study"])
             if kept["study"]:
-                Recorder(own, kept["study"], cell.params, None).agree(
-                    _study(kept["study"], cell.params.search.objective)
-                )
+                study = _study(Identity(**kept["study"]), cell.params.search.objective)
+                Recorder(own, study, cell.params).agree()
             own.finish()
             run_id = own.run_id
         if _owner(cell) == self.command:
             tracking.move(run_id, self.run)
         return run_id
 
-    def _compute(self, cell: Cell, own: Run, label: str) -> tuple[Any, str | None]:
-        """Run one cell; return its result and the name of its study, if it held one."""
+    def _compute(self, cell: Cell, own: Run, label: str) -> tuple[Any, dict[str, str] | None]:
+        """Run one cell; return its result and the identity of its study, if it held one."""
         from pipeline.search import pareto
         from pipeline.stages import trials
         from pipeline.trial import trial
@@ -292,35 +305,50 @@ class Cells:
         return self._supplies
 
 
+def _code_behind(cell: Cell) -> str:
+    """Return the digest of the code that a cell's result depends on."""
+    from pipeline.search.pareto import UNTOUCHED
+
+    if cell.row == UNTOUCHED:
+        return code(*TRIAL)
+    roots = [*TRIAL, "pipeline.stages.prune", "pipeline.stages.quantize"]
+    if cell.row == "qpruner2":
+        roots += ["pipeline.stages.importance", "pipeline.search.allocate"]
+    elif cell.row == "qpruner3":
+        roots += ["pipeline.stages.importance", "pipeline.search.search", "pipeline.search.pareto"]
+    return code(*roots)
+
+
 def _owner(cell: Cell) -> str:
     """Return the command below whose run a cell's run stands."""
     return "ablation" if cell.row == VARIANT else "table"
 
 
-def _searched(supplies: Supplies, own: Run) -> tuple[tuple[int, ...], str]:
-    """Hold QPruner3's search below its cell's run; return the best vector and the study's name."""
+def _searched(supplies: Supplies, own: Run) -> tuple[tuple[int, ...], dict[str, str]]:
+    """Hold QPruner3's search below its cell's run; return the best vector and the study's identity."""
     from pipeline.results import cells
     from pipeline.search import pareto, search
+    from pipeline.search.history import import_history
 
     params = cells.changed(supplies.params, "search", n_trials=supplies.params.table.n_trials)
-    settings, context = params.search, supplies.context
-    history = search.import_history(settings.history, len(context.units), settings.objective)
-    name = "table-" + study_name(params, supplies.pruned, supplies.bank)
-    study = _study(name, settings.objective)
-    own.tags({"study_digest": name})
-    recorder = Recorder(own, name, params, context)
-    recorder.agree(study)
-    attempt = recorder.attempt(study, supplies.space)
-    search.run(study, settings, supplies.space, supplies.priors, params.seed, attempt, history)
-    trials = pareto.points(tracking.trials(name), settings.objective)
-    found = pareto.best(pareto.judge(pareto.front(trials), trials, supplies.priors.sensitivity))  # as ``build`` chooses
-    return bit_text.parse(found.bits, len(context.units)), name
+    settings, context = search_settings(params), supplies.context
+    history = import_history(params.search.history, len(context.units), settings.objective)
+    identity = study_identity(params, supplies.pruned, supplies.bank, prefix="table-")
+    study = _study(identity, settings.objective)
+    own.tags({"study_digest": study.name, "journal": study.journal})
+    recorder = Recorder(own, study, params, context, supplies.space)
+    recorder.announce()
+    recorder.agree()
+    problem = search.Problem(supplies.space, supplies.priors, history)
+    search.run(study, settings, problem, recorder.attempt())
+    recorder.catch_up()
+    trials = pareto.points(verified_runs(study.name, study.journal, study.finished()), settings.objective)
+    chosen = pareto.best(pareto.judge(pareto.front(trials), trials, supplies.priors.sensitivity))  # as ``build`` does
+    return bit_text.parse(chosen.bits, len(context.units)), asdict(identity)
 
 
-def _study(name: str, objective: str) -> Any:
-    from pipeline.search import search
-
-    return search.Study(KEPT / "study", name, objective)
+def _study(identity: Identity, objective: str) -> Study:
+    return Study(KEPT / "study", identity, objective)
 
 
 class Supplies:
@@ -333,19 +361,21 @@ class Supplies:
     """
 
     def __init__(self, params: Params, ratios: Sequence[float] = ()):
-        from pipeline.compress.importance import MEASURED
         from pipeline.results import cells
 
         self.params = params
         base = storage.sha256(BASE / storage.CHECKSUMS)
         rows = [tracking.md5(ALPACA), params.data.validation_rows, params.seed]
         own = params.prune.ratio
-        at = {ratio: digest(base, rows, cells.at_ratio(params, ratio).prune) for ratio in sorted({own, *ratios})}
+        ratios = sorted({own, *ratios})
+        parts = [base, rows, code("pipeline.stages.prune")]
+        at = {ratio: digest(*parts, cells.at_ratio(params, ratio).prune) for ratio in ratios}
         self._folders = {ratio: KEPT / f"pruned-{name}" for ratio, name in at.items()}
         self._pruned = at[own]
-        self._bank = digest(self._pruned, params.quantize)
+        self._bank = digest(self._pruned, params.quantize, code("pipeline.stages.quantize"))
         importance = params.quantize.model_dump(include={"four_bit", "double_quant"})
-        self._priors = digest(self._pruned, params.importance, importance, params.search.granularity, MEASURED)
+        settings = (params.importance, importance, params.search.granularity)
+        self._priors = digest(self._pruned, *settings, code("pipeline.stages.importance"))
 
     @cached_property
     def pruned(self) -> Path:
@@ -368,7 +398,7 @@ class Supplies:
         from pipeline.compress.importance import Priors
 
         path = KEPT / f"importance-{self._priors}.json"
-        kept = _read_json(path)
+        kept = _read_json(path, {field.name for field in fields(Priors)})
         return Priors.from_json(kept) if kept is not None else importance.write(self.params, self.pruned, path)
 
     @cached_property
@@ -405,17 +435,21 @@ def path_of(key: str) -> Path:
 
 def read(key: str) -> dict[str, Any] | None:
     """Return what is kept of a finished cell, or None."""
-    return _read_json(path_of(key))
+    return _read_json(path_of(key), {"run_id", "study", "result"})
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path, needs: set[str]) -> dict[str, Any] | None:
+    """Return what is kept in a file; None if it is missing, or damaged or without what it needs, which is said."""
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        kept = json.loads(path.read_text())
     except ValueError:
-        console.note(f"{path} is damaged; making it again")
-        return None
+        kept = None
+    if isinstance(kept, dict) and needs <= kept.keys():
+        return kept
+    console.note(f"{path} is damaged; making it again")
+    return None
 
 
 def check_held_out(params: Params) -> None:

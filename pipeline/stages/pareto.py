@@ -1,18 +1,20 @@
-"""Stage ``pareto``: the front, queried from the MLflow runs of the latest study.
+"""Stage ``pareto``: the front, queried from the MLflow runs of this folder's search and verified against its journal.
 
-Reads ``reports/search.json``, ``reports/importance.json`` and the trials' runs. Writes ``reports/pareto.csv``,
-``pareto.json`` and the pictures of the front.
+Reads ``reports/search.json``, ``reports/importance.json``, the journal and the trials' runs. Writes
+``reports/pareto.csv``, ``pareto.json`` and the pictures of the front. The runs get tag ``pareto`` and metric
+``pareto_probability``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from pipeline import tracking
 from pipeline.params import Params
-from pipeline.paths import REPORTS
-from pipeline.search import pareto
+from pipeline.paths import REPORTS, STUDY
+from pipeline.search import pareto, study
+from pipeline.search.pareto import Point
+from pipeline.stages.recorder import verified_runs
 from pipeline.stages.shell import made
 from pipeline.tracking import Run
 
@@ -30,19 +32,25 @@ def run(params: Params, run: Run) -> None:
     run.metrics({"front_size": len(members), "trials": sum(not point.reference for point in every)})
 
 
-def front(params: Params) -> tuple[list[Any], list[Any]]:
+def front(params: Params) -> tuple[list[Point], list[Point]]:
     """Return (all points, the judged front) of the latest study."""
     (every,) = compared([params.pareto.objective])
     trials = [point for point in every if not point.reference]
     return every, pareto.judge(pareto.front(trials), trials, made("importance")["sensitivity"])
 
 
-def compared(objectives: Sequence[str]) -> list[list[Any]]:
-    """Return the latest study's points for each objective, compared item by item, from MLflow."""
-    runs = tracking.trials(made("search")["study"])
-    records = {run.run_id: tracking.items(run) for run in runs if run.status == "FINISHED"}
+def compared(objectives: Sequence[str]) -> list[list[Point]]:
+    """Return the latest study's points for each objective, compared item by item.
+
+    Raises:
+        TrackingBehind: MLflow does not agree with the journal.
+    """
+    searched = made("search")
+    kept = study.read(STUDY, searched["study"])
+    runs = verified_runs(kept.name, kept.journal, kept.records)
+    items = {run.run_id: record.values for run, record in zip(runs, kept.records, strict=True)}
     found = []
     for objective in objectives:
         points = pareto.points(runs, objective)
-        found.append(pareto.compared(points, [records[point.run_id] for point in points], objective))
+        found.append(pareto.compared(points, [items[point.run_id] for point in points], objective))
     return found

@@ -1,169 +1,358 @@
-"""What is noted of trials: their MLflow runs, in step with the study's journal, their names, a line in the terminal."""
+"""The trials' MLflow runs, in step with the study's journal.
+
+The journal is the truth. A result is recorded there first, then in MLflow. A store that cannot be reached holds up no
+search: it goes on into the journal, and MLflow is made to agree when the store is back, at the latest by the next
+command.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline import GIB, console, storage, tracking
+from pipeline import GIB, console, device, identity, storage, tracking
 from pipeline import bits as bit_text
+from pipeline.architecture import GRANULARITIES
+from pipeline.errors import UserError
+from pipeline.identity import Identity
 from pipeline.params import Params, digest
 from pipeline.paths import ALPACA, BENCHMARKS, UNFINISHED
-from pipeline.tracking import Run
+from pipeline.search.allocate import Bits, Space
+from pipeline.search.search import Attempt, Settings
+from pipeline.search.study import Candidate, Record, Study
+from pipeline.tracking import Run, Tracked
+
+if TYPE_CHECKING:
+    from pipeline.trial.context import Context
+    from pipeline.trial.result import Result
+
+_STORE_ERRORS = (tracking.StoreError, OSError)  # a connection's errors and a full disk are OSErrors
 
 
-def study_name(params: Params, pruned: Path, bank: Path) -> str:
-    """Name a study by all that defines it: the models, the data, how and where a trial is run, what is searched.
+class TrackingBehind(UserError):
+    """The store does not hold what the journal holds; the message says which trials and what to do."""
+
+
+def study_identity(params: Params, pruned: Path, bank: Path, prefix: str = "") -> Identity:
+    """Return what names a study: the models, the data, how and where a trial is run, what is searched, and the code.
 
     A GPU's trials measure their memory, a CPU's predict it, and types round differently: they do not belong on one
     front.
     """
-    from pipeline import device
-    from pipeline.trial.result import MEASURED
-
     parts = [storage.sha256(folder / storage.CHECKSUMS) for folder in (pruned, bank)]
     data = [tracking.md5(ALPACA), *(tracking.md5(BENCHMARKS / f"{task}.jsonl") for task in params.evaluate.tasks)]
     space = params.search.model_dump(
         include={"granularity", "objective", "max_8bit_fraction", "memory_budget_gib", "average_bits"}
     )
     settings = [params.recover, params.evaluate, params.data.validation_rows, space, params.seed]
-    return digest(parts, data, *settings, MEASURED, str(device.choose(params.device, params.dtype)))
+    where = str(device.choose(params.device, params.dtype))
+    return Identity(prefix + digest(parts, data, *settings, where), identity.code(*identity.TRIAL))
+
+
+def search_settings(params: Params) -> Settings:
+    """Return how the search of some params goes."""
+    section = params.search
+    return Settings(
+        n_trials=section.n_trials,
+        n_random=section.n_random,
+        patience=section.patience,
+        objective=section.objective,
+        seed=params.seed,
+        seed_bits=section.seed_bits,
+    )
 
 
 class Recorder:
-    """Runs trials and keeps their MLflow runs in step with the study."""
+    """Runs trials and keeps their MLflow runs in step with the study.
 
-    def __init__(self, run: Run, study: str, params: Params, context: Any):
-        self.run, self.study, self.params, self.context = run, study, params, context
+    Args:
+        run: The search's own run.
+        study: The study.
+        params: The params.
+        context: What the trials share; None where none is run.
+        space: The feasible vectors; None where none is run.
+    """
 
-    def agree(self, study: Any) -> None:
-        """Give every finished trial its finished run below this search, whatever a killed process left of it."""
-        from pipeline.trial.trial import Result
+    def __init__(
+        self, run: Run, study: Study, params: Params, context: Context | None = None, space: Space | None = None
+    ):
+        self.run, self.study, self.params, self.context, self.space = run, study, params, context, space
+        self._behind = False
+        self._followed = 0  # finished trials whose front's hypervolume is logged
 
-        known = {run.tags.get("journal_run_id", run.run_id): run for run in tracking.trials(self.study)}
-        for record in [*study.finished(), *study.references().values()]:
-            result = Result.from_json(record["result"])
-            found = known.get(record["run_id"])
-            if found is None:  # the store was lost or is another one
-                own = self._open(record["method"], record["method"], result.bits, "number" not in record)
-                own.tags({"journal_run_id": record["run_id"]})
+    def agree(self) -> None:
+        """Give every finished trial its finished run below this search, whatever a killed process left of it.
+
+        Raises:
+            StoreError: The store cannot be reached.
+        """
+        known = _by_journal_run(self.study.name, self.study.journal)
+        for record in [*self.study.finished(), *self.study.references()]:
+            tracked = known.get(record.run_id)
+            if tracked is None:  # the store was lost, is another one, or could not be reached
+                run = self._open(record.name, record.method, record.values["bits"], reference=record.number is None)
+                run.tags({"journal_run_id": record.run_id})
             else:
-                own = Run(found.run_id, found.experiment_id)
-                tracking.move(own.run_id, self.run)
-            if found is None or found.status != "FINISHED":
-                log_result(own, result)
-                own.finish()
+                run = Run(tracked.run_id, tracked.experiment_id)
+                tracking.move(run.run_id, self.run)
+            if tracked is None or tracked.status != "FINISHED":
+                log_result(run, record.name, record.result)
+                run.finish()
 
-    def references(self, study: Any) -> None:
+    def announce(self) -> None:
+        """Say what was damaged in the journal, and what it holds that is not used."""
+        journal = self.study.path
+        if mended := self.study.mended:
+            console.note(
+                f"{journal} had {mended.lines} damaged lines; {mended.results} results of trials are kept, and the "
+                f"damaged file is {mended.aside}"
+            )
+        if earlier := self.study.of_earlier_code():
+            console.note(
+                f"{earlier} trials of an earlier version of the code are kept in {journal}; they are not used, as "
+                "their results may differ"
+            )
+
+    def catch_up(self) -> None:
+        """Make MLflow agree if it is behind; say so when it does.
+
+        Raises:
+            StoreError: The store cannot be reached.
+        """
+        if self._behind:
+            self.agree()
+            self._follow()
+            self._behind = False
+            console.note("tracking has caught up")
+
+    def _in_store(self, work: Callable[[], Any]) -> Any:
+        """Do something in the store; once it cannot be reached, do nothing until it has caught up."""
+        if self._behind:
+            return None
+        try:
+            return work()
+        except _STORE_ERRORS as error:
+            self._behind = True
+            console.note(
+                f"tracking is behind: {type(error).__name__}: {str(error).splitlines()[0][:300]}\nThe search goes on; "
+                "its results are in the journal, and MLflow is given them when the store is back"
+            )
+            return None
+
+    def references(self) -> None:
         """Measure the reference rows that the study lacks."""
-        done = study.references()
+        known = {record.name for record in self.study.references()}
         for name in self.params.search.references:
-            if name not in done:
-                self._reference(study, name)
+            if name not in known:
+                self._reference(name)
 
-    def _reference(self, study: Any, name: str) -> None:
+    def _reference(self, name: str) -> None:
         from pipeline.stages import trials
         from pipeline.trial import trial
 
-        context = self.context
-        width = 8 if name == "uniform8" else 16
-        bits = (width,) * len(context.units)
-        own = self._open(name, name, "16" if width == 16 else "8" * len(bits), reference=True)
+        assert self.context is not None
+        bits = (8 if name == "uniform8" else bit_text.DENSE,) * len(self.context.units)
+        run = self._in_store(lambda: self._open(name, name, bit_text.write(bits), reference=True))
+        kept = unfinished(self.study.name, name)
         try:
             if name == "dense":
-                result = trials.untouched(self.params, context)
+                result = trials.untouched(self.params, self.context)
             else:
-                result, _ = trial.run(context, bits, progress=steps(name), keep=unfinished(self.study, name))
+                result, _ = trial.run(self.context, bits, progress=steps(name), keep=kept)
         except Exception as error:
-            own.finish("FAILED", error)
+            self._finish(run, error)
             console.note(f"reference {name} failed: {error}")
             return
-        study.record_reference(name, own.run_id, result)
-        log_result(own, result)
-        own.finish()
+        self.study.record_reference(name, _id(run), result)
+        self._log(run, name, result)
 
-    def attempt(self, study: Any, space: Any) -> Callable[[Any, Any, int], Any]:
+    def attempt(self) -> Attempt:
         """Return what runs one trial for ``search.run``: tracked, recorded, its failure returned.
 
         The search's own run gets the hypervolume of the front after each trial, those of earlier processes first.
         """
+        self._in_store(self._follow)
+        return self._attempt
+
+    def _attempt(self, opened: Any, candidate: Candidate, done: int) -> Result | BaseException:
         from pipeline.trial import trial
 
-        followed = self._follow(study, space, 0)
+        assert self.context is not None
+        self._retry()
+        text, name = bit_text.write(candidate.bits), f"trial {opened.number}"
+        run = self._in_store(lambda: self._open(name, candidate.method, text, reference=False, bits=candidate.bits))
+        label = f"trial {done + 1}/{self.params.search.n_trials} ({candidate.method})"
+        kept = unfinished(self.study.name, text)
+        try:
+            result, _ = trial.run(self.context, candidate.bits, progress=steps(label), keep=kept)
+            self.study.complete(opened, _id(run), result)
+        except Exception as error:
+            self.study.fail(opened, error)
+            self._finish(run, error)
+            console.note(f"{label} failed: {type(error).__name__}: {error}")
+            return error
+        self._log(run, name, result)
+        self._in_store(self._follow)
+        say(label, result)
+        return result
 
-        def run(opened: Any, candidate: Any, done: int) -> Any:
-            nonlocal followed
-            text = bit_text.write(candidate.bits)
-            own = self._open(f"trial {opened.number}", candidate.method, text, reference=False)
-            own.tags({"trial": str(opened.number)})
-            label = f"trial {done + 1}/{self.params.search.n_trials} ({candidate.method})"
-            try:
-                result, _ = trial.run(
-                    self.context, candidate.bits, progress=steps(label), keep=unfinished(self.study, text)
-                )
-                study.complete(opened, own.run_id, result)
-            except Exception as error:
-                study.fail(opened, error)
-                own.finish("FAILED", error)
-                console.note(f"{label} failed: {type(error).__name__}: {error}")
-                return error
-            log_result(own, result)  # a store that fails here ends the search; the journal has the trial
-            own.finish()
-            followed = self._follow(study, space, followed)
-            say(label, result)
-            return result
+    def _retry(self) -> None:
+        """Try to catch up before a trial, which takes far longer than that."""
+        try:
+            self.catch_up()
+        except _STORE_ERRORS:
+            return
 
+    def _log(self, run: Run | None, name: str, result: Result) -> None:
+        def work() -> None:
+            if run is not None:
+                log_result(run, name, result)
+                run.finish()
+
+        self._in_store(work)
+
+    def _finish(self, run: Run | None, error: Exception) -> None:
+        if run is not None:
+            self._in_store(lambda: run.finish("FAILED", error))
+
+    def _follow(self) -> None:
+        """Log the hypervolume after each finished trial that has none yet."""
+        from pipeline.search import pareto
+
+        if self.space is None:
+            return
+        results = [record.result for record in self.study.finished()]
+        points = [(result.score(self.study.objective)[0], float(result.peak_memory_bytes)) for result in results]
+        growth = pareto.growth(points, self.space.reach, self._followed)
+        self.run.series("hypervolume", enumerate(growth, self._followed + 1))
+        self._followed = len(results)
+
+    def _open(self, name: str, method: str, text: str, reference: bool, bits: Bits | None = None) -> Run:
+        """Open the run of a trial or a reference with what it is: its bits, and what compares it with others."""
+        kind = "reference" if reference else "trial"
+        belongs = {"stage": kind, "study": self.study.name, "journal": self.study.journal}
+        run = self.run.child(name, {**belongs, "method": method, "name": name, "bits": text})
+        granularity = self.params.search.granularity
+        shown: dict[str, Any] = {
+            "bits": bit_text.grouped(text, len(GRANULARITIES[granularity])),
+            "method": method,
+            "granularity": granularity,
+            "ratio": self.params.prune.ratio,
+            "share_8bit": round(text.count("8") / len(text), 4),
+        }
+        if bits is not None and self.space is not None and self.space.sizes:
+            shown["average_bits"] = round(self.space.average(bits), 4)
+        run.params(shown)
         return run
 
-    def _follow(self, study: Any, space: Any, followed: int) -> int:
-        """Log the hypervolume after each finished trial but the first ``followed``; return how many there are."""
-        from pipeline.search import pareto
-        from pipeline.trial.trial import Result
 
-        results = [Result.from_json(record["result"]) for record in study.finished()]
-        points = [(one.score(study.objective)[0], float(one.peak_memory_bytes or 0)) for one in results]
-        self.run.series("hypervolume", enumerate(pareto.growth(points, space.reach, followed), followed + 1))
-        return len(results)
-
-    def _open(self, name: str, method: str, bits: str, reference: bool) -> Run:
-        kind = "reference" if reference else "trial"
-        own = self.run.child(name, {"stage": kind, "study": self.study, "method": method})
-        own.params({"bits": bits, "method": method, "granularity": self.params.search.granularity})
-        return own
+def _id(run: Run | None) -> str:
+    """Return a run's id, or a new one that its run will carry as a tag once it can be made."""
+    return uuid.uuid4().hex if run is None else run.run_id
 
 
-def log_result(own: Run, result: Any) -> None:
-    """Log what a trial measured into its run."""
-    from pipeline.results.report import summary
+def _by_journal_run(study: str, journal: str) -> dict[str, Tracked]:
+    """Return the runs of one journal's study by the run ids that stand in the journal."""
+    runs = [run for run in tracking.trials(study) if run.tags.get("journal") == journal]
+    return {run.tags.get("journal_run_id", run.run_id): run for run in runs}
 
-    own.metrics(result.metrics())
-    own.json(result.record, tracking.ITEMS)
-    log_losses(own, result)
-    name = tracking.run(own.run_id).name.partition(":")[0]
+
+def tracked(study: str, journal: str) -> list[Tracked]:
+    """Return the finished runs of one journal's study, a run for each trial and reference."""
+    return [run for run in _by_journal_run(study, journal).values() if run.status == "FINISHED"]
+
+
+def verified_runs(study: str, journal: str, records: Sequence[Record]) -> list[Tracked]:
+    """Return the runs of a study's trials and references, which must say what the journal says.
+
+    Runs that the journal does not hold are left out with a note: another copy of it has gone on in the same store.
+
+    Args:
+        study: The study's name.
+        journal: The journal's id.
+        records: What the journal holds.
+
+    Raises:
+        TrackingBehind: A run is missing or says something else.
+    """
+    known = _by_journal_run(study, journal)
+    finished = {run_id: run for run_id, run in known.items() if run.status == "FINISHED"}
+    if lost := [record.name for record in records if record.run_id not in finished]:
+        raise TrackingBehind(
+            f"the MLflow store has no finished run of {_listed(lost)}, which the journal of the search holds; write "
+            "them into it with: mlflow run . -e search"
+        )
+    for record in records:
+        run = finished[record.run_id]
+        if differing := _differences(run, record):
+            raise TrackingBehind(
+                f"run {run.run_id} ({record.name}) does not say what the journal says: {'; '.join(differing)}. Was it "
+                "edited? Delete the run, and write it again with: mlflow run . -e search"
+            )
+    if others := len(finished) - len(records):
+        console.note(
+            f"{others} runs of study {study} are not in this folder's journal, so a copy of it has gone on elsewhere; "
+            "they are left out"
+        )
+    return [finished[record.run_id] for record in records]
+
+
+def _differences(run: Tracked, record: Record) -> list[str]:
+    """Return in what a run and the journal differ: bits and all figures that stand in both."""
+    found = []
+    if run.tags.get("bits") != record.values["bits"]:
+        found.append(f"bits {run.tags.get('bits')}, journal {record.values['bits']}")
+    for key, value in _figures(record.values).items():
+        other = run.metrics.get(key, value)
+        if not math.isclose(other, value, rel_tol=1e-9, abs_tol=1e-12):
+            found.append(f"{key} {other}, journal {value}")
+    return found
+
+
+def _figures(values: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def log_result(run: Run, name: str, result: Result) -> None:
+    """Log what a trial measured into its run, whose name then shows the figures: the UI's columns show no metric.
+
+    Args:
+        run: The trial's run.
+        name: What the trial is called.
+        result: What it measured.
+    """
+    run.metrics(result.metrics())
+    run.json(result.record, tracking.ITEMS)
+    log_losses(run, result)
     text, gold = result.response_logprob, result.gold_logprob
     quality = f"response {text:.3f}, gold answer {gold:.3f}, {100 * result.accuracy:.1f} %"
-    figures = f"{quality}, {training_memory(result, 3)}, {summary(result.bits)}"
-    # The UI's default columns show no metric, so the figures stand in the name.
-    own.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {figures}"})
+    figures = f"{quality}, {training_memory(result, 3)}, {bit_text.summary(result.bits)}"
+    run.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {figures}"})
 
 
-def log_losses(own: Run, result: Any) -> None:
+def log_losses(run: Run, result: Result) -> None:
     """Log the losses of a recovery step by step."""
-    own.series("loss", enumerate(result.losses))
-    own.series("held_out_loss", result.validation_losses)
+    run.series("loss", enumerate(result.losses))
+    run.series("held_out_loss", result.validation_losses)
 
 
-def say(label: str, result: Any) -> None:
+def say(label: str, result: Result) -> None:
     """Print what a trial measured."""
     console.note(
         f"{label}: accuracy {100 * result.accuracy:.1f} ± {100 * result.accuracy_stderr:.1f} %, gold answer "
         f"{result.gold_logprob:.4f} ± {result.gold_logprob_stderr:.4f} nats, response {result.response_logprob:.4f}, "
-        f"{training_memory(result, 4)}, {sum(result.seconds.values()):.0f} s, bits {result.bits}"
+        f"{training_memory(result, 4)}, {sum(result.seconds.values()):.0f} s, bits {bit_text.summary(result.bits)}"
     )
 
 
-def training_memory(result: Any, digits: int) -> str:
+def training_memory(result: Result, digits: int) -> str:
     """Return the peak of training as text; a dash for a model that was not trained."""
     peak = result.peak_memory_bytes
     return "- GiB" if peak is None else f"{peak / GIB:.{digits}f} GiB"

@@ -7,69 +7,94 @@ Reads ``artifacts/pruned``, ``artifacts/bank``, ``reports/importance.json`` and 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import pandas as pd
 
-from pipeline import architecture, checkpoint, console, storage, tracking
+from pipeline import architecture, checkpoint, console, storage
+from pipeline.architecture import Unit
 from pipeline.compress.importance import Priors
 from pipeline.params import Objective, Params, flatten
 from pipeline.paths import ALPACA, BANK, BENCHMARKS, PRUNED, REPORTS, STUDY
 from pipeline.search import search
-from pipeline.stages import trials
-from pipeline.stages.recorder import Recorder, study_name
+from pipeline.search.history import export_history, import_history
+from pipeline.search.study import Record, Study
+from pipeline.stages.recorder import Recorder, search_settings, study_identity
 from pipeline.stages.shell import made
 from pipeline.tracking import Run
-from pipeline.trial.result import Result
 
 
 def run(params: Params, run: Run) -> None:
     """Run the stage."""
-    settings = params.search
-    units = architecture.units(checkpoint.load_config(PRUNED), settings.granularity)
-    history = search.import_history(settings.history, len(units), settings.objective)
+    settings = search_settings(params)
+    units = architecture.units(checkpoint.load_config(PRUNED), params.search.granularity)
+    history = import_history(params.search.history, len(units), settings.objective)
+    priors = _priors(units)
     context = trials.load(params)
-    name = study_name(params, PRUNED, BANK)
+    identity = study_identity(params, PRUNED, BANK)
     run.params(flatten(params.recover, "recover.") | flatten(params.evaluate, "evaluate."))
-    run.tags({"study_digest": name})
-    tracking.show_search(run, name, settings.objective)
     for task in params.evaluate.tasks:
         run.dataset(BENCHMARKS / f"{task}.jsonl", task, "evaluation")
     run.dataset(ALPACA, "alpaca", "training")
-    priors = Priors.from_json(made("importance"))
     space = trials.space(params, context)
-    study = search.Study(STUDY, name, settings.objective)
-    recorder = Recorder(run, name, params, context)
-    recorder.agree(study)
-    recorder.references(study)
-    ended = search.run(study, settings, space, priors, params.seed, recorder.attempt(study, space), history)
+    study = Study(STUDY, identity, settings.objective)
+    run.tags({"study_digest": study.name, "journal": study.journal})
+    recorder = Recorder(run, study, params, context, space)
+    recorder.announce()
+    recorder.agree()
+    recorder.references()
+    ended = search.run(study, settings, search.Problem(space, priors, history), recorder.attempt())
     console.note(f"search ended: {ended.reason}")
     finished = study.finished()
-    results = [Result.from_json(record["result"]) for record in finished]
     figures = {
         "finished": len(finished),
         "failed": ended.failed,
-        **{f"best_{name}": max((one.score(name)[0] for one in results), default=None) for name in get_args(Objective)},
+        **{
+            f"best_{name}": max((record.result.score(name)[0] for record in finished), default=None)
+            for name in get_args(Objective)
+        },
     }
+    names = {"study": study.name, "journal": study.journal, "search_run": run.run_id}
+    _write_tables(finished, export_history(study.name, [record.result for record in finished]))
+    storage.write_text(REPORTS / "search.json", json.dumps(names | {"ended": ended.reason} | figures, indent=1))
+    recorder.catch_up()
     run.metrics(figures)
-    summary = {"study": name, "search_run": run.run_id, "ended": ended.reason, **figures}
-    _write_tables(finished, results, search.export_history(name, results))
-    storage.write_text(REPORTS / "search.json", json.dumps(summary, indent=1))
     for table in ("trials.csv", "trials.parquet", "history.json"):
         run.artifact(REPORTS / table)
 
 
-def _write_tables(finished: Sequence[Mapping[str, Any]], results: Sequence[Result], history: Any) -> None:
+def _priors(units: Sequence[Unit]) -> Priors:
+    """Return the importance of a model's units, as stage ``importance`` measured it.
+
+    Raises:
+        CheckpointError: It is of other units, or lacks a figure.
+    """
+    priors = Priors.from_json(made("importance"))
+    figures = (priors.mutual_information, priors.sensitivity)
+    named = list(priors.units) == [unit.name for unit in units]
+    complete = all(len(values) == len(units) and all(isinstance(v, int | float) for v in values) for values in figures)
+    if not named or not complete:
+        raise storage.CheckpointError(
+            f"{REPORTS / 'importance.json'} does not have a figure for each of this model's {len(units)} units; "
+            f"{storage.again('importance')}"
+        )
+    return priors
+
+
+def _write_tables(finished: Sequence[Record], history: Any) -> None:
     trials = pd.DataFrame(
         {
-            **{key: record[key] for key in ("number", "run_id", "method")},
-            "bits": result.bits,
-            "memory_source": result.memory_source,
-            **result.metrics(),
+            "number": record.number,
+            "run_id": record.run_id,
+            "method": record.method,
+            "bits": record.result.bits,
+            "memory_source": record.result.memory_source,
+            **record.result.metrics(),
         }
-        for record, result in zip(finished, results, strict=True)
+        for record in finished
     )
+    REPORTS.mkdir(parents=True, exist_ok=True)
     trials.to_csv(REPORTS / "trials.csv", index=False)
     trials.to_parquet(REPORTS / "trials.parquet", index=False)
     storage.write_text(REPORTS / "history.json", json.dumps(history, indent=1))

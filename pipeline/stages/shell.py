@@ -13,6 +13,23 @@ from pipeline.paths import REPORTS
 from pipeline.stages import PAPER
 from pipeline.tracking import Run
 
+# What others read of a stage's file of reports: key -> type, of the mapping or of each mapping of the list.
+_NEEDS: dict[str, dict[str, type]] = {
+    "prune": {"ratio": float},
+    "importance": {
+        "units": list,
+        "mutual_information": list,
+        "sensitivity": list,
+        "divergence": float,
+        "tokens": int,
+    },
+    "search": {"study": str, "journal": str, "search_run": str, "finished": int},
+    "pareto": {"front": bool, "name": str, "bits": str, "run_id": str, "score": float},
+    "build": {"accuracy": float, "accuracy_stderr": float, "gold_logprob": float},
+    "evaluate": {"accuracy": float, "accuracy_stderr": float, "gold_logprob": float, "items": int},
+    "register": {"model": str, "alias": str},
+}
+
 
 def start(name: str, params: Params) -> None:
     """Run a stage, or one of the paper's commands, as a tracked MLflow run under its name.
@@ -35,9 +52,9 @@ def made(name: str) -> Any:
     """Return what the stage of that name wrote into its file of reports.
 
     Raises:
-        CheckpointError: The file is missing or damaged.
+        CheckpointError: The file is missing or damaged, or lacks what is read of it.
     """
-    return storage.read_json(REPORTS / f"{name}.json", name)
+    return storage.read_json(REPORTS / f"{name}.json", name, _NEEDS[name])
 
 
 def keep_figures(run: Run, name: str, figures: Mapping[str, float]) -> None:
