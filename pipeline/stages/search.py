@@ -40,6 +40,7 @@ def run(params: Params, run: Run) -> None:
     space = trials.space(params, context)
     study = Study(STUDY, identity, settings.objective)
     run.tags({"study_digest": study.name, "journal": study.journal})
+    tracking.show_search(run, study.name, settings.objective)
     recorder = Recorder(run, study, params, context, space)
     recorder.announce()
     recorder.agree()
