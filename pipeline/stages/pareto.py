@@ -12,6 +12,7 @@ from typing import Any
 from pipeline import tracking
 from pipeline.params import Params
 from pipeline.paths import REPORTS
+from pipeline.results import report
 from pipeline.search import pareto
 from pipeline.stages.shell import made
 from pipeline.tracking import Run
@@ -25,7 +26,7 @@ def run(params: Params, run: Run) -> None:
         if not point.reference:
             tracking.set_tag(point.run_id, "pareto", "true" if point.run_id in inside else "false")
             tracking.set_tag(point.run_id, "pareto_probability", f"{point.probability:.2f}")
-    for path in pareto.write(every, members, params.pareto.objective, REPORTS):
+    for path in report.write_front(every, members, params.pareto.objective, REPORTS):
         run.artifact(path)
     run.metrics({"front_size": len(members), "trials": sum(not point.reference for point in every)})
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import console, storage, tracking
+from pipeline import bits, console, storage, tracking
 from pipeline.params import Params, digest
 from pipeline.paths import ALPACA, BASE, BENCHMARKS, UNFINISHED
+from pipeline.results import labels
 from pipeline.tracking import Run
 
 
@@ -30,6 +31,11 @@ def study_name(params: Params, pruned: Path, bank: Path) -> str:
     return digest(parts, data, *settings, MEASURED, str(device.choose(params.device, params.dtype)))
 
 
+def trial_name(number: int) -> str:
+    """Return what a trial is called everywhere: numbers count from 1, Optuna's from 0."""
+    return f"trial {number + 1}"
+
+
 class Recorder:
     """Runs trials and keeps their MLflow runs in step with the study."""
 
@@ -45,7 +51,8 @@ class Recorder:
             result = Result.from_json(record["result"])
             found = known.get(record["run_id"])
             if found is None:  # the store was lost or is another one
-                own = self._open(record["method"], record["method"], result.bits, "number" not in record)
+                name = trial_name(record["number"]) if "number" in record else record["method"]
+                own = self._open(name, record["method"], result.bits, "number" not in record)
                 own.tags({"journal_run_id": record["run_id"]})
             else:
                 own = Run(found.run_id, found.experiment_id)
@@ -93,9 +100,10 @@ class Recorder:
         def run(opened: Any, candidate: Any, done: int) -> Any:
             nonlocal followed
             text = write_bits(candidate.bits)
-            own = self._open(f"trial {opened.number}", candidate.method, text, reference=False)
-            own.tags({"trial": str(opened.number)})
-            label = f"trial {done + 1}/{self.params.search.n_trials} ({candidate.method})"
+            name = trial_name(opened.number)
+            own = self._open(name, candidate.method, text, reference=False)
+            own.tags({"trial": name.removeprefix("trial ")})
+            label = f"{name} ({labels.method(candidate.method)})"
             try:
                 result, _ = trial.run(
                     self.context, candidate.bits, progress=steps(label), keep=unfinished(self.study, text)
@@ -133,15 +141,13 @@ class Recorder:
 
 def log_result(own: Run, result: Any) -> None:
     """Log what a trial measured into its run."""
-    from pipeline.results.report import summary
-
     own.metrics(result.metrics())
     own.json(result.record, tracking.ITEMS)
     log_losses(own, result)
     name = tracking.run(own.run_id).name.partition(":")[0]
     text, gold = result.response_logprob, result.gold_logprob
     quality = f"response {text:.3f}, gold answer {gold:.3f}, {100 * result.accuracy:.1f} %"
-    figures = f"{quality}, {result.peak_memory_bytes / 2**30:.3f} GiB, {summary(result.bits)}"
+    figures = f"{quality}, {result.peak_memory_bytes / 2**30:.3f} GiB, {bits.summary(result.bits)}"
     # The UI's default columns show no metric, so the figures stand in the name.
     own.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {figures}"})
 

@@ -68,7 +68,7 @@ empty_store, params, trials = test_paper.empty_store, test_paper.params, test_pa
 
 def test_table_3_has_the_five_methods_at_half_of_the_parameters(params, trials):
     preset = load(ROOT / "presets/llama-13b.yaml").model_copy(update={"evaluate": params.evaluate, "device": "cpu"})
-    test_paper.COMMANDS["table"](changed(preset, "table", n_trials=4))
-    found = pd.read_csv(test_paper.paper.REPORTS / "table.csv")
+    test_paper.shell.start("table", changed(preset, "table", n_trials=4))
+    found = pd.read_csv(test_paper.paths.REPORTS / "table.csv")
     assert found["method"].tolist() == ["dense", "llm_pruner", "qpruner1", "qpruner2", "qpruner3"]
     assert found["ratio"].tolist() == [0, 0.5, 0.5, 0.5, 0.5] and set(found["state"]) == {"done"}
