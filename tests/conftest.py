@@ -10,6 +10,7 @@ from pipeline import runtime
 
 runtime.prepare()  # before torch is imported
 
+# ruff: noqa: E402
 import pytest
 import yaml
 

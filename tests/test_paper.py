@@ -8,13 +8,14 @@ import pytest
 import torch
 from conftest import ROOT, tiny_model
 
-from pipeline import architecture, checkpoint, storage, tracking
+from pipeline import architecture, checkpoint, paths, storage, tracking
 from pipeline.compress.quantize import write_bits
-from pipeline.params import load
+from pipeline.params import ParamsError, load
 from pipeline.results.cells import at_ratio, changed, qpruner3
 from pipeline.search import search
-from pipeline.stages import paper, shell
-from pipeline.stages.paper import CellsFailed
+from pipeline.stages import cells, importance, prune, quantize, shell, supplies
+from pipeline.stages.cells import CellsFailed
+from pipeline.stages.supplies import Supplies
 from pipeline.trial import trial
 from tests.fixtures.searches import PRIORS, SPACE, UNITS, result
 
@@ -40,7 +41,7 @@ def params(default, tmp_path, monkeypatch, empty_store):
     (tmp_path / "data/benchmarks").mkdir(parents=True)
     shutil.copy(ROOT / "data/sample/alpaca.jsonl", "data")
     shutil.copy(ROOT / f"data/sample/benchmarks/{TASK}.jsonl", "data/benchmarks")
-    with storage.writing(paper.BASE) as folder:
+    with storage.writing(paths.BASE) as folder:
         (folder / "model").write_text("weights")
     changes = {
         "table": {"ratios": (0.2,), "steps": 9, "limit": 5, "n_trials": 4},
@@ -76,13 +77,13 @@ def trials(monkeypatch):
     made = Trials()
     monkeypatch.setattr(trial, "run", made.run)
     monkeypatch.setattr(trial, "untouched", lambda context, base: context)
-    monkeypatch.setattr(paper, "study_name", lambda params, pruned, bank: f"{params.prune.ratio}")
+    monkeypatch.setattr(cells, "study_name", lambda params, pruned, bank: f"{params.prune.ratio}")
 
-    def supplies(params, ratios=()):
+    def supplied(params, ratios=()):
         context = types.SimpleNamespace(units=[None] * UNITS)
         return types.SimpleNamespace(params=params, context=context, space=SPACE, priors=PRIORS, pruned="", bank="")
 
-    monkeypatch.setattr(paper, "Supplies", supplies)
+    monkeypatch.setattr(cells, "Supplies", supplied)
     return made
 
 
@@ -106,15 +107,15 @@ def test_table_has_one_run_a_cell_with_the_searchs_trials_below_qpruner3(params,
     assert {parent(run) for run in found} == {top.run_id}
     assert {parent(run) for run in runs("trial")} == {found[-1].run_id} and len(runs("trial")) == 4
     assert found[3].params["bits"] == "48484444"
-    text = paper.REPORTS.joinpath("table.md").read_text()
+    text = paths.REPORTS.joinpath("table.md").read_text()
     assert "| 20 % | QPruner3 |" in text and "pending" not in text
-    assert {path.name for path in paper.REPORTS.iterdir()} == {"table.md", "table.csv", "table.tex", "figure1.png"}
+    assert {path.name for path in paths.REPORTS.iterdir()} == {"table.md", "table.csv", "table.tex", "figure1.png"}
 
 
 def test_table_3_has_the_five_methods_at_half_of_the_parameters(params, trials):
     preset = load(ROOT / "presets/llama-13b.yaml").model_copy(update={"evaluate": params.evaluate, "device": "cpu"})
     shell.start("table", changed(preset, "table", n_trials=4))
-    written = pd.read_csv(paper.REPORTS / "table.csv")
+    written = pd.read_csv(paths.REPORTS / "table.csv")
     assert written["method"].tolist() == ["dense", "llm_pruner", "qpruner1", "qpruner2", "qpruner3"]
     assert written["ratio"].tolist() == [0, 0.5, 0.5, 0.5, 0.5] and set(written["state"]) == {"done"}
 
@@ -163,10 +164,10 @@ def test_interrupted_recovery_is_taken_up_from_a_file_of_its_own(params, trials,
 
 def test_finished_table_runs_nothing_again(params, trials):
     shell.start("table", params)
-    before = (paper.REPORTS / "table.md").read_text()
+    before = (paths.REPORTS / "table.md").read_text()
     shell.start("table", params)
     assert len(trials.calls) == 9 and len(runs("cell")) == 5
-    assert (paper.REPORTS / "table.md").read_text() == before
+    assert (paths.REPORTS / "table.md").read_text() == before
 
 
 def test_more_trials_continue_the_search_and_keep_the_other_cells(params, trials):
@@ -186,7 +187,7 @@ def test_search_of_a_table_is_taught_by_the_history(params, trials, monkeypatch)
     monkeypatch.setattr(search, "run", run)
     vectors = [(4,) * UNITS, (8,) + (4,) * (UNITS - 1)]
     earlier = search.export_history("earlier", [result(bits) for bits in vectors])
-    storage.write_text(paper.REPORTS / "earlier.json", json.dumps(earlier))
+    storage.write_text(paths.REPORTS / "earlier.json", json.dumps(earlier))
     shell.start("table", changed(params, "search", history="reports/earlier.json"))
     assert taught == [vectors]
 
@@ -211,12 +212,12 @@ def test_failed_cell_is_failed_with_its_cause_and_the_others_go_on(params, trial
     (failed,) = runs("cell", "FAILED")
     assert failed.tags["error"] == "OutOfMemoryError: tried to allocate 20 GiB"
     assert not failed.metrics and len(runs("cell")) == 4
-    assert "| 20 % | QPruner1 | failed |" in (paper.REPORTS / "table.md").read_text()
+    assert "| 20 % | QPruner1 | failed |" in (paths.REPORTS / "table.md").read_text()
     assert [run.status for run in tracking.tagged("stage", "table")] == ["FAILED"]
     trials.broken = None
     shell.start("table", params)
     assert [bits(call) for call in trials.calls[8:]] == ["4" * UNITS]
-    assert "failed" not in (paper.REPORTS / "table.md").read_text()
+    assert "failed" not in (paths.REPORTS / "table.md").read_text()
 
 
 def test_cell_kept_but_not_ended_by_a_kill_is_ended(params, trials):
@@ -240,7 +241,7 @@ def test_lost_store_is_filled_again_once(params, trials, tmp_path, monkeypatch):
 
 def test_damaged_cell_runs_again(params, trials):
     shell.start("table", params)
-    victim = next(iter((paper.KEPT / "cells").iterdir()))
+    victim = next(iter((supplies.KEPT / "cells").iterdir()))
     victim.write_text("")
     shell.start("table", params)
     assert len(trials.calls) == 10 and json.loads(victim.read_text())["result"]
@@ -262,7 +263,7 @@ def test_ablation_takes_the_tables_qpruner3_and_leaves_it_in_its_place(params, t
 def test_ablation_alone_holds_the_search_itself(params, trials):
     shell.start("ablation", params)
     assert len(trials.calls) == 4 + 1 + 6
-    lines = (paper.REPORTS / "ablation.md").read_text().splitlines()
+    lines = (paths.REPORTS / "ablation.md").read_text().splitlines()
     (row,) = [line for line in lines if line.startswith("| PIQA")]
     assert row.count("±") == 10
 
@@ -270,48 +271,48 @@ def test_ablation_alone_holds_the_search_itself(params, trials):
 @pytest.mark.parametrize("limit, wanted", [(0, "see all items"), (64, "the first 64"), (100, r"piqa \(64\)")])
 def test_search_that_sees_every_item_is_refused_before_anything_runs(params, trials, limit, wanted):
     params = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"limit": limit})})
-    with pytest.raises(ValueError, match=rf"evaluate\.limit: {limit} .*{wanted}.*between 1 and 63"):
+    with pytest.raises(ParamsError, match=rf"evaluate\.limit: {limit} .*{wanted}.*between 1 and 63"):
         shell.start("table", params)
     assert not trials.calls
 
 
 def test_supplies_are_made_once_and_a_damaged_one_again(params, tokenizer, monkeypatch):
-    with storage.writing(paper.BASE) as folder:
+    with storage.writing(paths.BASE) as folder:
         tiny_model(dtype=torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     small = {"prune": {"samples": 2}, "importance": {"samples": 2, "clusters": 2, "outcomes": 2}}
     sections = {name: getattr(params, name).model_copy(update=values) for name, values in small.items()}
     params = params.model_copy(update=sections)
     made = []
-    for name in ("write_pruned", "write_bank", "write_priors"):
-        real = getattr(paper, name)
-        monkeypatch.setattr(paper, name, lambda *given, real=real, name=name: made.append(name) or real(*given))
-    first = paper.Supplies(params)
+    for stage, name in ((prune, "pruned"), (quantize, "bank"), (importance, "priors")):
+        real = stage.write
+        monkeypatch.setattr(stage, "write", lambda *given, real=real, name=name: made.append(name) or real(*given))
+    first = Supplies(params)
     assert len(first.priors.units) == len(first.context.units) == 4 and first.space.units == 4
-    assert made == ["write_pruned", "write_priors", "write_bank"]
-    assert paper.Supplies(params).context.config.to_dict() == first.context.config.to_dict() and len(made) == 3
-    other = paper.Supplies(params.model_copy(update={"quantize": params.quantize.model_copy(update={"r": 4})}))
-    assert other.pruned == first.pruned and other.bank != first.bank and made[3:] == ["write_bank"]
+    assert made == ["pruned", "priors", "bank"]
+    assert Supplies(params).context.config.to_dict() == first.context.config.to_dict() and len(made) == 3
+    other = Supplies(params.model_copy(update={"quantize": params.quantize.model_copy(update={"r": 4})}))
+    assert other.pruned == first.pruned and other.bank != first.bank and made[3:] == ["bank"]
     codes = first.bank / "codes4.safetensors"
     codes.write_bytes(codes.read_bytes()[:-1])
-    assert paper.Supplies(params).bank == first.bank and made[4:] == ["write_bank"]
+    assert Supplies(params).bank == first.bank and made[4:] == ["bank"]
     assert storage.verify(first.bank, "quantize")
 
 
 def test_one_calibration_serves_all_ratios_of_a_table(params, tokenizer, monkeypatch):
-    with storage.writing(paper.BASE) as folder:
+    with storage.writing(paths.BASE) as folder:
         tiny_model(dtype=torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     params = changed(params, "prune", samples=2)
-    real, asked = paper.write_pruned, []
-    monkeypatch.setattr(paper, "write_pruned", lambda *given: asked.append([*given[1]]) or real(*given))
-    found = {ratio: paper.Supplies(at_ratio(params, ratio), (0.1, 0.2, 0.3)).pruned for ratio in (0.2, 0.1, 0.3)}
+    real, asked = prune.write, []
+    monkeypatch.setattr(prune, "write", lambda *given: asked.append([*given[1]]) or real(*given))
+    found = {ratio: Supplies(at_ratio(params, ratio), (0.1, 0.2, 0.3)).pruned for ratio in (0.2, 0.1, 0.3)}
     assert asked == [[0.1, 0.2, 0.3]] and len(set(found.values())) == 3
     sizes = [architecture.parameters(checkpoint.load_config(found[ratio])) for ratio in (0.1, 0.2, 0.3)]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
     (found[0.2] / "config.json").write_text("{}")  # damaged: this one alone is made again
-    assert paper.Supplies(params, (0.1, 0.2, 0.3)).pruned == found[0.2] and asked[1:] == [[0.2]]
-    assert paper.Supplies(params).pruned == found[0.2] and len(asked) == 2
+    assert Supplies(params, (0.1, 0.2, 0.3)).pruned == found[0.2] and asked[1:] == [[0.2]]
+    assert Supplies(params).pruned == found[0.2] and len(asked) == 2
 
 
 def test_cells_title_tells_ratio_and_method(params):

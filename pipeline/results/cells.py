@@ -1,7 +1,7 @@
 """The cells of the paper's tables 1, 2 and 3: which there are, what defines one, which vector QPruner3 is.
 
 A cell is one model to train and judge: a method at a ratio, or a variant of the ablation. Nothing here runs one
-(``paper.py`` does).
+(``stages/cells.py`` does).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.params import Params, digest
-from pipeline.search.pareto import LABELS, UNTOUCHED
+from pipeline.results import labels
+from pipeline.results.labels import UNTOUCHED
 from pipeline.trial.result import MEASURED, Result
 
 ROWS = ("llm_pruner", "qpruner1", "qpruner2", "qpruner3")
@@ -68,11 +69,8 @@ def changed(params: Params, section: str, **values: Any) -> Params:
 def cells(params: Params) -> list[Cell]:
     """Return the cells of table 1: the untouched model once, then the four methods at each ratio."""
     first = at_ratio(params, params.table.ratios[0])
-    found = [Cell(UNTOUCHED, first, LABELS[UNTOUCHED])]
-    for ratio in params.table.ratios:
-        own = at_ratio(params, ratio)
-        found += [_method(row, own) for row in ROWS]
-    return found
+    methods = [_method(row, at_ratio(params, ratio)) for ratio in params.table.ratios for row in ROWS]
+    return [Cell(UNTOUCHED, first, labels.method(UNTOUCHED)), *methods]
 
 
 def qpruner3(params: Params) -> Cell:
@@ -81,7 +79,7 @@ def qpruner3(params: Params) -> Cell:
 
 
 def _method(row: str, params: Params) -> Cell:
-    return Cell(row, params, f"{100 * params.prune.ratio:g}% {LABELS[row]}")
+    return Cell(row, params, f"{100 * params.prune.ratio:g}% {labels.method(row)}")
 
 
 def definition(cell: Cell, origin: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +90,7 @@ def definition(cell: Cell, origin: Mapping[str, Any]) -> dict[str, Any]:
         origin: Digests of the base model and the data, and the device.
     """
     params = cell.params
-    found = {
+    defining = {
         "row": cell.row,
         "measured": MEASURED,
         "origin": dict(origin),
@@ -103,22 +101,22 @@ def definition(cell: Cell, origin: Mapping[str, Any]) -> dict[str, Any]:
         "recover": params.recover.model_dump(mode="json", exclude={"steps"}),
     }
     if cell.row == UNTOUCHED:
-        return found
+        return defining
     search = params.search.model_dump(mode="json", exclude={"n_trials", "references"})
-    found |= {
+    defining |= {
         "prune": params.prune.model_dump(mode="json"),
         "quantize": params.quantize.model_dump(mode="json"),
         "steps": params.table.steps,
         "granularity": search["granularity"],
     }
     if cell.bits:
-        found["bits"] = cell.bits
+        defining["bits"] = cell.bits
     if cell.row in ("qpruner2", "qpruner3"):
-        found["importance"] = params.importance.model_dump(mode="json")
-        found["space"] = [search[name] for name in ("max_8bit_fraction", "memory_budget_gib", "average_bits")]
+        defining["importance"] = params.importance.model_dump(mode="json")
+        defining["space"] = [search[name] for name in ("max_8bit_fraction", "memory_budget_gib", "average_bits")]
     if cell.row == "qpruner3":
-        found["search"] = search | {"n_trials": params.table.n_trials, "trial_steps": params.recover.steps}
-    return found
+        defining["search"] = search | {"n_trials": params.table.n_trials, "trial_steps": params.recover.steps}
+    return defining
 
 
 def key(cell: Cell, origin: Mapping[str, Any]) -> str:
@@ -158,14 +156,14 @@ def variants(default: Cell, bits: str) -> Variants:
         default: QPruner3's cell at the ablation's ratio.
         bits: The bit vector that its search found; all variants take it.
     """
-    found: Variants = []
+    columns: Variants = []
     for factor in FACTORS:
         now = getattr(getattr(default.params, factor.section), factor.name)
         if now not in factor.values:
-            found.append((factor, str(now), default))
+            columns.append((factor, str(now), default))
         for value, title in factor.values.items():
             more = {"init": "loftq"} if factor.name == "iterations" else {}  # no other one iterates
-            own = changed(default.params, factor.section, **{factor.name: value}, **more)
-            cell = Cell(VARIANT, own, f"{100 * own.prune.ratio:g}% {factor.title} {title}", bits)
-            found.append((factor, title, default if own == default.params else cell))
-    return found
+            params = changed(default.params, factor.section, **{factor.name: value}, **more)
+            cell = Cell(VARIANT, params, f"{100 * params.prune.ratio:g}% {factor.title} {title}", bits)
+            columns.append((factor, title, default if params == default.params else cell))
+    return columns

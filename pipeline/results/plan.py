@@ -19,6 +19,8 @@ import pandas as pd
 from pipeline import GIB, architecture, storage
 from pipeline.architecture import BlockShape
 from pipeline.params import Params, ParamsError, load
+from pipeline.results import figures, tables
+from pipeline.results.tables import Cell, Table
 from pipeline.trial import memory
 from pipeline.trial.setting import Setting
 
@@ -246,26 +248,26 @@ def _choices(config: Any) -> Iterator[tuple[str, dict[str, int]]]:
     yield "16", bits_of(config, 0, 16)
 
 
-def summary(found: pd.DataFrame, step: str) -> tuple[list[str], list[list[str]]]:
-    """Return (columns, rows) of the table of one step: GiB for each ratio and bits, ``*`` where it fits.
+def summary(found: pd.DataFrame, step: str) -> Table:
+    """Return the table of one step: GiB for each ratio and bits, ``*`` where it fits.
 
     Args:
         found: As ``table`` returns it.
         step: ``training`` or ``inference``.
     """
     labels = list(dict.fromkeys(found["bits"]))
-    body = []
+    body: list[list[Cell]] = []
     for ratio, rows in found.groupby("ratio", sort=True):
         cells = [
             f"{gib:.2f}{' *' if fits else ''}"
             for gib, fits in zip(rows[f"{step}_gib"], rows[f"{step}_fits"], strict=True)
         ]
         body.append([f"{ratio:.0%}", f"{rows['parameters'].iloc[0] / 1e6:,.0f} M", *cells])
-    return ["pruned", "parameters", *labels], body
+    return Table(f"Peak of {step}, GiB", ["pruned", "parameters", *labels], body)
 
 
-def beside_paper(asked_: Asked) -> tuple[list[str], list[list[str]]] | None:
-    """Return (columns, rows) of the paper's measured GB beside predictions; None for other models.
+def beside_paper(asked_: Asked) -> Table | None:
+    """Return the paper's measured GB beside predictions; None for other models.
 
     The paper does not say how it computed. LLM-Pruner's rows are met by a step that is not ``recover``'s: weights and
     activations in 32 bits, plain attention, the logits of all positions. Beside them stands what ``recover`` takes.
@@ -273,9 +275,9 @@ def beside_paper(asked_: Asked) -> tuple[list[str], list[list[str]]] | None:
     paper = PAPER.get(asked_.source)
     if paper is None:
         return None
-    body = []
-    for method, figures in paper.items():
-        for ratio, measured in figures.items():
+    body: list[list[Cell]] = []
+    for method, peaks in paper.items():
+        for ratio, measured in peaks.items():
             pruned = uniform(asked_.config, ratio)
             sixteen = method == "LLM-Pruner"
             eights = 0 if method == "QPruner1" else pruned.num_hidden_layers // 4
@@ -285,7 +287,7 @@ def beside_paper(asked_: Asked) -> tuple[list[str], list[list[str]]] | None:
             cells = [f"{plain / GB:.2f}", f"{100 * (plain / GB / measured - 1):+.1f} %"] if plain else ["-", "-"]
             body.append([method, f"{ratio:.0%}", f"{measured:.2f}", *cells, f"{ours.training / GB:.2f}"])
     columns = ["method", "pruned", "paper, GB", "fp32, plain attention", "error", "as here (bf16, NF4, int8)"]
-    return columns, body
+    return Table("The paper's measured memory of training, GB = 1e9 bytes", columns, body)
 
 
 def plain_peak(config: Any) -> int:
@@ -307,17 +309,15 @@ def _whole_loss(model: Any, tokens: Any, where: Any, wanted: Any) -> Any:
     return functional.cross_entropy(logits.flatten(0, 1), labels)
 
 
-def write(asked_: Asked, found: pd.DataFrame, sections: Sequence[tuple[str, Any]], folder: Path) -> list[Path]:
+def write(asked_: Asked, found: pd.DataFrame, sections: Sequence[Table], folder: Path) -> list[Path]:
     """Write the tables as Markdown and CSV and the picture; return the paths."""
-    from pipeline.results.report import _line
-
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"# Plan: {asked_.source}", "", *facts(asked_), ""]
-    for title, (columns, rows) in sections:
-        lines += [f"## {title}", "", _line(columns), _line(["---"] * len(columns)), *map(_line, rows), ""]
+    for section in sections:
+        lines += tables.markdown_section(section)
     storage.write_text(folder / "plan.md", "\n".join(lines))
     storage.write_text(folder / "plan.csv", found.to_csv(index=False))
-    _picture(asked_, found, folder / "plan.png")
+    figures.plan(found, asked_.source, asked_.budget_gib, folder / "plan.png")
     return [folder / f"plan.{ending}" for ending in ("md", "csv", "png")]
 
 
@@ -331,24 +331,3 @@ def facts(asked_: Asked) -> list[str]:
         f"inference: {setting.inference_rows} rows of {setting.inference_tokens // setting.inference_rows} tokens",
         "- every block loses the same share of heads and channels; a real pruning differs by a few per cent",
     ]
-
-
-def _picture(asked_: Asked, found: pd.DataFrame, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), dpi=150, sharey=True)
-    for step, axes in zip(("training", "inference"), panels, strict=True):
-        for label, rows in found.groupby("bits", sort=False):
-            axes.plot(100 * rows["ratio"], rows[f"{step}_gib"], marker="o", ms=4, label=label)
-        axes.axhline(asked_.budget_gib, color="#1d2733", ls="--", lw=1, label=f"{asked_.budget_gib:g} GiB")
-        axes.set_title(step, fontsize=10)
-        axes.set_xlabel("parameters removed, %")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("predicted peak, GiB")
-    panels[0].set_ylim(bottom=0)
-    panels[1].legend(frameon=False, fontsize=8)
-    figure.suptitle(asked_.source, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)

@@ -44,6 +44,11 @@ class Candidate:
     method: str
 
 
+def trial_name(number: int) -> str:
+    """Return what a trial is called everywhere: numbers count from 1, Optuna's from 0."""
+    return f"trial {number + 1}"
+
+
 @dataclass(frozen=True)
 class Record:
     """What the journal holds of a finished trial or a reference.
@@ -63,7 +68,7 @@ class Record:
     @property
     def name(self) -> str:
         """Return what it is called."""
-        return self.method if self.number is None else f"trial {self.number}"
+        return self.method if self.number is None else trial_name(self.number)
 
     @cached_property
     def result(self) -> Result:
@@ -204,7 +209,7 @@ class Study:
         self._tell(trial, result)
 
     def _tell(self, trial: Any, result: Result) -> None:
-        self._study.tell(trial, [result.score(self.objective)[0], float(result.peak_memory_bytes)])
+        self._study.tell(trial, [result.score(self.objective)[0], float(result.peak_memory_bytes or 0)])
 
     def fail(self, trial: Any, error: BaseException) -> None:
         """Record a trial that did not finish, with its cause and no score."""

@@ -16,7 +16,7 @@ from pipeline.compress.importance import Priors
 from pipeline.data import alpaca
 from pipeline.params import Params
 from pipeline.paths import ALPACA, PRUNED, REPORTS
-from pipeline.results import report
+from pipeline.results import figures
 from pipeline.stages.settings import settings_of
 from pipeline.tracking import Run
 
@@ -54,4 +54,4 @@ def write(params: Params, pruned: Path, target: Path) -> Priors:
 
 def _draw(priors: Priors) -> None:
     series = {"mutual information, nats": priors.mutual_information, "sensitivity, nats": priors.sensitivity}
-    report.bar_chart(priors.units, series, REPORTS / "importance.png")
+    figures.bar_chart(priors.units, series, REPORTS / "importance.png")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pipeline import tracking
 from pipeline.params import Params
 from pipeline.paths import REPORTS, STUDY
+from pipeline.results import report
 from pipeline.search import pareto, study
 from pipeline.search.pareto import Point
 from pipeline.stages.recorder import verified_runs
@@ -26,8 +27,9 @@ def run(params: Params, run: Run) -> None:
     for point in every:
         if not point.reference:
             tracking.set_tag(point.run_id, "pareto", "true" if point.run_id in inside else "false")
-            tracking.set_metric(point.run_id, "pareto_probability", point.probability)
-    for path in pareto.write(every, members, params.pareto.objective, REPORTS):
+            if point.probability is not None:
+                tracking.set_metric(point.run_id, "pareto_probability", point.probability)
+    for path in report.write_front(every, members, params.pareto.objective, REPORTS):
         run.artifact(path)
     run.metrics({"front_size": len(members), "trials": sum(not point.reference for point in every)})
 

@@ -16,12 +16,12 @@ def show(asked: Asked) -> None:
     shown = {"config": asked.name, "memory_gib": asked.budget_gib, **asdict(setting)}
     with tracking.stage("plan", shown) as run:
         found = plan.table(asked.config, setting, asked.budget_gib)
-        sections = [(f"Peak of {step}, GiB", plan.summary(found, step)) for step in ("training", "inference")]
+        sections = [plan.summary(found, step) for step in ("training", "inference")]
         paper = plan.beside_paper(asked)
         if paper is not None:
-            sections.append(("The paper's measured memory of training, GB = 1e9 bytes", paper))
-        for title, (columns, rows) in sections:
-            console.table(title, columns, rows)
+            sections.append(paper)
+        for section in sections:
+            console.table(section.title, section.columns, section.texts)
         for fact in plan.facts(asked):
             console.note(fact)
         written = plan.write(asked, found, sections, REPORTS)

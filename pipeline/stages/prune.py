@@ -15,7 +15,7 @@ from pipeline.compress.prune import Pruned
 from pipeline.data import calibration
 from pipeline.params import Params
 from pipeline.paths import ALPACA, BASE, PRUNED, REPORTS
-from pipeline.results import report
+from pipeline.results import figures
 from pipeline.stages.settings import pruning
 from pipeline.stages.shell import keep_figures
 from pipeline.tracking import Run
@@ -48,4 +48,4 @@ def write(params: Params, targets: Mapping[float, Path]) -> Pruned:
 def _draw(pruned: Pruned) -> None:
     kinds = {"attention": "key/value heads kept", "mlp": "MLP channels kept"}
     series = {label: [len(block[kind]) for block in pruned.kept] for kind, label in kinds.items()}
-    report.bar_chart([str(index) for index in range(len(pruned.kept))], series, REPORTS / "prune.png")
+    figures.bar_chart([str(index) for index in range(len(pruned.kept))], series, REPORTS / "prune.png")

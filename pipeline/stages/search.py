@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from pipeline import architecture, checkpoint, console, storage
+from pipeline import architecture, checkpoint, console, storage, tracking
 from pipeline.architecture import Unit
 from pipeline.compress.importance import Priors
 from pipeline.params import Objective, Params, flatten
@@ -20,6 +20,7 @@ from pipeline.paths import ALPACA, BANK, BENCHMARKS, PRUNED, REPORTS, STUDY
 from pipeline.search import search
 from pipeline.search.history import export_history, import_history
 from pipeline.search.study import Record, Study
+from pipeline.stages import trials
 from pipeline.stages.recorder import Recorder, search_settings, study_identity
 from pipeline.stages.shell import made
 from pipeline.tracking import Run

@@ -10,7 +10,6 @@ from typing import Any
 from pipeline import storage, tracking
 from pipeline.params import Params, flatten
 from pipeline.paths import REPORTS
-from pipeline.stages import PAPER
 from pipeline.tracking import Run
 
 # What others read of a stage's file of reports: key -> type, of the mapping or of each mapping of the list.
@@ -36,11 +35,10 @@ def start(name: str, params: Params) -> None:
 
     The run shows the seed and the section of the params that has the stage's name.
     """
-    run = getattr(importlib.import_module("pipeline.stages.paper"), name) if name in PAPER else stage(name).run
     section = getattr(params, "register_" if name == "register" else name, None)
     shown = flatten(section, f"{name}.") if section is not None else {}
     with tracking.stage(name, {"seed": params.seed, **shown}) as own:
-        run(params, own)
+        stage(name).run(params, own)
 
 
 def stage(name: str) -> Any:
