@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import checkpoint, device, storage
+from pipeline import checkpoint, device, fits, storage
 from pipeline.compress import prune
 from pipeline.compress.prune import Pruned
 from pipeline.data import calibration
@@ -35,7 +35,18 @@ def write(params: Params, targets: Mapping[float, Path]) -> Pruned:
     storage.verify(BASE, "fetch")
     compute = device.choose(params.device, params.dtype)
     model, tokenizer = checkpoint.load_base(BASE, compute.device, compute.dtype), checkpoint.load_tokenizer(BASE)
-    parts = calibration.batches(tokenizer, ALPACA, params.prune, params.data.validation_rows, params.seed, model.device)
+    settings, parts = params.prune, []
+    if fits.calibrated(settings.importance, settings.compensate):
+        parts = calibration.batches(
+            tokenizer,
+            ALPACA,
+            params.data.validation_rows,
+            params.seed,
+            text=settings.text,
+            samples=settings.samples,
+            max_length=settings.max_length,
+            device=model.device,
+        )
     made = prune.at_ratios(model, parts, params.prune, list(targets), params.seed)
     for target, pruned in zip(targets.values(), made, strict=True):
         with storage.writing(target) as folder:
