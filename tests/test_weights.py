@@ -82,7 +82,8 @@ def test_shards_are_copied_as_they_are(tmp_path):
     checked, found = copied(tmp_path / "model", tmp_path / "copy")
     assert not checked.renamed
     assert_equal(found, expected)
-    assert (tmp_path / "copy" / INDEX).read_bytes() == (tmp_path / "model" / INDEX).read_bytes()
+    index = json.loads((tmp_path / "model" / INDEX).read_text())
+    assert json.loads((tmp_path / "copy" / INDEX).read_text())["weight_map"] == index["weight_map"]
 
 
 def test_stale_index_beside_a_whole_file_is_left_out_and_told(tmp_path, capsys):

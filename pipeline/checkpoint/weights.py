@@ -40,11 +40,13 @@ class Weights:
     Attributes:
         files: The files that hold them.
         names: Name in the files -> name in the model.
+        places: Name in the files -> the file.
         parameters: Number of parameters, a tied head counted once.
     """
 
     files: tuple[Path, ...]
     names: Mapping[str, str]
+    places: Mapping[str, Path]
     parameters: int
 
     @property
@@ -70,26 +72,22 @@ def check(folder: Path, config: Any) -> Weights:
         note(f"the weights are named as in {example[0]}; they are taken as {example[1]} and its like")
     _read_values(files, {name: clean for name, clean in names.items() if clean in expected}, config)
     counted = [shape for name, shape in expected.items() if not (config.tie_word_embeddings and name == _HEAD)]
-    return Weights(tuple(files), names, sum(map(math.prod, counted)))
+    places = {name: tensor.file for name, tensor in held.items()}
+    return Weights(tuple(files), names, places, sum(map(math.prod, counted)))
 
 
 def copy(weights: Weights, folder: Path) -> None:
     """Copy weights into another folder, under the names that the model gives them."""
-    indexed = weights.files[0].name != WHOLE
-    if not weights.renamed:
-        for file in weights.files:
-            shutil.copyfile(file, folder / file.name)
-        if indexed:
-            shutil.copyfile(weights.files[0].with_name(INDEX), folder / INDEX)
-        return
-    places: dict[str, str] = {}
     for file in weights.files:
+        if not weights.renamed:
+            shutil.copyfile(file, folder / file.name)
+            continue
         with safe_open(file, "pt") as stored:
             # In memory one file at a time.
             part = {weights.names[name]: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         save_file(part, folder / file.name, metadata={"format": "pt"})
-        places |= dict.fromkeys(part, file.name)
-    if indexed:
+    if weights.files[0].name != WHOLE:  # the index anew: transformers stumbles over some that are understood here
+        places = {weights.names[name]: file.name for name, file in weights.places.items()}
         write_text(folder / INDEX, json.dumps({"metadata": {}, "weight_map": places}, indent=1))
 
 
