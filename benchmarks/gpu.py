@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=24)
     asked = parser.parse_args()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    checkpoint._quiet()
+    checkpoint.quiet()
     tokenizer = checkpoint.load_tokenizer(asked.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         wanted = plan.asked(asked.preset, "24")

@@ -242,7 +242,7 @@ def main(device: torch.device) -> None:
     """Print predicted and real peaks of all cases as a Markdown table."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    checkpoint._quiet()
+    checkpoint.quiet()
     print("| case | training, MB | predicted | error | inference, MB | predicted | error |")
     print("|---|---|---|---|---|---|---|")
     for case in CASES if device == CPU else [*CASES[:-1], *LLAMA_7B]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from pipeline import checkpoint, params
+from pipeline import checkpoint, fits, params
 from pipeline.compress import prune, saliency
 from pipeline.data import calibration
 
@@ -39,7 +39,10 @@ def perplexity(model, tokenizer, text: str) -> float:
 def draw(folder: Path, rows: Path, text: Path, settings: params.Prune, ratios: list[float], seed: int) -> list[float]:
     """Prune with one draw of the calibration rows; print a line and return the perplexity for each ratio."""
     tokenizer, model, start = checkpoint.load_tokenizer(folder), checkpoint.load_model(folder), time.time()
-    parts = calibration.batches(tokenizer, rows, settings, 16, seed)
+    parts = []
+    if fits.calibrated(settings.importance, settings.compensate):
+        asked = {"text": settings.text, "samples": settings.samples, "max_length": settings.max_length}
+        parts = calibration.batches(tokenizer, rows, 16, seed, **asked)
     found = []
     for pruned in prune.at_ratios(model, parts, settings, ratios, seed):
         smaller = checkpoint.from_state(pruned.config, pruned.state).float().eval()

@@ -87,6 +87,7 @@ class Data(Section):
     alpaca: str = Field(description="Alpaca-format JSONL file: path:<file> or hub:<org>/<name>@<revision>.")
     benchmarks: str = Field(description="Benchmark items: path:<folder of <task>.jsonl> or the word `hub`.")
     validation_rows: Positive = Field(description="Rows held out of calibration and recovery for the validation loss.")
+    max_skipped: Fraction = Field(0.01, description="Share of a file's rows or items that may be left out as faulty.")
 
     @field_validator("alpaca")
     @classmethod

@@ -4,6 +4,7 @@ from conftest import ROOT, write_jsonl
 
 from pipeline.data import alpaca
 from pipeline.data.alpaca import IGNORED, Example
+from pipeline.errors import UserError
 
 SAMPLE = ROOT / "data/sample/alpaca.jsonl"
 ROWS = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Greet.", "input": "", "output": "Hi!"}]
@@ -191,7 +192,7 @@ def test_snippets_are_pieces_of_different_texts_that_are_long_enough(tmp_path):
     assert all(owners)
     assert any(not whole[own[0]].startswith(piece) for piece, own in zip(pieces, owners, strict=True))
     assert found == alpaca.snippets(tmp_path / "rows.jsonl", Letters(), 2, 6, 12, 3)
-    with pytest.raises(ValueError, match="lower max_length"):
+    with pytest.raises(UserError, match="lower max_length"):
         alpaca.snippets(tmp_path / "rows.jsonl", Letters(), 2, 6, 100, 3)
 
 

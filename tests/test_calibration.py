@@ -23,13 +23,13 @@ def rows(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "samples"), [("rows", 5), ("responses", 3), ("packed", 0)])
-def test_the_asked_text_is_used(text, samples, rows, tokenizer, default):
-    asked = default.prune.model_copy(update={"text": text, "samples": samples, "max_length": 96})
-    parts = calibration.batches(tokenizer, rows, asked, HELD_OUT, SEED, size=1)
+def test_the_asked_text_is_used(text, samples, rows, tokenizer):
+    asked = {"text": text, "samples": samples, "max_length": 96}
+    parts = calibration.batches(tokenizer, rows, HELD_OUT, SEED, **asked, size=1)
     expected = alpaca.SOURCES[text](rows, tokenizer, HELD_OUT, samples, 96, SEED)
     assert len(expected) == samples
     assert sorted(part.tokens[0, : part.length].tolist() for part in parts) == sorted(
-        list(one.tokens) for one in expected
+        list(example.tokens) for example in expected
     )
     assert all((part.labels[0, 1 : part.length] == part.tokens[0, 1 : part.length]).all() for part in parts)
 
@@ -75,16 +75,16 @@ def texts():
 
 
 @pytest.fixture
-def drawn(tmp_path, default):
+def drawn(tmp_path):
     """The calibration sequences as words, in the order of the batches; all but a first word has to be labelled."""
     write_jsonl(tmp_path / "told.jsonl", TOLD)
 
     def sequences(text, samples, length):
         tokenizer = Words()
-        asked = default.prune.model_copy(update={"text": text, "samples": samples, "max_length": length})
+        asked = {"text": text, "samples": samples, "max_length": length}
         return [
             [tokenizer.words[token] for token in [int(row[0]), *labels[labels != alpaca.IGNORED].tolist()]]
-            for part in calibration.batches(tokenizer, tmp_path / "told.jsonl", asked, HELD_OUT, SEED, size=2)
+            for part in calibration.batches(tokenizer, tmp_path / "told.jsonl", HELD_OUT, SEED, **asked, size=2)
             for row, labels in zip(part.tokens, part.labels, strict=True)
         ]
 
@@ -101,7 +101,7 @@ def test_rows_are_the_first_training_rows_in_their_prompts(drawn):
         ]
         for row in TRAIN[:3]
     ]
-    assert sorted(drawn("rows", 3, 60)) == sorted(one[:60] for one in expected)
+    assert sorted(drawn("rows", 3, 60)) == sorted(words[:60] for words in expected)
 
 
 def test_packed_windows_run_through_the_training_rows_texts(drawn):
@@ -129,16 +129,6 @@ def test_snippets_are_pieces_of_the_first_texts_that_are_long_enough(drawn):
 def test_every_row_that_is_not_held_out_can_be_drawn_and_no_other(text, length, drawn):
     pieces = drawn(text, 100, length)
     assert {int(word[0]) for piece in pieces for word in piece if word[0].isdigit()} == set(TRAIN)
-
-
-@pytest.mark.parametrize("importance", ["magnitude", "random"])
-def test_nothing_is_read_where_nothing_is_calibrated(importance, rows, tokenizer, default, monkeypatch):
-    asked = {"importance": importance, "samples": 3, "max_length": 96}
-    read = default.prune.model_copy(update=asked | {"compensate": True})
-    assert calibration.batches(tokenizer, rows, read, HELD_OUT, SEED)
-    monkeypatch.setattr(alpaca, "SOURCES", {})
-    unread = default.prune.model_copy(update=asked | {"compensate": False})
-    assert calibration.batches(tokenizer, rows, unread, HELD_OUT, SEED) == []
 
 
 def test_noise_replaces_its_share_by_tokens_that_are_all_alike():

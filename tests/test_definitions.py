@@ -129,7 +129,7 @@ def test_task_that_cannot_be_run_is_refused_with_the_other_faults(raw_params, ta
 def test_checking_a_task_does_not_import_lm_eval():
     code = """
 import sys
-from pipeline import definitions
+from pipeline.data import definitions
 definitions.check("sciq")
 assert not {"lm_eval", "torch"} & {*sys.modules}
 """
@@ -196,7 +196,7 @@ def test_gold_logprob_without_choices_is_the_likelihood_of_the_last_word(model, 
 
 def test_fetch_takes_any_tasks_items_as_they_are(folder):
     for name, items in ITEMS.items():
-        assert fetch.benchmark(f"path:{folder}", name) == items
+        assert fetch.benchmark(f"path:{folder}", name) == (items, 0)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_items_from_a_hub_are_the_split_that_lm_eval_scores(monkeypatch, tmp_pat
 
     with monkeypatch.context() as patched:
         patched.setattr(datasets, "load_dataset", stand_in)
-        patched.setattr(tasks, "faults", lambda task, items: [])
-        assert fetch.benchmark("hub", "mmlu_anatomy") == ITEMS["mmlu_anatomy"]
+        patched.setattr(tasks, "faults", lambda task, items: [""] * len(items))
+        assert fetch.benchmark("hub", "mmlu_anatomy") == (ITEMS["mmlu_anatomy"], 0)
     assert asked == [("cais/mmlu", "anatomy", {"split": "test"})]
 
 
@@ -247,7 +247,8 @@ def test_no_bar_of_lm_evals_is_shown_and_ours_are(folder):
     code = f"""
 from pipeline.__main__ import _quiet_environment
 _quiet_environment()
-from pipeline import console, tasks
+from pipeline import console
+from pipeline.data import tasks
 tasks.load(["sciq"], {str(folder)!r})["sciq"].build_all_requests(rank=0, world_size=1)
 list(console.progress([1], "ours"))
 """

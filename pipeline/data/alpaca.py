@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from pipeline.errors import UserError
+
 ROUND = 32  # lengths are padded to a multiple: few distinct shapes let matrix kernels be reused
 IGNORED = -100  # label of a position that the loss leaves out
 
@@ -123,13 +125,13 @@ def rows(path: str | Path, tokenizer: Any, held_out: int, samples: int, max_leng
     """Return the first ``samples`` training rows, tokenized, for calibration.
 
     Raises:
-        ValueError: In every row the prompt alone fills ``max_length``.
+        UserError: In every row the prompt alone fills ``max_length``.
     """
     train, _ = split(read(path), held_out, seed)
-    found = list(islice(_encoded(train, tokenizer, max_length), samples))
-    if samples and not found:
-        raise ValueError(f"no row's prompt leaves room for a response within max_length {max_length}; raise max_length")
-    return found
+    examples = list(islice(_encoded(train, tokenizer, max_length), samples))
+    if samples and not examples:
+        raise UserError(f"no row's prompt leaves room for a response within max_length {max_length}; raise max_length")
+    return examples
 
 
 def packed(path: str | Path, tokenizer: Any, held_out: int, samples: int, length: int, seed: int) -> list[Example]:
@@ -147,21 +149,21 @@ def snippets(path: str | Path, tokenizer: Any, held_out: int, samples: int, leng
     How LLM-Pruner draws its calibration samples: shorter texts are passed over, prompts are left out.
 
     Raises:
-        ValueError: No text is long enough.
+        UserError: No text is long enough.
     """
     train, _ = split(read(path), held_out, seed)
     generator = random.Random(seed)
-    found: list[Example] = []
+    pieces: list[Example] = []
     for row in train:
-        if len(found) == samples:
+        if len(pieces) == samples:
             break
         tokens = tokenizer.encode(_text(row), add_special_tokens=False)
         if len(tokens) >= length:
             start = generator.randrange(len(tokens) - length + 1)
-            found.append(Example(tuple(tokens[start : start + length]), 1))
-    if samples and not found:
-        raise ValueError(f"no row's text has max_length {length} tokens; lower max_length")
-    return found
+            pieces.append(Example(tuple(tokens[start : start + length]), 1))
+    if samples and not pieces:
+        raise UserError(f"no row's text has max_length {length} tokens; lower max_length")
+    return pieces
 
 
 def responses(path: str | Path, tokenizer: Any, held_out: int, samples: int, length: int, seed: int) -> list[Example]:

@@ -12,30 +12,37 @@ from typing import Any
 
 import torch
 
-from pipeline import fits
 from pipeline.data import alpaca
 from pipeline.data.alpaca import Batch
-from pipeline.params import Prune
 
 
 def batches(
-    tokenizer: Any, rows: str | Path, settings: Prune, held_out: int, seed: int, device: Any = "cpu", size: int = 8
+    tokenizer: Any,
+    rows: str | Path,
+    held_out: int,
+    seed: int,
+    *,
+    text: str,
+    samples: int,
+    max_length: int,
+    device: Any = "cpu",
+    size: int = 8,
 ) -> list[Batch]:
-    """Return the calibration batches that section ``prune`` asks for, every position labelled; none if it reads none.
+    """Return calibration batches, every position labelled.
 
     Args:
         tokenizer: The tokenizer of the model to prune.
         rows: File of Alpaca rows.
-        settings: What it is for, ``text``, ``samples`` and ``max_length`` are read.
         held_out: Rows that calibration may not see.
         seed: For the draw of the rows.
+        text: What of the rows is read, a key of ``alpaca.SOURCES``.
+        samples: Rows, or windows of their texts.
+        max_length: Tokens of each.
         device: Where they are put.
         size: Rows of a batch.
     """
-    if not fits.calibrated(settings.importance, settings.compensate):
-        return []
-    found = alpaca.SOURCES[settings.text](rows, tokenizer, held_out, settings.samples, settings.max_length, seed)
-    return [part.to(device) for part in alpaca.batches(found, size, tokenizer.pad_token_id, whole=True)]
+    examples = alpaca.SOURCES[text](rows, tokenizer, held_out, samples, max_length, seed)
+    return [part.to(device) for part in alpaca.batches(examples, size, tokenizer.pad_token_id, whole=True)]
 
 
 def noised(calibration: Sequence[Batch], share: float, vocabulary: int, seed: int) -> Iterator[Batch]:

@@ -6,10 +6,11 @@ it at a JSONL file. Nothing is asked of a hub.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,18 +22,14 @@ import lm_eval.tasks
 import lm_eval.utils
 import yaml
 
+from pipeline import storage
 from pipeline.data import definitions
+from pipeline.data.items import FIELDS, choices_fault
+from pipeline.errors import UserError
 
-# Raw fields that lm-eval's definitions of the paper's seven tasks read.
-FIELDS: Mapping[str, tuple[str, ...]] = {
-    "boolq": ("question", "passage", "label"),
-    "piqa": ("goal", "sol1", "sol2", "label"),
-    "hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-    "winogrande": ("sentence", "option1", "option2", "answer"),
-    "arc_easy": ("question", "choices", "answerKey"),
-    "arc_challenge": ("question", "choices", "answerKey"),
-    "openbookqa": ("question_stem", "choices", "answerKey"),
-}
+__all__ = ["CHANCE", "FIELDS", "HubSource", "compiled_templates", "faults", "gold", "hub_source", "load"]
+
+_ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 
 CHANCE: Mapping[str, float] = {
     "boolq": 0.5,
@@ -79,18 +76,18 @@ def load(names: Iterable[str], folder: str | Path) -> dict[str, Any]:
     """Return lm-eval's task objects on the items of ``<folder>/<task>.jsonl``, by name.
 
     Raises:
-        FileNotFoundError: A task's file is missing.
+        CheckpointError: A task's file is missing.
     """
     names = tuple(names)
-    with tempfile.TemporaryDirectory() as scratch:
+    with _scratch() as scratch:
         for name in names:
             path = (Path(folder) / f"{name}.jsonl").resolve()
             if not path.exists():
-                raise FileNotFoundError(f"{path} does not exist; run: dvc repro fetch")
-            (Path(scratch) / f"{name}.yaml").write_text(yaml.safe_dump(_on_local_items(name, path)))
+                raise storage.CheckpointError(f"{path} does not exist; run: dvc repro fetch")
+            (scratch / f"{name}.yaml").write_text(yaml.safe_dump(_on_local_items(name, path, scratch)))
         datasets.disable_progress_bars()  # reading a small file is no progress worth a bar
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        manager = lm_eval.tasks.TaskManager(include_path=scratch, include_defaults=False)
+        manager = lm_eval.tasks.TaskManager(include_path=str(scratch), include_defaults=False)
         return manager.load(list(names))["tasks"]
 
 
@@ -108,51 +105,117 @@ def compiled_templates() -> Iterator[None]:
 _compiled = lru_cache(1024)(lm_eval.utils.env.from_string)
 
 
-def faults(name: str, items: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return of each item why it cannot be scored; an empty text if it can.
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    except FileNotFoundError as error:
+        if "temporary directory" not in str(error):
+            raise
+        raise UserError(f"no folder for temporary files can be written: {error}; set TMPDIR to one that can") from None
+
+
+def faults(name: str, items: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return why lm-eval cannot ask or score each of a task's items; an empty text if it can.
 
     Raises:
-        Exception: Whatever lm-eval's definition stumbles on; its fields are known to lm-eval alone.
+        Exception: Whatever lm-eval's definition stumbles on in every item; its fields are known to lm-eval alone.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    try:
+        return _asked(name, items)
+    except Exception as error:  # the definition's templates and functions raise whatever they stumble on
+        if environment_fault(error):
+            raise
+        if len(items) == 1:
+            return [str(error) if isinstance(error, _ItemError) else f"it cannot be asked ({_named(error)})"]
+        if not isinstance(error, _ItemError) and _hopeless(name, items):
+            raise
+    middle = len(items) // 2
+    return faults(name, items[:middle]) + faults(name, items[middle:])
+
+
+class _ItemError(Exception):
+    """An item's fault, where the definition leaves items out and so hides which one it is."""
+
+
+def _hopeless(name: str, items: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the first, the last and the middle item fail by themselves, so that the file is at fault."""
+    for item in (items[0], items[-1], items[len(items) // 2]):
+        try:
+            _asked(name, [item])
+        except _ItemError:
+            return False
+        except Exception:  # noqa: S112  (see `faults`, which tells it)
+            continue
+        return False
+    return True
+
+
+def _asked(name: str, items: Sequence[Mapping[str, Any]]) -> list[str]:
+    with _scratch() as scratch:
         lines = "".join(json.dumps(item) + "\n" for item in items)
-        (Path(scratch) / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        (scratch / f"{name}.jsonl").write_text(lines, encoding="utf-8")
         task = load([name], scratch)[name]
-        with compiled_templates():
-            found = [_answer_fault(task, document) for document in task.eval_docs]
-            if not any(found):
-                task.build_all_requests(rank=0, world_size=1)
-        return found
+    with compiled_templates():
+        found = [_answer_fault(task, document) for document in task.eval_docs]
+        if any(found) and len(found) != len(items):
+            raise _ItemError(next(filter(None, found)))
+        if not any(found):
+            task.build_all_requests(rank=0, world_size=1)
+            return [""] * len(items)
+    return found
+
+
+def environment_fault(error: BaseException | None) -> OSError | None:
+    """Return the refusal of the operating system that caused an error: no room, no right to write; None: no such."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def gold(task: Any, document: Mapping[str, Any]) -> list[int]:
     """Return the indices of an item's right choices."""
     choices = task.doc_to_choice(document)
     right = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
-    every = right if isinstance(right, list) else [right]
-    return [choices.index(one) if isinstance(one, str) else int(one) for one in every]
+    answers = right if isinstance(right, list) else [right]
+    return [choices.index(answer) if isinstance(answer, str) else int(answer) for answer in answers]
 
 
 def _answer_fault(task: Any, document: Mapping[str, Any]) -> str:
     if task.OUTPUT_TYPE != "multiple_choice":
         return ""
-    count = len(task.doc_to_choice(document))
+    choices = task.doc_to_choice(document)
+    if fault := choices_fault(choices):
+        return fault
+    count = len(choices)
     try:
         right = gold(task, document)
     except (ValueError, TypeError, KeyError, IndexError) as error:
         return f"its answer is none of its {count} choices ({type(error).__name__}: {error})"
-    if not right or not all(0 <= one < count for one in right):
+    if not right or not all(0 <= answer < count for answer in right):
         return f"its answer {right} is none of its {count} choices (0 to {count - 1})"
     return ""
 
 
-def _on_local_items(name: str, path: Path) -> dict[str, Any]:
-    own: dict[str, Any] = {
+def _on_local_items(name: str, path: Path, cache: Path) -> dict[str, Any]:
+    overridden: dict[str, Any] = {
         "include": str(definitions.path(name)),
         "task": name,
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"validation": str(path)}},
+        # In memory, and nothing in the user's own cache: HOME need not be one that can be written.
+        "dataset_kwargs": {
+            "data_files": {"validation": str(path)},
+            "cache_dir": str(cache / "cache"),
+            "keep_in_memory": True,
+        },
         "custom_dataset": None,
         "training_split": None,
         "validation_split": "validation",
@@ -165,7 +228,9 @@ def _on_local_items(name: str, path: Path) -> dict[str, Any]:
     if "process_results" not in settings and settings.get("metric_list"):
         # lm-eval bootstraps the errors of the others (perplexity, F1) in new processes, and nothing here reads them.
         read = {definitions.metric(name), "acc", "acc_norm"}
-        own["metric_list"] = [
-            one for one in settings["metric_list"] if one["metric"] in read and one.get("aggregation", "mean") == "mean"
+        overridden["metric_list"] = [
+            entry
+            for entry in settings["metric_list"]
+            if entry["metric"] in read and entry.get("aggregation", "mean") == "mean"
         ]
-    return own
+    return overridden

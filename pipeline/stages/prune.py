@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import checkpoint, device, storage
-from pipeline.compress import prune
+from pipeline.compress import prune, structures
 from pipeline.compress.prune import Pruned
 from pipeline.data import calibration
 from pipeline.params import Params
@@ -36,8 +36,19 @@ def write(params: Params, targets: Mapping[float, Path]) -> Pruned:
     storage.verify(BASE, "fetch")
     compute = device.choose(params.device, params.dtype)
     model, tokenizer = checkpoint.load_base(BASE, compute.device, compute.dtype), checkpoint.load_tokenizer(BASE)
-    parts = calibration.batches(tokenizer, ALPACA, params.prune, params.data.validation_rows, params.seed, model.device)
-    at_ratios = prune.at_ratios(model, parts, pruning(params.prune), list(targets), params.seed)
+    settings, parts = params.prune, []
+    if structures.calibrated(settings.importance, settings.compensate):
+        parts = calibration.batches(
+            tokenizer,
+            ALPACA,
+            params.data.validation_rows,
+            params.seed,
+            text=settings.text,
+            samples=settings.samples,
+            max_length=settings.max_length,
+            device=model.device,
+        )
+    at_ratios = prune.at_ratios(model, parts, pruning(settings), list(targets), params.seed)
     for target, pruned in zip(targets.values(), at_ratios, strict=True):
         with storage.writing(target) as folder:
             checkpoint.from_state(pruned.config, checkpoint.stored(pruned.state)).save_pretrained(folder)

@@ -1,0 +1,113 @@
+"""A model's ``config.json``, judged before a model is built from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from pipeline import architecture
+from pipeline.checkpoint.headers import WeightsError, read_json
+
+# What a config's counts may be. A model of 10^9 layers would be built for hours before anything else looks at it.
+_REQUIRED = {
+    "num_hidden_layers": 1_000,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "num_attention_heads": 1 << 12,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": 1 << 30,
+}
+_OPTIONAL = {"num_key_value_heads": 1 << 12, "head_dim": 1 << 12}
+_TYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+def read_config(folder: Path) -> Any:
+    """Return a folder's config, if a model of a supported family can be built from it.
+
+    Raises:
+        WeightsError: Its values are missing, senseless or beyond what a model can have.
+    """
+    values = read_json(folder / "config.json")
+    if not isinstance(values.get("model_type"), str):
+        raise WeightsError(f"config.json: model_type is {values.get('model_type')!r}; name the model's family")
+    if values["model_type"].removeprefix("pruned_") not in architecture.FAMILIES:
+        families = ", ".join(architecture.FAMILIES)
+        raise WeightsError(
+            f"config.json: model family {values['model_type']!r} is not supported; use one of {families}"
+        )
+    faults = [*_count_faults(values), *_part_faults(values)]
+    if faults:
+        raise WeightsError("; ".join(f"config.json: {fault}" for fault in faults) + "; take the model's own config")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # checks of many kinds, all of them on values out of the file
+        raise WeightsError(
+            f"config.json is not understood: {first_line(error)}; take the model's own config"
+        ) from error
+
+
+def _count_faults(values: Mapping[str, Any]) -> list[str]:
+    faults = []
+    for key, most in (_REQUIRED | _OPTIONAL).items():
+        value = values.get(key)
+        if key in _OPTIONAL and value is None:
+            continue
+        if key not in values:
+            faults.append(f"{key} is missing")
+        elif type(value) is not int or not 1 <= value <= most:
+            faults.append(f"{key} is {str(value)[:40]}, not a whole number from 1 to {most:,}")
+    if faults:
+        return faults
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    kv_heads, width = values.get("num_key_value_heads") or heads, values.get("head_dim")
+    if heads % kv_heads:
+        faults.append(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    if width is None and hidden % heads:
+        faults.append(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is missing")
+    elif (width or hidden // heads) % 2:
+        faults.append(f"a head's size {width or hidden // heads} is odd, which rotary positions cannot use")
+    return faults
+
+
+def _part_faults(values: Mapping[str, Any]) -> list[str]:
+    faults = []
+    activation = values.get("hidden_act", "silu")
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        faults.append(f"hidden_act {activation!r} is no activation that transformers knows")
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = values.get(key)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            faults.append(f"{key} is no object")
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" and (not isinstance(kind, str) or kind not in ROPE_INIT_FUNCTIONS):
+            faults.append(f"{key}: rope_type {kind!r} is none that transformers knows")
+        if not _positive(rope.get("rope_theta", 1.0)):
+            faults.append(f"{key}: rope_theta is {rope['rope_theta']!r}, not a positive number")
+    for key in ("rms_norm_eps", "rope_theta"):
+        if key in values and not _positive(values[key]):
+            faults.append(f"{key} is {values[key]!r}, not a positive number")
+    for key in ("torch_dtype", "dtype"):
+        if values.get(key) is not None and values[key] not in _TYPES:
+            faults.append(f"{key} is {values[key]!r}, not one of {', '.join(_TYPES)}")
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        if not isinstance(values.get(key, False), bool):
+            faults.append(f"{key} is {values[key]!r}, not true or false")
+    return faults
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says; else its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,132 @@
+"""The quantization method ``mixed_bits``: each linear has its own bit-width out of 4, 8 and 16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import bitsandbytes as bnb
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.bitsandbytes import (
+    Bnb4bitDeserialize,
+    Bnb4bitQuantize,
+    Bnb8bitDeserialize,
+    Bnb8bitQuantize,
+    replace_with_bnb_linear,
+)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
+
+from pipeline.checkpoint.pruned import STORED
+
+
+class MixedBitsConfig(QuantizationConfigMixin):
+    """Bits of every linear, stored in a checkpoint's ``config.json``.
+
+    Not a ``BitsAndBytesConfig``: transformers would then choose its own single-width quantizer.
+
+    Args:
+        linear_bits: Full module name -> 4 or 8; linears that are not named stay dense.
+        four_bit: ``nf4`` or ``fp4``.
+        double_quant: Whether the 4-bit scales are quantized too.
+    """
+
+    def __init__(
+        self, linear_bits: Mapping[str, int], four_bit: str = "nf4", double_quant: bool = False, **_: Any
+    ) -> None:
+        self.quant_method = "mixed_bits"
+        self.linear_bits = dict(linear_bits)
+        self.four_bit = four_bit
+        self.double_quant = double_quant
+
+    def for_bits(self, bits: int) -> BitsAndBytesConfig:
+        """Return the settings under which transformers builds bitsandbytes' modules of one width."""
+        if bits == 8:
+            # Threshold 0: no column is kept in 16 bits, so that memory follows from shapes alone.
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.four_bit,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=STORED,
+        )
+
+
+class _Dispatch(ConversionOps):
+    """Hands a linear's tensors to the converter of its bit-width."""
+
+    def __init__(self, hf_quantizer: Any, four: type, eight: type):
+        self.hf_quantizer = hf_quantizer
+        self._four, self._eight = four(hf_quantizer), eight(hf_quantizer)
+
+    def convert(self, input_dict: dict, model: Any = None, full_layer_name: Any = None, **kwargs: Any) -> dict:
+        name = full_layer_name if full_layer_name is not None else next(iter(input_dict))
+        module, _ = get_module_from_name(model, name)
+        converter = self._eight if isinstance(module, bnb.nn.Linear8bitLt) else self._four
+        return converter.convert(input_dict, model=model, full_layer_name=full_layer_name, **kwargs)
+
+
+class MixedBitsQuantizer(Bnb4BitHfQuantizer):
+    """Loads and saves models whose linears are 4-bit, 8-bit or dense, each as ``MixedBitsConfig`` says."""
+
+    quantization_config: MixedBitsConfig
+    serialized_names = {  # each key may match one converter only, hence one list for both widths
+        "weight": [*Bnb4BitHfQuantizer.serialized_names["weight"], *Bnb8BitHfQuantizer.serialized_names["weight"][1:]]
+    }
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Bitsandbytes and accelerate are pinned requirements."""
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Return whether a parameter is the weight of a bitsandbytes linear."""
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) and name != "bias"
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        for bits in (4, 8):
+            of_this_width = {name for name, width in config.linear_bits.items() if width == bits}
+            if of_this_width:
+                replace_with_bnb_linear(
+                    model,
+                    modules_to_not_convert=[f"^{name}$" for name in linears if name not in of_this_width],
+                    quantization_config=config.for_bits(bits),
+                    pre_quantized=self.pre_quantized,
+                )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # PEFT reads both flags to wrap each linear by its own type; save_pretrained refuses kept conversions.
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
+        model._weight_conversions = None
+        use_plain_cpu_layout(model)
+        return model
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return the converter from dense weights."""
+        return _Dispatch(self, Bnb4bitQuantize, Bnb8bitQuantize)
+
+    def get_load_operations(self) -> dict:
+        """Return the converter from stored codes."""
+        return {"deserialize": lambda quantizer: _Dispatch(quantizer, Bnb4bitDeserialize, Bnb8bitDeserialize)}
+
+
+def use_plain_cpu_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on AVX512-BF16 processors; changes the model.
+
+    The repacked layout fails on pruned shapes, cannot be saved, and gives wrong LoRA gradients.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def register() -> None:
+    """Make the method known to transformers; safe to call again."""
+    AUTO_QUANTIZER_MAPPING["mixed_bits"] = MixedBitsQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING["mixed_bits"] = MixedBitsConfig
