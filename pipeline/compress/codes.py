@@ -145,8 +145,7 @@ def calibrated(
     absmax = scales
     if bits == 4 and double_quant:
         absmax, nested, scales = _nested(scales)
-        index, _ = feed_back(problem, fit.factors, scales)
-        index, _ = descend(problem, index, scales, fit.sweeps, refit=False)
+        index, _ = descend(problem, index, scales, max(fit.sweeps, 1), refit=False)
     stored = codes[index.T.long()].contiguous()
     if bits == 8:
         return {"weight": stored, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}

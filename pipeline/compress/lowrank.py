@@ -38,7 +38,7 @@ def _balanced(a: torch.Tensor, b: torch.Tensor) -> Adapter:
     """
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(upper @ lower.T)
+    u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
     share = s.sqrt()
     whole_a, whole_b = (share[:, None] * vh) @ right.T, left @ u * share
     missing = len(a) - len(share)
