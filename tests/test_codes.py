@@ -54,19 +54,19 @@ def nearest_loss(weight, gram, bits, **changes):
 
 def rounded(given, index, scales):
     """Q, [out, in]."""
-    return given.grid.values(index, scales[given.block_of(slice(0, len(given.dense)))]).T
+    return given.grid.values(index, scales[given.block_of(torch.arange(len(given.dense)))]).T
 
 
 def loss_of(given, index, scales):
     return loss(given.dense.T, given.gram, rounded(given, index, scales))
 
 
-def recursion(given, scales):
+def recursion(given, scales, order=None):
     """Error feedback as its paper's equations say: the inverse is updated column by column, in fp64."""
     rest, inverse = given.dense.double().T.clone(), torch.linalg.inv(given.gram)
     index = torch.empty(rest.shape, dtype=torch.uint8)
-    blocks = given.block_of(slice(0, rest.shape[1]))
-    for j in range(rest.shape[1]):
+    blocks = given.block_of(torch.arange(rest.shape[1]))
+    for j in range(rest.shape[1]) if order is None else order.tolist():
         levels = given.grid.levels.double() * scales[blocks[j]].double()[:, None] * given.grid.unit
         index[:, j] = (rest[:, j, None] - levels).abs().argmin(1)
         error = rest[:, j] - levels.gather(1, index[:, j, None].long())[:, 0]
@@ -87,12 +87,14 @@ def test_feedback_is_the_papers_recursion_on_three_levels(seed):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_feedback_is_the_papers_recursion_across_tiles(shape, bits):
+@pytest.mark.parametrize("descending", [False, True])
+def test_feedback_is_the_papers_recursion_across_tiles(shape, bits, descending):
     weight, gram = problem(*shape)
     grid, _ = codes.grid_of(weight, bits, "nf4")
     given = Problem(weight.T.contiguous(), codes.damped(gram, 0.01), grid)
-    index, scales = codes.feed_back(given, ODD_SCALES)
-    expected = recursion(given, scales)
+    order = gram.diagonal().argsort(descending=True) if descending else None
+    index, scales = codes.feed_back(given, ODD_SCALES, order)
+    expected = recursion(given, scales, order)
     # A weight halfway between two levels may go either way, and moves those after it.
     assert (index != expected).float().mean() < (0.02 if bits == 4 else 0.1)
     assert loss_of(given, index, scales) == pytest.approx(loss_of(given, expected, scales), rel=0.01, abs=1e-9)
@@ -103,7 +105,7 @@ def test_all_codes_tried_on_a_tiny_layer_leave_little_to_gain():
     for seed in range(40):
         given = small(seed)
         scales = given.dense.abs().amax(0)
-        index, _ = codes.feed_back(given, (), scales)
+        index, _ = codes.feed_back(given, (), scales=scales)
         lower, _ = codes.descend(given, index, scales, 4, refit=False)
         plain = given.grid.nearest(given.dense, scales)
         every = torch.tensor(list(product(range(3), repeat=4)), dtype=torch.uint8)  # of one row

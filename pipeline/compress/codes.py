@@ -32,12 +32,14 @@ class Fit:
     Attributes:
         damping: Share of the median of the Gram matrix's positive diagonal that is added to its diagonal.
         factors: A block's scale is the best of these times its largest weight.
+        descending: Round the columns with the largest inputs first, while most of the others can still make up for it.
         sweeps: Passes of coordinate descent after error feedback.
         refit: In each pass, fit the 4-bit scales to the codes by least squares.
     """
 
     damping: float = DAMPING
     factors: tuple[float, ...] = (1.0, 0.967, 0.933, 0.9, 0.867, 0.833, 0.8)
+    descending: bool = True
     sweeps: int = 2
     refit: bool = True
 
@@ -102,12 +104,11 @@ class Problem:
         for start in range(0, len(self.dense), width):
             yield slice(start, min(start + width, len(self.dense)))
 
-    def block_of(self, columns: slice) -> torch.Tensor:
+    def block_of(self, columns: torch.Tensor) -> torch.Tensor:
         """Return the block of each weight of some columns: [columns, out]."""
         inputs, outputs = self.dense.shape
         rows = torch.arange(outputs, device=self.dense.device) * inputs
-        here = torch.arange(columns.start, columns.stop, device=self.dense.device)
-        return (rows + here[:, None]) // self.grid.block
+        return (rows + columns[:, None]) // self.grid.block
 
     def members(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return column, row and existence (the last block may be short) of blocks' weights: [blocks, block] each."""
@@ -139,7 +140,8 @@ def calibrated(
     grid, codes = grid_of(weight, bits, four_bit)
     dense = weight.float().T.contiguous()
     problem = Problem(dense, damped(gram.to(weight.device), fit.damping), grid)
-    index, scales = feed_back(problem, fit.factors)
+    order = problem.gram.diagonal().argsort(descending=True) if fit.descending else None
+    index, scales = feed_back(problem, fit.factors, order)
     index, scales = descend(problem, index, scales, fit.sweeps, fit.refit)
     nested: dict[str, Any] = {}
     absmax = scales
@@ -179,7 +181,7 @@ def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
 
 
 def feed_back(
-    problem: Problem, factors: Sequence[float], scales: torch.Tensor | None = None
+    problem: Problem, factors: Sequence[float], order: torch.Tensor | None = None, scales: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round column after column, each one's error spread over the columns that are not yet rounded (GPTQ).
 
@@ -188,26 +190,30 @@ def feed_back(
 
     Args:
         problem: The linear.
-        factors: A block's scale is the best of these times its largest weight when its first tile begins, judged by
-            the squared errors weighted with H's diagonal.
+        factors: A block's scale is the best of these times its largest weight when the first tile that holds a part of
+            it begins, judged by the squared errors weighted with H's diagonal.
+        order: In which columns are rounded, [in]; None: from the first to the last.
         scales: Scales to round to, [blocks]; None: they are chosen.
 
     Returns:
         Index of each weight's level, [in, out] uint8, and the scales, [blocks].
     """
-    grid, rest = problem.grid, problem.dense.clone()
-    factor, diagonal = inverse_factor(problem.gram).float(), problem.gram.diagonal().float()
-    known = torch.full((problem.blocks,), scales is not None, device=rest.device)
-    scales = torch.zeros(problem.blocks, device=rest.device) if scales is None else scales
-    index = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
+    grid, device = problem.grid, problem.dense.device
+    order = torch.arange(len(problem.dense), device=device) if order is None else order
+    place = order.argsort()
+    rest = problem.dense[order]
+    factor, diagonal = inverse_factor(problem.gram[order][:, order]).float(), problem.gram.diagonal().float()
+    known = torch.full((problem.blocks,), scales is not None, device=device)
+    scales = torch.zeros(problem.blocks, device=device) if scales is None else scales
+    index = torch.empty(rest.shape, dtype=torch.uint8, device=device)
     for here in problem.tiles():
-        blocks = problem.block_of(here)
+        blocks = problem.block_of(order[here])
         begun = torch.zeros_like(known)
         begun[blocks] = True
         new = (begun & ~known).nonzero().flatten()
         if len(new):
             column, row, real = problem.members(new)
-            scales[new] = best_scales(rest[column, row] * real, diagonal[column] * real, grid, factors)
+            scales[new] = best_scales(rest[place[column], row] * real, diagonal[column] * real, grid, factors)
             known[new] = True
         part, used, own = rest[here], scales[blocks], factor[here, here]
         errors = torch.empty_like(part)
@@ -217,7 +223,7 @@ def feed_back(
             part[j + 1 :].addr_(own[j, j + 1 :], errors[j], alpha=-1)
             index[here.start + j] = chosen
         rest[here.stop :].addmm_(factor[here, here.stop :].T, errors, alpha=-1)
-    return index, scales
+    return index[place], scales
 
 
 def best_scales(weights: torch.Tensor, importance: torch.Tensor, grid: Grid, factors: Sequence[float]) -> torch.Tensor:
@@ -263,12 +269,13 @@ def descend(
     if not sweeps:
         return index, scales
     refit = refit and problem.aligned and grid.block == _TILE
+    columns = torch.arange(len(dense), device=dense.device)
     left = torch.empty_like(dense)
     for here in problem.tiles():
-        left[here] = dense[here] - grid.values(index[here], scales[problem.block_of(here)])
+        left[here] = dense[here] - grid.values(index[here], scales[problem.block_of(columns[here])])
     for _ in range(sweeps):
         for here in problem.tiles():
-            blocks, part, own = problem.block_of(here), left[here], gram[here, here]
+            blocks, part, own = problem.block_of(columns[here]), left[here], gram[here, here]
             pull = gram[here] @ left
             if refit:
                 levels = grid.levels[index[here].long()]
