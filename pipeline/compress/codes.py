@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -22,6 +23,7 @@ DAMPING = 0.01
 _BLOCK = 64  # neighbours in the flattened matrix that share one 4-bit scale
 _SCALES_BLOCK = 256  # scales that share one scale of their own under double quantization
 _INT8_UNIT = 7.874015718698502e-3  # 1 / 127, to the digits that bitsandbytes multiplies by
+_LEAST_SCALE = 1e-30  # of a block of zeros, so that their code is the one for zero
 _TILE = 64  # columns rounded before the rest of the matrix hears of it
 
 
@@ -60,11 +62,14 @@ class Grid:
     unit: float = 1.0
     dtype: torch.dtype = torch.float32
 
+    @cached_property
+    def bounds(self) -> torch.Tensor:
+        """Return the middle between each level and the next one."""
+        return (self.levels[1:] + self.levels[:-1]) / 2
+
     def nearest(self, weights: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return the index of the level nearest to each weight."""
-        bounds = (self.levels[1:] + self.levels[:-1]) / 2
-        size = scales * self.unit
-        return torch.bucketize(weights / torch.where(size == 0, 1.0, size), bounds)
+        """Return the index of the level nearest to each weight; any index where the scale is zero."""
+        return torch.bucketize(weights / (scales * self.unit), self.bounds)
 
     def values(self, index: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Return the weights that codes stand for, in fp32, equal to bitsandbytes' to the bit."""
@@ -235,7 +240,7 @@ def best_scales(weights: torch.Tensor, importance: torch.Tensor, grid: Grid, fac
         grid: The values.
         factors: Scales tried, as parts of the block's largest weight.
     """
-    largest = weights.abs().amax(1)
+    largest = weights.abs().amax(1).clamp(min=_LEAST_SCALE)
     best, least = largest, torch.full_like(largest, math.inf)
     for factor in factors:
         scales = (factor * largest)[:, None]
