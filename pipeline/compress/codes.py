@@ -1,0 +1,323 @@
+"""Calibrated codes: what rounding a weight loses is made up for by the weights that are rounded after it.
+
+Error feedback (GPTQ, arXiv 2210.17323, algorithm 1) onto NF4, FP4 and int8, then coordinate descent on codes and
+scales. Storage is bitsandbytes' own: only codes and scales differ from rounding to the nearest. The loss of a linear W
+on its inputs X is ||X (W - Q)^T||^2 = tr((W - Q) H (W - Q)^T), H = X^T X.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import nn
+
+from pipeline.compress.quantize import Stored
+
+DAMPING = 0.01
+_BLOCK = 64  # neighbours in the flattened matrix that share one 4-bit scale
+_SCALES_BLOCK = 256  # scales that share one scale of their own under double quantization
+_INT8_UNIT = 7.874015718698502e-3  # 1 / 127, to the digits that bitsandbytes multiplies by
+_LEAST_SCALE = 1e-30  # of a block of zeros, so that their code is the one for zero
+_TILE = 64  # columns rounded before the rest of the matrix hears of it
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How codes are fitted to a Gram matrix.
+
+    Attributes:
+        damping: Share of the median of the Gram matrix's positive diagonal that is added to its diagonal.
+        factors: A block's scale is the best of these times its largest weight.
+        descending: Round the columns with the largest inputs first, while most of the others can still make up for it.
+        sweeps: Passes of coordinate descent after error feedback.
+        refit: In each pass, fit the 4-bit scales to the codes by least squares.
+    """
+
+    damping: float = DAMPING
+    factors: tuple[float, ...] = (1.0, 0.967, 0.933, 0.9, 0.867, 0.833, 0.8)
+    descending: bool = True
+    sweeps: int = 2
+    refit: bool = True
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that a weight can take: ``levels[i] * scale * unit``, rounded to ``dtype``.
+
+    Attributes:
+        levels: Ascending, fp32, at most 256.
+        block: Neighbours in the flattened matrix that share a scale.
+        unit: Factor of all values, applied after the scale as bitsandbytes does.
+        dtype: What bitsandbytes returns the values in.
+    """
+
+    levels: torch.Tensor
+    block: int
+    unit: float = 1.0
+    dtype: torch.dtype = torch.float32
+
+    @cached_property
+    def bounds(self) -> torch.Tensor:
+        """Return the middle between each level and the next one."""
+        return (self.levels[1:] + self.levels[:-1]) / 2
+
+    def nearest(self, weights: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Return the index of the level nearest to each weight; any index where the scale is zero."""
+        return torch.bucketize(weights / (scales * self.unit), self.bounds)
+
+    def values(self, index: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Return the weights that codes stand for, in fp32, equal to bitsandbytes' to the bit."""
+        return (self.levels[index.long()] * scales * self.unit).to(self.dtype).float()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A linear to round. Matrices are transposed, [in, out], so that a column of W lies together in memory.
+
+    Attributes:
+        dense: W^T, fp32.
+        gram: H, damped, fp64: [in, in].
+        grid: The values.
+    """
+
+    dense: torch.Tensor
+    gram: torch.Tensor
+    grid: Grid
+
+    @property
+    def blocks(self) -> int:
+        """Return the number of scales."""
+        return -(-self.dense.numel() // self.grid.block)
+
+    @property
+    def aligned(self) -> bool:
+        """Return whether no block straddles two rows of W."""
+        return len(self.dense) % self.grid.block == 0
+
+    def tiles(self) -> Iterator[slice]:
+        """Yield the columns that are rounded together, from the first on.
+
+        Where blocks straddle rows, they begin at other columns in other rows; narrower tiles meet most beginnings.
+        """
+        width = _TILE if self.aligned else max(math.gcd(len(self.dense), self.grid.block), 16)
+        for start in range(0, len(self.dense), width):
+            yield slice(start, min(start + width, len(self.dense)))
+
+    def block_of(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return the block of each weight of some columns: [columns, out]."""
+        inputs, outputs = self.dense.shape
+        rows = torch.arange(outputs, device=self.dense.device) * inputs
+        return (rows + columns[:, None]) // self.grid.block
+
+    def members(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return column, row and existence (the last block may be short) of blocks' weights: [blocks, block] each."""
+        inputs, outputs = self.dense.shape
+        flat = blocks[:, None] * self.grid.block + torch.arange(self.grid.block, device=blocks.device)
+        real = flat < inputs * outputs
+        flat = flat.clamp(max=inputs * outputs - 1)
+        return flat % inputs, flat // inputs, real
+
+
+def calibrated(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    bits: int,
+    four_bit: str = "nf4",
+    double_quant: bool = False,
+    fit: Fit = Fit(),  # noqa: B008  (frozen)
+) -> Stored:
+    """Quantize a matrix so that its outputs change least, as ``quantize.quantize`` stores it.
+
+    Args:
+        weight: W, [out, in].
+        gram: H = X^T X of its inputs or a multiple of it, [in, in], finite.
+        bits: 4 or 8.
+        four_bit: ``nf4`` or ``fp4``.
+        double_quant: Quantize the 4-bit scales too. Codes are then fitted to the scales that come back.
+        fit: How codes are fitted.
+    """
+    grid, codes = grid_of(weight, bits, four_bit)
+    dense = weight.float().T.contiguous()
+    problem = Problem(dense, damped(gram.to(weight.device), fit.damping), grid)
+    order = problem.gram.diagonal().argsort(descending=True) if fit.descending else None
+    index, scales = feed_back(problem, fit.factors, order)
+    index, scales = descend(problem, index, scales, fit.sweeps, fit.refit)
+    nested: dict[str, Any] = {}
+    absmax = scales
+    if bits == 4 and double_quant:
+        absmax, nested, scales = _nested(scales)
+        index, _ = descend(problem, index, scales, max(fit.sweeps, 1), refit=False)
+    stored = codes[index.T.long()].contiguous()
+    if bits == 8:
+        return {"weight": stored, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    table = bnb.get_4bit_type(four_bit, device=weight.device)
+    state = bnb.QuantState(absmax, weight.shape, table, _BLOCK, four_bit, weight.dtype, **nested)
+    return {"weight": _packed(stored), **{f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}}
+
+
+def damped(gram: torch.Tensor, share: float) -> torch.Tensor:
+    """Return a Gram matrix in fp64 with a share of the median of its positive diagonal added to its diagonal.
+
+    The median, as the mean may be that of one massive activation.
+    """
+    result = gram.to(torch.float64, copy=True)
+    diagonal = result.diagonal()
+    positive = diagonal[diagonal > 0]
+    # Without any input nothing tells weights apart.
+    diagonal += share * positive.median() if len(positive) else 1.0
+    return result
+
+
+def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
+    """Return the upper triangular U with H^-1 = U^T U.
+
+    H, its order reversed, has the Cholesky factor that reads R in H = R R^T, R upper triangular; U = R^-1. So the
+    inverse itself, which would square the condition, is never formed.
+    """
+    upper = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(upper, unit, upper=True)
+
+
+def feed_back(
+    problem: Problem, factors: Sequence[float], order: torch.Tensor | None = None, scales: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round column after column, each one's error spread over the columns that are not yet rounded (GPTQ).
+
+    With H^-1 = U^T U, rounding column j by e moves column k > j by -e U_jk / U_jj, which makes up for e best. A tile of
+    columns is rounded before the columns beyond it move.
+
+    Args:
+        problem: The linear.
+        factors: A block's scale is the best of these times its largest weight when the first tile that holds a part of
+            it begins, judged by the squared errors weighted with H's diagonal.
+        order: In which columns are rounded, [in]; None: from the first to the last.
+        scales: Scales to round to, [blocks]; None: they are chosen.
+
+    Returns:
+        Index of each weight's level, [in, out] uint8, and the scales, [blocks].
+    """
+    grid, device = problem.grid, problem.dense.device
+    order = torch.arange(len(problem.dense), device=device) if order is None else order
+    place = order.argsort()
+    rest = problem.dense[order]
+    factor, diagonal = inverse_factor(problem.gram[order][:, order]).float(), problem.gram.diagonal().float()
+    known = torch.full((problem.blocks,), scales is not None, device=device)
+    scales = torch.zeros(problem.blocks, device=device) if scales is None else scales
+    index = torch.empty(rest.shape, dtype=torch.uint8, device=device)
+    for here in problem.tiles():
+        blocks = problem.block_of(order[here])
+        begun = torch.zeros_like(known)
+        begun[blocks] = True
+        new = (begun & ~known).nonzero().flatten()
+        if len(new):
+            column, row, real = problem.members(new)
+            scales[new] = best_scales(rest[place[column], row] * real, diagonal[column] * real, grid, factors)
+            known[new] = True
+        part, used, own = rest[here], scales[blocks], factor[here, here]
+        errors = torch.empty_like(part)
+        for j in range(len(part)):
+            chosen = grid.nearest(part[j], used[j])
+            errors[j] = (part[j] - grid.values(chosen, used[j])) / own[j, j]
+            part[j + 1 :].addr_(own[j, j + 1 :], errors[j], alpha=-1)
+            index[here.start + j] = chosen
+        rest[here.stop :].addmm_(factor[here, here.stop :].T, errors, alpha=-1)
+    return index[place], scales
+
+
+def best_scales(weights: torch.Tensor, importance: torch.Tensor, grid: Grid, factors: Sequence[float]) -> torch.Tensor:
+    """Return for each block the scale with the least squared error, weighted by importance.
+
+    Args:
+        weights: [blocks, block].
+        importance: The same shape.
+        grid: The values.
+        factors: Scales tried, as parts of the block's largest weight.
+    """
+    largest = weights.abs().amax(1).clamp(min=_LEAST_SCALE)
+    best, least = largest, torch.full_like(largest, math.inf)
+    for factor in factors:
+        scales = (factor * largest)[:, None]
+        error = weights - grid.values(grid.nearest(weights, scales), scales)
+        cost = (importance * error.square()).sum(1)
+        best, least = torch.where(cost < least, scales[:, 0], best), torch.minimum(cost, least)
+    return best
+
+
+def descend(
+    problem: Problem, index: torch.Tensor, scales: torch.Tensor, sweeps: int, refit: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lower the loss by moving one column's codes, or one block's scale, at a time; nothing makes it higher.
+
+    With the error D = W - Q and all other columns as they are, the loss is least where column j of Q becomes
+    Q_j + (D H)_j / H_jj; the nearest level to that is taken. For a block of levels L, the scale is best at
+    s + (D H)_b L_b / (L_b^T H_bb L_b).
+
+    Args:
+        problem: The linear.
+        index: Index of each weight's level, [in, out].
+        scales: [blocks].
+        sweeps: Passes over all columns.
+        refit: Fit the scales as well; only where a tile holds whole blocks.
+
+    Returns:
+        The new index and scales.
+    """
+    dense, grid, gram = problem.dense, problem.grid, problem.gram.float()
+    index, scales = index.clone(), scales.clone()
+    if not sweeps:
+        return index, scales
+    refit = refit and problem.aligned and grid.block == _TILE
+    columns = torch.arange(len(dense), device=dense.device)
+    left = torch.empty_like(dense)
+    for here in problem.tiles():
+        left[here] = dense[here] - grid.values(index[here], scales[problem.block_of(columns[here])])
+    for _ in range(sweeps):
+        for here in problem.tiles():
+            blocks, part, own = problem.block_of(columns[here]), left[here], gram[here, here]
+            pull = gram[here] @ left
+            if refit:
+                levels = grid.levels[index[here].long()]
+                bend = (levels * (own @ levels)).sum(0)
+                scales[blocks[0]] += torch.where(bend > 0, (levels * pull).sum(0) / bend, 0.0)
+                fresh = dense[here] - grid.values(index[here], scales[blocks])
+                pull += own @ (fresh - part)
+                part.copy_(fresh)
+            used = scales[blocks]
+            for j in range(len(part)):
+                column = here.start + j
+                chosen = grid.nearest(dense[column] - part[j] + pull[j] / own[j, j], used[j])
+                error = dense[column] - grid.values(chosen, used[j])
+                pull[j + 1 :].addr_(own[j, j + 1 :], error - part[j])
+                part[j] = error
+                index[column] = chosen
+    return index, scales
+
+
+def grid_of(weight: torch.Tensor, bits: int, four_bit: str) -> tuple[Grid, torch.Tensor]:
+    """Return the grid of a bit-width and the code of each of its levels."""
+    if bits == 8:
+        codes = torch.arange(-127, 128, device=weight.device)
+        return Grid(codes.float(), weight.shape[1], _INT8_UNIT), codes.to(torch.int8)
+    levels, codes = bnb.get_4bit_type(four_bit, device=weight.device).sort(stable=True)
+    return Grid(levels, _BLOCK, dtype=weight.dtype), codes.to(torch.uint8)
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    """Return 4-bit codes two a byte, the first one high; an odd last one stands alone: [bytes, 1]."""
+    flat = codes.flatten()
+    pairs = nn.functional.pad(flat, (0, len(flat) % 2)).view(-1, 2)
+    return (pairs[:, :1] << 4) | pairs[:, 1:]
+
+
+def _nested(scales: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any], torch.Tensor]:
+    """Quantize scales as ``bnb.quantize_4bit`` does; return their codes, how to undo it, and what comes back."""
+    offset = scales.mean()
+    codes, state = bnb.quantize_blockwise(scales - offset, blocksize=_SCALES_BLOCK)
+    return codes, {"offset": offset, "state2": state}, bnb.dequantize_blockwise(codes, state) + offset

@@ -1,0 +1,117 @@
+"""Gram matrices of what linears receive, and whether the text they come from is long enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline import architecture
+from pipeline.data.alpaca import IGNORED, Batch
+
+TOKENS_PER_INPUT = 4  # below about one, error feedback is worse than the nearest codes on other text
+_TILE = 256  # columns of a Gram matrix computed at a time, from the diagonal on: the other half is the same
+
+
+def tokens_needed(inputs: int) -> int:
+    """Return the calibration tokens that a linear of so many inputs needs."""
+    return TOKENS_PER_INPUT * inputs
+
+
+def enough_tokens(inputs: int, tokens: int) -> bool:
+    """Return whether calibration on so many tokens beats the nearest codes on other text."""
+    return tokens >= tokens_needed(inputs)
+
+
+def count_tokens(batches: Sequence[Batch]) -> int:
+    """Return the tokens that Gram matrices are computed from, padding left out."""
+    return sum(int(_real(part).sum()) for part in batches)
+
+
+@torch.no_grad()
+def collect(model: Any, batches: Sequence[Batch], sequential: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield, block by block, X^T X / tokens of every linear's inputs X: full name -> [in, in] fp32, in CPU memory.
+
+    Linears with the same inputs (q, k, v; gate, up) share one tensor. Memory holds the matrices of one block, and the
+    hidden states of all batches between two blocks.
+
+    Args:
+        model: The model, all of it in memory.
+        batches: Calibration text; padding is left out.
+        sequential: Compute what reaches the next block after the caller took a block's matrices, with the weights that
+            the block then has: put its quantized weights there. Costs a second pass through each block.
+    """
+    model.eval()
+    starts = [_start(model, part) for part in batches]
+    states, calls = [state for state, _ in starts], [call for _, call in starts]
+    real = [_real(part).to(model.device) for part in batches]
+    total = count_tokens(batches)
+    for number, block in enumerate(architecture.blocks(model)):
+        halves: dict[str, torch.Tensor] = {}
+        following = []
+        for state, call, mask in zip(states, calls, real, strict=True):
+            with _inputs(block) as seen:
+                following.append(block(state.to(model.device), **call[number]).cpu())
+            for name, value in seen.items():
+                _add_gram(halves, name, value[mask].float())
+        whole = {name: ((half.triu() + half.triu(1).T) / total).cpu() for name, half in halves.items()}
+        groups = [members for _, members in architecture.GRANULARITIES["group"]]
+        yield {architecture.linear_name(number, name): whole[group[0]] for group in groups for name in group}
+        if sequential:
+            following = [
+                block(state.to(model.device), **call[number]).cpu() for state, call in zip(states, calls, strict=True)
+            ]
+        states = following
+
+
+def _add_gram(halves: dict[str, torch.Tensor], name: str, inputs: torch.Tensor) -> None:
+    """Add X^T X of inputs X, [tokens, in], to the upper half of a matrix."""
+    width = inputs.shape[1]
+    half = halves.setdefault(name, torch.zeros(width, width, device=inputs.device))
+    for start in range(0, width, _TILE):
+        here = slice(start, start + _TILE)
+        half[here, start:].addmm_(inputs[:, here].T, inputs[:, start:])
+
+
+def _real(part: Batch) -> torch.Tensor:
+    """Return which positions are no padding: [B, L]."""
+    real = part.labels != IGNORED
+    real[:, 0] = True
+    return real
+
+
+@contextmanager
+def _inputs(block: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Collect what a block's linears receive, once for those that share it: name of the first -> [B, L, in]."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen[name] = inputs[0]
+
+    with ExitStack() as hooks:
+        for _, members in architecture.GRANULARITIES["group"]:
+            handle = block.get_submodule(members[0]).register_forward_pre_hook(partial(keep, members[0]))
+            hooks.callback(handle.remove)
+        yield seen
+
+
+def _start(model: Any, part: Batch) -> tuple[torch.Tensor, list[Mapping[str, Any]]]:
+    """Return the hidden states that enter the first block and what else each block is called with."""
+    states: list[torch.Tensor] = []
+    calls: list[Mapping[str, Any]] = []
+
+    def skip(hidden: torch.Tensor, **others: Any) -> torch.Tensor:
+        states.append(hidden)
+        calls.append(others)
+        return hidden
+
+    with ExitStack() as mended:
+        for block in architecture.blocks(model):
+            block.forward = skip
+            mended.callback(delattr, block, "forward")
+        model.model(input_ids=part.tokens.to(model.device), use_cache=False)
+    return states[0].cpu(), calls
