@@ -9,12 +9,14 @@ from conftest import ROOT, tiny_model
 from test_search import PRIORS, SPACE, UNITS, result
 
 from pipeline import architecture, checkpoint, storage, tracking
-from pipeline.compress.quantize import write_bits
+from pipeline.bits import write as write_bits
 from pipeline.results.cells import at_ratio, changed, qpruner3
 from pipeline.search import search
 from pipeline.stages import paper, shell
+from pipeline.stages import trials as stage_trials
 from pipeline.stages.paper import CellsFailed
 from pipeline.trial import trial
+from pipeline.trial.result import Result
 
 TASK = "piqa"
 
@@ -58,7 +60,9 @@ class Trials:
     broken: object = None  # bits whose cell fails
     killed_at: int = 0  # number of the call that a kill ends
 
-    def run(self, context, bits, *, steps=None, limit=None, skip=0, progress=iter, trained=True, keep=None):
+    def run(self, context, bits, work=None, progress=iter, keep=None):
+        work = work or trial.Work()
+        steps, limit, skip, trained = work.steps, work.limit, work.skip, work.trained
         if len(self.calls) + 1 == self.killed_at:
             self.killed_at = 0
             raise KeyboardInterrupt
@@ -66,14 +70,19 @@ class Trials:
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
         self.calls.append((write_bits(bits), steps, limit, skip, trained))
         found = result(bits)
-        return dataclasses.replace(found, bits=write_bits(bits), validation_loss=1 - found.accuracy), None
+        changes = {"bits": write_bits(bits), "validation_loss": 1 - found.accuracy}
+        return Result.from_json(found.as_json() | changes), None
 
 
 @pytest.fixture
 def trials(monkeypatch):
     made = Trials()
     monkeypatch.setattr(trial, "run", made.run)
-    monkeypatch.setattr(trial, "untouched", lambda context, base: context)
+
+    def untouched(params, context, work):
+        return made.run(context, (16,) * UNITS, dataclasses.replace(work, trained=False))[0]
+
+    monkeypatch.setattr(stage_trials, "untouched", untouched)
     monkeypatch.setattr(paper, "study_name", lambda params, pruned, bank: f"{params.prune.ratio}")
 
     def supplies(params, ratios=()):

@@ -9,7 +9,7 @@ from pipeline.search import pareto, search
 from pipeline.search.allocate import Space
 from pipeline.search.search import Candidate, Ended, SearchError, Study
 from pipeline.search.surrogate import Observation
-from pipeline.trial.trial import Result
+from pipeline.trial.result import Result
 
 UNITS = 8
 SPACE = Space(base=1000, deltas=(10,) * UNITS, max_eights=2, budget=None)
@@ -25,26 +25,28 @@ PRIORS = Priors(
 def result(bits):
     text = "".join(map(str, bits))
     score = sum((index + 1) * (width == 8) for index, width in enumerate(bits)) / 100
-    return Result(
-        text,
-        score,
-        0.01,
-        {"piqa": (score, 0.02)},
-        {},
-        score - 1.0,
-        0.005,
-        2.0,
-        0.1,
-        SPACE.memory(bits),
-        500,
-        "predicted",
-        {"recover": 1.0},
-        4,
-        by_item={"piqa": [(1.0, -0.5), (0.0, -1.5)]},
-        by_row=[(20.0, 10), (30.0, 12)],
-        losses=[3.5, 3.0],
-        validation_losses=[(1, 2.25), (2, 2.0)],
-        trained_tokens=640,
+    return Result.from_json(
+        {
+            "bits": text,
+            "accuracy": score,
+            "accuracy_stderr": 0.01,
+            "tasks": {"piqa": (score, 0.02)},
+            "other": {},
+            "gold_logprob": score - 1.0,
+            "gold_logprob_stderr": 0.005,
+            "validation_loss": 2.0,
+            "validation_loss_stderr": 0.1,
+            "peak_memory_bytes": SPACE.memory(bits),
+            "inference_memory_bytes": 500,
+            "memory_source": "predicted",
+            "seconds": {"recover": 1.0},
+            "items": 4,
+            "by_item": {"piqa": [(1.0, -0.5), (0.0, -1.5)]},
+            "by_row": [(20.0, 10), (30.0, 12)],
+            "losses": [3.5, 3.0],
+            "validation_losses": [(1, 2.25), (2, 2.0)],
+            "trained_tokens": 640,
+        }
     )
 
 

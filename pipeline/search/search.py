@@ -24,6 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from pipeline import bits as bit_text
 from pipeline.compress.importance import Priors
 from pipeline.errors import UserError
 from pipeline.params import Objective, Search, read_history
