@@ -15,9 +15,10 @@ from benchmarks.setup import Setup
 from pipeline import architecture, checkpoint
 from pipeline.compress import quantize
 from pipeline.data import definitions
-from pipeline.params import Quantize
-from pipeline.trial import evaluate, recover
+from pipeline.trial import evaluate, loss, recover
 from pipeline.trial import trial as trials
+from pipeline.trial.assemble import assemble
+from pipeline.trial.recover import Rows
 
 SUBSET = 3  # items of a task in fp32, which takes four times as long
 ROWS = 1024  # tokens of one bare matmul
@@ -37,7 +38,7 @@ def evaluation(setup: Setup) -> dict[str, Figure]:
     """
     context, limit = setup.context, setup.options.limit
     ours, theirs = _models(setup, float32=False)
-    batch_tokens = context.params.evaluate.batch_tokens
+    batch_tokens = context.settings.batch_tokens
     lm = plain.language_model(theirs, context.tokenizer)
     fed: list[int] = []
     heads: list[int] = []
@@ -115,7 +116,7 @@ def _choice(task: Any, sample: Mapping[str, Any], name: str) -> int:
 def _fp32_difference(setup: Setup, limit: int) -> float:
     context = setup.context
     ours, theirs = _models(setup, float32=True)
-    own = evaluate.SharedPrefixLM(ours, context.tokenizer, context.params.evaluate.batch_tokens)
+    own = evaluate.SharedPrefixLM(ours, context.tokenizer, context.settings.batch_tokens)
     mine = plain.samples(own, context.tasks, limit)
     reference = plain.samples(plain.language_model(theirs, context.tokenizer), context.tasks, limit)
     return max(
@@ -135,17 +136,17 @@ def recovery(setup: Setup) -> dict[str, Figure]:
     ``recovery_validation_loss`` is the loss of a response token on held-out rows that each side ends with, computed
     alike; they should be within 1 %.
     """
-    context, settings = setup.context, setup.context.params.recover
-    padding, seed = context.tokenizer.pad_token_id, context.params.seed
+    context, settings = setup.context, setup.context.settings.recover
+    padding, seed = context.tokenizer.pad_token_id, context.settings.seed
     rows = list(chain(*islice(recover.endless(context.train, settings.batch_size, seed), settings.steps)))
     losses: dict[str, float] = {}
 
     def ours() -> float:
-        model = trials.assemble(context, setup.low)
+        model = assemble(context, setup.low)
 
         def work() -> None:
-            found = recover.run(model, context.train, context.validation, settings, settings.steps, padding, seed)
-            losses["ours"] = found.validation_loss
+            read = Rows(context.train, context.validation, padding)
+            losses["ours"] = recover.run(model, read, settings, seed).validation_loss
 
         return timed(work)
 
@@ -153,8 +154,8 @@ def recovery(setup: Setup) -> dict[str, Figure]:
         model = plain.from_bank(context, setup.low)
         seconds = timed(lambda: plain.recover(context, model, rows, padded))
         name = "theirs" if padded else "longest"
-        held_out = recover.row_losses(model, context.validation, settings.micro_batch_size, padding)
-        losses[name], _ = recover.mean_loss(held_out)
+        held_out = loss.row_losses(model, context.validation, settings.micro_batch_size, padding)
+        losses[name], _ = loss.mean_loss(held_out)
         return seconds
 
     sides = (ours, lambda: theirs(True), lambda: theirs(False))
@@ -174,10 +175,10 @@ def recovery(setup: Setup) -> dict[str, Figure]:
 
 
 def assembly(setup: Setup) -> dict[str, Figure]:
-    """Compare ``trial.assemble`` from the bank with quantizing every linear and LoftQ by full SVDs: seconds."""
+    """Compare ``assemble`` from the bank with quantizing every linear and LoftQ by full SVDs: seconds."""
     repeats = setup.options.repeats
     ours, theirs = interleaved(
-        lambda: timed(lambda: trials.assemble(setup.context, setup.low)),
+        lambda: timed(lambda: assemble(setup.context, setup.low)),
         lambda: timed(lambda: plain.assemble(setup.context, setup.low)),
         repeats=repeats,
     )
@@ -191,10 +192,10 @@ def loftq_svd(setup: Setup) -> dict[str, Figure]:
     The matrix is normal. ``loftq_residual`` is the norm that the adapter leaves, against the least possible one; it
     should be within 0.1 %. The full SVD takes so long that it is made once.
     """
-    settings = Quantize(four_bit="nf4", double_quant=False, init="loftq", iterations=1, r=8, lora_alpha=16)
+    settings = quantize.Settings(four_bit="nf4", double_quant=False, init="loftq", iterations=1, r=8, lora_alpha=16)
     weight = torch.randn(*setup.options.matrix, generator=torch.Generator().manual_seed(0)) / 50
     residual = weight - quantize.dequantize(quantize.quantize(weight, 4, settings), torch.float32)
-    scale = settings.lora_alpha / settings.r
+    scale = settings.scale
     found: dict[str, quantize.Adapter] = {}
 
     def ours() -> None:

@@ -29,7 +29,12 @@ from pipeline.compress import quantize
 from pipeline.data import alpaca, tasks
 from pipeline.device import Compute
 from pipeline.results import plan
-from pipeline.trial import evaluate, recover, trial
+from pipeline.stages import trials
+from pipeline.stages.settings import settings_of
+from pipeline.trial import evaluate, loss, recover, trial
+from pipeline.trial.assemble import assemble
+from pipeline.trial.context import Context
+from pipeline.trial.recover import Rows
 
 DEVICE = torch.device("cuda")
 
@@ -44,8 +49,8 @@ def random_context(asked: plan.Asked, ratio: float, tokenizer: Any, steps: int, 
     with DEVICE:
         state = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
     state = {name: tensor.cpu() for name, tensor in state.items()}
-    names = quantize.names_of(config)
-    spent = seconds(lambda: quantize.run(state, names, params.quantize, 0, folder, DEVICE))
+    names, adapters = quantize.names_of(config), settings_of(quantize.Settings, params.quantize)
+    spent = seconds(lambda: quantize.run(state, names, adapters, 0, folder, DEVICE))
     size = sum(state[f"{name}.weight"].numel() for name in names)
     print(f"layer bank of {size / 1e9:.2f}e9 parameters: {spent:.1f} s\n", flush=True)
     settings = params.recover.model_copy(update={"steps": steps, "warmup_steps": 1, "save_every": 0})
@@ -55,9 +60,9 @@ def random_context(asked: plan.Asked, ratio: float, tokenizer: Any, steps: int, 
     rows = [alpaca.encode(part, tokenizer, settings.max_length) for part in (train, held_out)]
     loaded = tasks.load(params.evaluate.tasks, Path("data/sample/benchmarks"))
     units = architecture.units(config, "block")
-    return trial.Context(
-        config, state, quantize.Bank(folder), tokenizer, units, loaded, *rows, params, Compute(DEVICE, torch.bfloat16)
-    )
+    compute = Compute(DEVICE, torch.bfloat16)
+    bank, how = quantize.Bank(folder), trials.settings(params)
+    return Context(config, state, bank, tokenizer, units, loaded, *rows, how, compute)
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -66,19 +71,19 @@ def seconds(work: Callable[[], Any]) -> float:
     return timed(lambda: (work(), torch.cuda.synchronize()))
 
 
-Rows = list[list[str]]
+Lines = list[list[str]]
 
 
-def a_trial(context: Any, bits: list[int]) -> Rows:
+def a_trial(context: Any, bits: list[int]) -> Lines:
     """Return the phases of a trial, and its peaks beside the predicted ones, after a short one that is not counted."""
-    trial.run(context, bits, steps=2, limit=2)
+    trial.run(context, bits, trial.Work(steps=2, limit=2))
     gc.collect()
     held = torch.cuda.memory_allocated()
     result, _ = trial.run(context, bits)
     found = [[f"trial: {phase}, s", f"{value:.1f}", "-", "-"] for phase, value in result.seconds.items()]
     predicted = context.predict(bits)
     peaks = {
-        "training": (result.peak_memory_bytes - held, predicted.training),
+        "training": ((result.peak_memory_bytes or 0) - held, predicted.training),
         "inference": (result.inference_memory_bytes - held, predicted.inference),
     }
     for step, (real, guess) in peaks.items():
@@ -87,13 +92,13 @@ def a_trial(context: Any, bits: list[int]) -> Rows:
     return found
 
 
-def evaluation(context: Any, bits: list[int]) -> Rows:
+def evaluation(context: Any, bits: list[int]) -> Lines:
     """Return items a second."""
-    model, limit = trial.assemble(context, bits).eval(), context.params.evaluate.limit
+    model, limit = assemble(context, bits).eval(), context.settings.limit
     count: list[int] = []
 
     def own() -> None:
-        found = evaluate.run(model, context.tokenizer, context.tasks, limit, context.params.evaluate.batch_tokens)
+        found = evaluate.run(model, context.tokenizer, context.tasks, limit, context.settings.batch_tokens)
         count.append(found.items)
 
     own()
@@ -106,25 +111,25 @@ def evaluation(context: Any, bits: list[int]) -> Rows:
     return found
 
 
-def recovery(context: Any, bits: list[int]) -> Rows:
+def recovery(context: Any, bits: list[int]) -> Lines:
     """Return rows a second, the loss after it, and the rate of operations."""
-    settings, padding, seed = context.params.recover, context.tokenizer.pad_token_id, context.params.seed
+    settings, padding, seed = context.settings.recover, context.tokenizer.pad_token_id, context.settings.seed
     taken = list(chain(*islice(recover.endless(context.train, settings.batch_size, seed), settings.steps)))
     losses: list[float] = []
 
     def own() -> float:
-        model = trial.assemble(context, bits)
-        rows = context.train, context.validation
-        spent = seconds(lambda: recover.run(model, *rows, settings, settings.steps, padding, seed))
-        held_out = recover.row_losses(model, context.validation, settings.micro_batch_size, padding)
-        losses.append(recover.mean_loss(held_out)[0])
+        model = assemble(context, bits)
+        rows = Rows(context.train, context.validation, padding)
+        spent = seconds(lambda: recover.run(model, rows, settings, seed))
+        held_out = loss.row_losses(model, context.validation, settings.micro_batch_size, padding)
+        losses.append(loss.mean_loss(held_out)[0])
         return spent
 
     def other() -> float:
         model = plain.from_bank(context, bits)
         spent = seconds(lambda: plain.recover(context, model, taken, True))
-        held_out = recover.row_losses(model, context.validation, settings.micro_batch_size, padding)
-        losses.append(recover.mean_loss(held_out)[0])
+        held_out = loss.row_losses(model, context.validation, settings.micro_batch_size, padding)
+        losses.append(loss.mean_loss(held_out)[0])
         return spent
 
     ours, theirs = own(), other()
@@ -166,7 +171,7 @@ def main() -> None:
         wanted = plan.asked(asked.preset, "24")
         context = random_context(wanted, asked.ratio, tokenizer, asked.steps, asked.limit, Path(folder))
         bits = [4 if index % 4 else 8 for index in range(len(context.units))]
-        rows: Rows = []
+        rows: Lines = []
         for measure in (a_trial, evaluation, recovery):
             rows += measure(context, bits)
             print(rows, flush=True)  # all that is measured stays known if a later part fails

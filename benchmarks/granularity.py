@@ -27,11 +27,11 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.perplexity import losses
+from pipeline import bits as bit_text
 from pipeline import console, params
-from pipeline.compress import quantize
-from pipeline.paths import ALPACA, BANK, BENCHMARKS, PRUNED, REPORTS
+from pipeline.paths import PRUNED, REPORTS
 from pipeline.search.allocate import Bits
-from pipeline.stages import importance
+from pipeline.stages import importance, trials
 from pipeline.trial import evaluate, trial
 
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25)
@@ -58,19 +58,19 @@ def measure(
         budgets: Share -> peak bytes that are allowed; those that it lacks are added as they came out.
         front: Folder of a project whose front is taken; None: the greedy allocation.
     """
-    context = trial.load(settings, PRUNED, BANK, ALPACA, BENCHMARKS)
+    context = trials.load(settings)
     if front is None:
         with tempfile.TemporaryDirectory() as scratch:
             priors = importance.write(settings, PRUNED, Path(scratch) / "importance.json")
-    space = replace(trial.space(context), max_eights=len(context.units))
+    space = replace(trials.space(settings, context), max_eights=len(context.units))
     skip = evaluate.seen(context.tasks, settings.evaluate.limit)
 
     @cache
     def judged(bits: Bits) -> tuple[dict, np.ndarray, np.ndarray | None]:
-        result, model = trial.run(context, bits, limit=limit, skip=skip)
+        result, model = trial.run(context, bits, trial.Work(limit=limit, skip=skip))
         figures = {
             "raised": bits.count(8),
-            "peak_memory_mib": result.peak_memory_bytes / 2**20,
+            "peak_memory_mib": (result.peak_memory_bytes or 0) / 2**20,
             "accuracy": result.accuracy,
             "gold_logprob": result.gold_logprob,
             "validation_loss": result.validation_loss,
@@ -89,7 +89,7 @@ def measure(
         if front is None:
             bits = within.allocate(within.per_byte(priors.sensitivity))
         else:
-            bits = quantize.read_bits(best(front, within.budget), context.units)
+            bits = bit_text.parse(best(front, within.budget), len(context.units))
         budgets.setdefault(share, within.budget if front else context.predict(bits).training)
         figures, items[share], words = judged(bits)
         if words is not None:

@@ -28,7 +28,8 @@ from pipeline import architecture, checkpoint, console, storage
 from pipeline.compress import quantize
 from pipeline.paths import REPORTS
 from pipeline.trial import evaluate, trial
-from pipeline.trial.trial import Context
+from pipeline.trial.context import Context
+from pipeline.trial.trees import trees
 
 MODELS = ((128, 4), (256, 6), (384, 8))  # hidden size and blocks; MLPs are three times as wide
 ITEMS, STEPS = (4, 8, 16), (1, 2, 4)
@@ -141,7 +142,7 @@ def trial_seconds(context: Context, steps: int, limit: int, repeats: int) -> flo
     """Return the median seconds of a trial at 4 bits, after one that is not counted."""
 
     def once() -> float:
-        return sum(trial.run(context, (4,) * len(context.units), steps=steps, limit=limit)[0].seconds.values())
+        return sum(trial.run(context, (4,) * len(context.units), trial.Work(steps, limit))[0].seconds.values())
 
     once()
     return median(once() for _ in range(repeats))
@@ -172,8 +173,8 @@ def tokens_of(context: Context, steps: int) -> int:
 
     from pipeline.trial.recover import endless
 
-    settings = context.params.recover
-    parts = islice(endless(context.train, settings.batch_size, context.params.seed), steps)
+    settings = context.settings
+    parts = islice(endless(context.train, settings.recover.batch_size, settings.seed), steps)
     return sum(len(row.tokens) for part in parts for row in part)
 
 
@@ -184,13 +185,13 @@ def item_tokens(context: Context) -> float:
     class Counting(evaluate.SharedPrefixLM):
         def _loglikelihood_tokens(self, requests: list, **_: object) -> list[tuple[float, bool]]:
             asked = [self._request(before, after) for _, before, after in requests]
-            found.append(sum(tree.size for tree in evaluate.trees(asked)))
+            found.append(sum(tree.size for tree in trees(asked)))
             return [(0.0, False)] * len(asked)
 
     from benchmarks.plain import samples
 
     model = checkpoint.from_state(context.config, context.state)
-    scored = samples(Counting(model, context.tokenizer, 1024), context.tasks, context.params.evaluate.limit)
+    scored = samples(Counting(model, context.tokenizer, 1024), context.tasks, context.settings.limit)
     return sum(found) / sum(len(one) for one in scored.values())
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.memory [cuda]
 
 Random weights in bitsandbytes' own modules. Training: two optimizer steps of ``recover.run``, two micro-batches each.
-Inference: one tree-masked batch of ``evaluate.score``. On a CPU PyTorch's profiler records the allocations and the
-prediction is the CPU's trace (``traced.CPU``): two minutes; the last row has the shapes of ``artifacts/base``. On a GPU
-the allocator itself says its peak, less what it held before (cuBLAS's workspaces), and the prediction is
+Inference: one tree-masked batch of ``scoring.score``. On a CPU PyTorch's profiler records the allocations and the
+prediction is the CPU's trace (``kernels.CPU``): two minutes; the last row has the shapes of ``artifacts/base``. On a
+GPU the allocator itself says its peak, less what it held before (cuBLAS's workspaces), and the prediction is
 ``memory.predict``'s; it goes on with LLaMA-7B, pruned to equal blocks, with the batches of its preset.
 """
 
@@ -31,9 +31,14 @@ from pipeline.compress import quantize
 from pipeline.data.alpaca import Example
 from pipeline.device import Compute
 from pipeline.results import plan
-from pipeline.trial import evaluate, memory, recover, traced, trial
-from pipeline.trial.evaluate import Request
-from pipeline.trial.memory import Setting
+from pipeline.stages import trials
+from pipeline.stages.settings import settings_of
+from pipeline.trial import kernels, memory, recover, scoring, traced
+from pipeline.trial.assemble import assemble
+from pipeline.trial.context import Context
+from pipeline.trial.recover import Rows
+from pipeline.trial.setting import Setting
+from pipeline.trial.trees import Request, trees
 
 SMALL = {
     "hidden_size": 256,
@@ -136,10 +141,11 @@ def peak_of(work: Callable[[], Any]) -> int:
     return most
 
 
-def context_of(case: Case, folder: Path, device: torch.device = CPU) -> trial.Context:
+def context_of(case: Case, folder: Path, device: torch.device = CPU) -> Context:
     """Return what a trial needs: random weights and their layer bank."""
     raw = params.parse(yaml.safe_load(Path("params.yaml").read_text()))
-    settings = raw.quantize.model_copy(update={"init": "gaussian", "r": case.r, "double_quant": case.double_quant})
+    adapters = {"init": "gaussian", "r": case.r, "double_quant": case.double_quant}
+    settings = replace(settings_of(quantize.Settings, raw.quantize), **adapters)
     torch.manual_seed(0)
     config = case.config()
     with device:
@@ -147,10 +153,10 @@ def context_of(case: Case, folder: Path, device: torch.device = CPU) -> trial.Co
     state = {name: tensor.cpu() for name, tensor in state.items()}
     quantize.run(state, quantize.names_of(config), settings, 0, folder, device)
     batch = {"batch_size": 2 * case.rows, "micro_batch_size": case.rows, "max_length": case.length}
-    chosen = raw.model_copy(update={"recover": raw.recover.model_copy(update=batch)})
+    chosen = trials.settings(raw.model_copy(update={"recover": raw.recover.model_copy(update=batch)}))
     units = architecture.units(config, "group")
     bank = quantize.Bank(folder)
-    return trial.Context(config, state, bank, None, units, {}, [], [], chosen, Compute(device, torch.bfloat16))
+    return Context(config, state, bank, None, units, {}, [], [], chosen, Compute(device, torch.bfloat16))
 
 
 def bytes_of(model: Any) -> int:
@@ -166,7 +172,7 @@ def every(model: Any) -> list[torch.Tensor]:
     return [one for one in [*traced.tensors(model), *kept] if isinstance(one, torch.Tensor)]
 
 
-def real(case: Case, context: trial.Context, bits: tuple[int, ...]) -> tuple[int, int]:
+def real(case: Case, context: Context, bits: tuple[int, ...]) -> tuple[int, int]:
     """Return the peaks of real training and real inference."""
     if context.device == CUDA:
         for dtype in (torch.float32, torch.bfloat16):  # cuBLAS takes its workspaces
@@ -178,13 +184,13 @@ def real(case: Case, context: trial.Context, bits: tuple[int, ...]) -> tuple[int
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 1000, (4 * case.rows, case.length), generator=generator).tolist()
     examples = [Example(tuple(row), 1) for row in ids]
-    model = trial.assemble(context, bits, real=True)
+    model = assemble(context, bits, real=True)
     if case.gradient_checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    settings = context.params.recover
+    settings = replace(context.settings.recover, steps=2)
 
     def trained() -> None:
-        recover.run(model, examples, examples[: case.rows], settings, 2, 0, 0)
+        recover.run(model, Rows(examples, examples[: case.rows], 0), settings, 0)
 
     if context.device == CUDA:
         training = (memory.measured(trained, CUDA)[1] or 0) - before
@@ -194,7 +200,7 @@ def real(case: Case, context: trial.Context, bits: tuple[int, ...]) -> tuple[int
         base = bytes_of(model)
         training = base + peak_of(trained)
 
-    fresh = trial.assemble(context, bits, real=True).eval()
+    fresh = assemble(context, bits, real=True).eval()
     rows, length = case.inference
     half = length // 2  # a shared half and two branches of a quarter each
     requests = []
@@ -202,23 +208,23 @@ def real(case: Case, context: trial.Context, bits: tuple[int, ...]) -> tuple[int
         shared, rest = row[:half], row[half:]
         middle = len(rest) // 2
         requests += [Request((*shared, *part), 1) for part in (rest[:middle], rest[middle:])]
-    batch = evaluate.trees(requests)
+    batch = trees(requests)
     assert {tree.size for tree in batch} == {length}
 
     @torch.inference_mode()
     def scored() -> None:
-        list(evaluate.score(fresh, requests, length, [[tree] for tree in batch]))
+        list(scoring.score(fresh, requests, length, [[tree] for tree in batch]))
 
     if context.device == CUDA:
         return training, (memory.measured(scored, CUDA)[1] or 0) - before
     return training, base + peak_of(scored)
 
 
-def predicted(case: Case, config: Any, bits_of: dict[str, int]) -> tuple[int, int]:
+def predicted(case: Case, config: Any, widths: dict[str, int]) -> tuple[int, int]:
     """Return the peaks that the trace gives for a CPU."""
 
     def trace(step: Callable[..., tuple[int, int]]) -> int:
-        return step(traced.model_of(config, bits_of, case.setting, traced.CPU), case.setting, traced.CPU)[1]
+        return step(traced.model_of(config, widths, case.setting, kernels.CPU), case.setting, kernels.CPU)[1]
 
     return trace(traced.training), trace(traced.inference)
 
@@ -228,14 +234,14 @@ def compare(case: Case, device: torch.device = CPU) -> tuple[tuple[int, int], tu
     with tempfile.TemporaryDirectory() as folder:
         context = context_of(case, Path(folder), device)
         draw = random.Random(1)
-        widths = tuple(draw.choice((4, 8)) if case.bits == "mixed" else int(case.bits) for _ in context.units)
-        bits_of = context.bits_of(widths)
+        bits = tuple(draw.choice((4, 8)) if case.bits == "mixed" else int(case.bits) for _ in context.units)
+        widths = context.widths(bits)
         if device == CPU:
-            guess = predicted(case, context.config, bits_of)
+            guess = predicted(case, context.config, widths)
         else:
-            peak = memory.predict(context.config, bits_of, case.setting)
+            peak = memory.predict(context.config, widths, case.setting)
             guess = peak.training, peak.inference
-        return real(case, context, widths), guess
+        return real(case, context, bits), guess
 
 
 def main(device: torch.device) -> None:

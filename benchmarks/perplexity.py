@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 import yaml
 
-from pipeline import checkpoint, fits, params
-from pipeline.compress import prune, saliency
+from pipeline import checkpoint, params
+from pipeline.compress import prune, structures
+from pipeline.compress.modules import token_losses
 from pipeline.data import calibration
+from pipeline.stages.settings import pruning
 
 WINDOWS, LENGTH = 20, 256
 
@@ -27,7 +29,7 @@ def losses(model, tokenizer, text: str, windows: int = WINDOWS) -> torch.Tensor:
     tokens = torch.tensor(tokenizer.encode(text[:200_000])[: windows * LENGTH]).view(windows, LENGTH)
     found = []
     for part in tokens.split(4):
-        found.append(saliency.token_losses(model(input_ids=part).logits, part).mean(1))
+        found.append(token_losses(model(input_ids=part).logits, part).mean(1))
     return torch.cat(found)
 
 
@@ -40,11 +42,11 @@ def draw(folder: Path, rows: Path, text: Path, settings: params.Prune, ratios: l
     """Prune with one draw of the calibration rows; print a line and return the perplexity for each ratio."""
     tokenizer, model, start = checkpoint.load_tokenizer(folder), checkpoint.load_model(folder), time.time()
     parts = []
-    if fits.calibrated(settings.importance, settings.compensate):
+    if structures.calibrated(settings.importance, settings.compensate):
         asked = {"text": settings.text, "samples": settings.samples, "max_length": settings.max_length}
         parts = calibration.batches(tokenizer, rows, 16, seed, **asked)
     found = []
-    for pruned in prune.at_ratios(model, parts, settings, ratios, seed):
+    for pruned in prune.at_ratios(model, parts, pruning(settings), ratios, seed):
         smaller = checkpoint.from_state(pruned.config, pruned.state).float().eval()
         found.append(perplexity(smaller, tokenizer, text.read_text(encoding="utf-8")))
         shown = f"kept {1 - pruned.ratio:.4f}, perplexity {found[-1]:.1f}"

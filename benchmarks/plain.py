@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from pipeline import checkpoint
 from pipeline.compress import quantize
 from pipeline.data import alpaca
 from pipeline.data.alpaca import IGNORED, Example
-from pipeline.trial import trial
-from pipeline.trial.trial import Context
+from pipeline.trial import assemble as trials
+from pipeline.trial.adapters import lora_config
+from pipeline.trial.context import Context
 
 
 def samples(lm: Any, loaded: Mapping[str, Any], limit: int) -> dict[str, list[dict[str, Any]]]:
@@ -44,8 +45,8 @@ def low_rank(matrix: torch.Tensor, r: int, scale: float) -> quantize.Adapter:
 def assemble(context: Context, bits: Sequence[int]) -> PeftModel:
     """Quantize every linear and initialize its adapter by LoftQ with full SVDs, from the pruned model alone."""
     settings, state = context.bank.settings, dict(context.state)
-    scale, adapters = settings.lora_alpha / settings.r, {}
-    for name, width in context.bits_of(bits).items():
+    scale, adapters = settings.scale, {}
+    for name, width in context.widths(bits).items():
         weight = base = state[f"{name}.weight"]
         for _ in range(settings.iterations):
             quantized = quantize.dequantize(quantize.quantize(base, width, settings), torch.float32)
@@ -66,20 +67,22 @@ def from_bank(context: Context, bits: Sequence[int]) -> PeftModel:
 
     On a GPU of bitsandbytes' modules, elsewhere of dequantized weights, as a trial has them.
     """
-    bits_of = context.bits_of(bits)
+    widths = context.widths(bits)
     if context.device.type == "cuda":
-        model = get_peft_model(
-            trial.mixed_model(context, bits_of), trial.lora_config(context.params, context.bank.settings)
-        )
+        model = get_peft_model(trials.mixed_model(context, widths), _adapters(context))
     else:
-        model = _adapted(context, quantize.simulated(context.state, context.bank, bits_of))
-    trial.set_adapters(model, context.bank, bits_of)
+        model = _adapted(context, quantize.simulated(context.state, context.bank, widths))
+    trials.set_adapters(model, context.bank, widths)
     return model
 
 
 def _adapted(context: Context, state: dict[str, torch.Tensor]) -> PeftModel:
     model = checkpoint.from_state(context.config, state)
-    return get_peft_model(model, trial.lora_config(context.params, context.bank.settings))
+    return get_peft_model(model, _adapters(context))
+
+
+def _adapters(context: Context) -> LoraConfig:
+    return lora_config(context.bank.settings, context.settings.recover.dropout)
 
 
 class _Collator:
@@ -107,12 +110,12 @@ def recover(context: Context, model: PeftModel, rows: Sequence[Example], padded:
     """Train by transformers' Trainer on the rows, once each, and evaluate on the held-out rows; changes the model.
 
     Args:
-        context: Steps, batches, learning rate and schedule are those of its params.
+        context: Steps, batches, learning rate and schedule are those of its settings.
         model: Wrapped by PEFT.
         rows: As many as the steps take.
         padded: To ``recover.max_length`` as the paper has it; else to the longest of each batch.
     """
-    settings, on_cpu = context.params.recover, context.device.type == "cpu"
+    settings, on_cpu = context.settings.recover, context.device.type == "cpu"
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -125,7 +128,7 @@ def recover(context: Context, model: PeftModel, rows: Sequence[Example], padded:
             warmup_steps=settings.warmup_steps,
             weight_decay=0.0,
             max_grad_norm=1.0,
-            seed=context.params.seed,
+            seed=context.settings.seed,
             use_cpu=on_cpu,
             optim="adamw_torch" if on_cpu else "paged_adamw_32bit",
             report_to=[],

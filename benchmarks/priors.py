@@ -24,9 +24,11 @@ from pipeline.compress.importance import Priors
 from pipeline.console import progress
 from pipeline.data import alpaca
 from pipeline.data.alpaca import Example
-from pipeline.paths import ALPACA, BANK, BENCHMARKS, PRUNED, REPORTS
-from pipeline.trial import recover, trial
-from pipeline.trial.trial import Context
+from pipeline.paths import ALPACA, REPORTS
+from pipeline.stages import trials
+from pipeline.trial import loss
+from pipeline.trial.assemble import assemble, merged
+from pipeline.trial.context import Context
 
 
 @torch.inference_mode()
@@ -40,12 +42,12 @@ def losses(context: Context, rows: list[Example], vectors: np.ndarray) -> np.nda
     """
     found = []
     for raised in progress(vectors.tolist(), "random vectors"):
-        model = trial.assemble(context, [8 if up else 4 for up in raised]).eval()
-        with trial.merged(model):
-            each = recover.row_losses(
-                model, rows, context.params.recover.micro_batch_size, context.tokenizer.pad_token_id
+        model = assemble(context, [8 if up else 4 for up in raised]).eval()
+        with merged(model):
+            each = loss.row_losses(
+                model, rows, context.settings.recover.micro_batch_size, context.tokenizer.pad_token_id
             )
-        found.append(recover.mean_loss(each)[0])
+        found.append(loss.mean_loss(each)[0])
     return np.array(found)
 
 
@@ -75,7 +77,7 @@ def judged(prior: np.ndarray, true: np.ndarray) -> tuple[float, float]:
 def main(count: int) -> None:
     """Measure and print."""
     settings = params.load()
-    context = trial.load(settings, PRUNED, BANK, ALPACA, BENCHMARKS)
+    context = trials.load(settings)
     priors = Priors.from_json(json.loads((REPORTS / "importance.json").read_text()))
     train, _ = alpaca.split(alpaca.read(ALPACA), settings.data.validation_rows, settings.seed)
     last = alpaca.encode(train[-settings.data.validation_rows :], context.tokenizer, settings.recover.max_length)

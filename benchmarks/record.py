@@ -24,13 +24,15 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline import bits as bit_text
 from pipeline import console, params, storage
 from pipeline.compress.importance import Priors
-from pipeline.compress.quantize import write_bits
-from pipeline.paths import ALPACA, BANK, BENCHMARKS, PRUNED, REPORTS
+from pipeline.paths import REPORTS
 from pipeline.search.allocate import Bits, Space
+from pipeline.stages import trials
 from pipeline.trial import evaluate, trial
-from pipeline.trial.trial import Context, Result
+from pipeline.trial.context import Context
+from pipeline.trial.result import Result
 
 FOLDER = Path("benchmarks/landscape")
 Items = dict[str, list[tuple[float, float]]]  # task -> of each item (its metric, its gold choice's log-probability)
@@ -113,13 +115,28 @@ def long(bits: str, steps: int, items: Items) -> list[dict[str, Any]]:
     ]
 
 
-def record(context: Context, space: Space, priors: Priors, count: int, recovered: int, folder: Path) -> pd.DataFrame:
+def record(
+    settings: params.Params,
+    context: Context,
+    space: Space,
+    priors: Priors,
+    counts: tuple[int, int],
+    folder: Path,
+) -> pd.DataFrame:
     """Measure what the table lacks; return the table.
+
+    Args:
+        settings: The params that the context was made of.
+        context: What trials share.
+        space: The feasible vectors.
+        priors: Of the units.
+        counts: Vectors without recovery, and how many of them with it, too.
+        folder: Where the landscape is kept.
 
     Raises:
         ValueError: The folder holds a landscape of other settings.
     """
-    settings = context.params
+    count, recovered = counts
     facts = {
         "settings": params.digest(
             settings.evaluate, settings.recover, settings.prune, settings.quantize, settings.seed
@@ -139,11 +156,11 @@ def record(context: Context, space: Space, priors: Priors, count: int, recovered
     done = {(one["bits"], one["steps"]) for one in rows}
     chosen = vectors(space, priors, count, settings.seed)
     jobs = [(bits, 0) for bits in chosen] + [(bits, settings.recover.steps) for bits in chosen[:recovered]]
-    jobs = [(bits, steps) for bits, steps in jobs if (write_bits(bits), steps) not in done]
+    jobs = [(bits, steps) for bits, steps in jobs if (bit_text.write(bits), steps) not in done]
     start = time.monotonic()
     for index, (bits, steps) in enumerate(jobs, 1):
         limit = settings.evaluate.limit
-        result, _ = trial.run(context, bits, steps=steps, limit=2 * limit if steps else limit)
+        result, _ = trial.run(context, bits, trial.Work(steps, 2 * limit if steps else limit))
         every += long(result.bits, steps, result.by_item)
         rows.append(row(result, limit, steps))
         pd.DataFrame(every).to_parquet(scratch, index=False)
@@ -169,9 +186,10 @@ def agreement(table: pd.DataFrame) -> str:
 def main(count: int, recovered: int) -> None:
     """Record with ``params.yaml`` and the artifacts."""
     settings = params.load()
-    context = trial.load(settings, PRUNED, BANK, ALPACA, BENCHMARKS)
+    context = trials.load(settings)
     priors = Priors.from_json(json.loads((REPORTS / "importance.json").read_text()))
-    table = record(context, trial.space(context), priors, count, recovered, FOLDER)
+    space = trials.space(settings, context)
+    table = record(settings, context, space, priors, (count, recovered), FOLDER)
     console.note(f"{len(table)} rows in {FOLDER / 'table.csv'}; {agreement(table)}")
 
 

@@ -22,7 +22,7 @@ from pipeline.paths import REPORTS
 from pipeline.search import pareto
 from pipeline.stages import STAGES
 from pipeline.stages.recorder import Recorder, log_result
-from pipeline.trial.trial import Result
+from pipeline.trial.result import Result
 
 STARTUP, NOOP, QUERY, SHARE = 5.0, 3.0, 1.0, 0.02  # bars: seconds, and a share
 LOSSES = 16
@@ -98,9 +98,11 @@ def outcome(generator: random.Random, units: int = 30) -> Result:
         "items": 168,
         "losses": [generator.random() for _ in range(LOSSES)],
         "by_item": {name: [(float(generator.random() < 0.5), -generator.random())] * 24 for name in params.TASKS},
+        "validation_losses": [],
+        "trained_tokens": 0,
         "by_row": [(generator.random() * 100, 100)] * 16,
     }
-    return Result(**values)
+    return Result.from_json(values)
 
 
 def recorder(study: str) -> Any:

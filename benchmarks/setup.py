@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipeline import params
 from pipeline.paths import ALPACA, BANK, BASE, BENCHMARKS, PRUNED
-from pipeline.trial.trial import Context
-from pipeline.trial.trial import load as load_context
+from pipeline.stages import trials
+from pipeline.trial.context import Context
 
 MAX_LENGTH = 256  # tokens of a row of Alpaca, as in the paper
 
@@ -58,7 +58,7 @@ class Setup:
         recover = given.recover.model_copy(update={"max_length": MAX_LENGTH})
         evaluate = given.evaluate.model_copy(update={"limit": self.options.limit})
         wanted = given.model_copy(update={"recover": recover, "evaluate": evaluate, "device": "cpu"})
-        return load_context(wanted, PRUNED, BANK, ALPACA, self.options.items)
+        return trials.load(wanted, items=self.options.items)
 
     @property
     def low(self) -> tuple[int, ...]:

@@ -6,13 +6,12 @@ import torch
 from conftest import batches, tiny_model
 
 from pipeline.compress import prune, quantize
-from pipeline.params import Quantize
-from pipeline.trial import trial
+from pipeline.trial import assemble
 
 
 def settings(**changes):
     plain = {"four_bit": "nf4", "double_quant": False, "init": "loftq", "iterations": 1, "r": 4, "lora_alpha": 8}
-    return Quantize(**(plain | changes))
+    return quantize.Settings(**(plain | changes))
 
 
 def pruned(family="llama", dtype=torch.bfloat16):
@@ -26,11 +25,10 @@ def make_bank(folder, config, state, seed=0, **changes):
     return quantize.Bank(folder)
 
 
-def real_model(config, state, bank, bits_of):
+def real_model(config, state, bank, widths):
     """The model of bitsandbytes' modules, as a trial builds it."""
-    return trial.mixed_model(
-        SimpleNamespace(config=config, state=state, bank=bank, device=torch.device("cpu")), bits_of
-    )
+    context = SimpleNamespace(config=config, state=state, bank=bank, device=torch.device("cpu"))
+    return assemble.mixed_model(context, widths)
 
 
 def mixed_bits(config):

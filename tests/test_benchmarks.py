@@ -14,9 +14,14 @@ from benchmarks import evidence, granularity, priors, record, samplers
 from pipeline import architecture, params
 from pipeline.data import alpaca, tasks
 from pipeline.device import Compute
+from pipeline.errors import UserError
+from pipeline.results.cells import changed
 from pipeline.search import surrogate
 from pipeline.search.allocate import raised_of
+from pipeline.stages import trials
 from pipeline.trial import trial
+from pipeline.trial.context import Context
+from pipeline.trial.result import Result
 from tests.fixtures.searches import PRIORS, SPACE, UNITS, result
 
 
@@ -81,19 +86,13 @@ def test_arms_replayed_apart_come_together(landscape, tmp_path, capsys):
     assert set(pd.read_csv(tmp_path / "samplers.csv")["landscape"]) == {"another"}
 
 
-@pytest.fixture
-def context(default):
-    return type("Context", (), {"params": default})()
-
-
-def fake(calls):
-    def run(context, bits, steps, limit):
-        calls.append((tuple(bits), steps))
-        good = result(bits).gold_logprob + steps / 10
-        items = [
-            (index % 2, good if index < context.params.evaluate.limit else 9.0) for index in range(limit)
-        ]  # later ones count not
-        return dataclasses.replace(result(bits), by_item={"piqa": items, "boolq": items}), None
+def fake(calls, limit):
+    def run(context, bits, work):
+        calls.append((tuple(bits), work.steps))
+        good = result(bits).gold_logprob + work.steps / 10
+        later = 9.0  # of items that do not count
+        items = [(index % 2, good if index < limit else later) for index in range(work.limit)]
+        return Result.from_json(result(bits).as_json() | {"by_item": {"piqa": items, "boolq": items}}), None
 
     return run
 
@@ -107,13 +106,13 @@ def test_vectors_are_distinct_feasible_and_spread_from_the_start():
     assert len(record.vectors(SPACE, PRIORS, 1000, 0)) == 1 + UNITS + UNITS * (UNITS - 1) // 2
 
 
-def test_recording_goes_on_where_it_was(tmp_path, context, monkeypatch):
+def test_recording_goes_on_where_it_was(tmp_path, default, monkeypatch):
     calls: list = []
-    monkeypatch.setattr(trial, "run", fake(calls))
-    record.record(context, SPACE, PRIORS, 5, 0, tmp_path)
-    table = record.record(context, SPACE, PRIORS, 8, 4, tmp_path)
+    monkeypatch.setattr(trial, "run", fake(calls, default.evaluate.limit))
+    record.record(default, None, SPACE, PRIORS, (5, 0), tmp_path)
+    table = record.record(default, None, SPACE, PRIORS, (8, 4), tmp_path)
     assert len(calls) == len(set(calls)) == 12
-    assert [steps for _, steps in calls] == [0] * 8 + [context.params.recover.steps] * 4
+    assert [steps for _, steps in calls] == [0] * 8 + [default.recover.steps] * 4
     kept = pd.read_csv(tmp_path / "table.csv", dtype={"bits": str})
     assert kept["bits"].tolist() == table["bits"].tolist() == ["".join(map(str, bits)) for bits, _ in calls]
     assert {"gold_logprob", "gold_logprob_stderr", "accuracy", "piqa", "peak_memory_bytes"} <= set(kept.columns)
@@ -121,17 +120,17 @@ def test_recording_goes_on_where_it_was(tmp_path, context, monkeypatch):
     first = table.iloc[0]
     assert first["gold_logprob"] == pytest.approx(result(calls[0][0]).gold_logprob)
     assert first["accuracy"] == first["piqa"] == 0.5
-    limit = context.params.evaluate.limit
+    limit = default.evaluate.limit
     counts = pd.read_parquet(tmp_path / "items.parquet").groupby(["bits", "steps"], sort=False).size()
     assert counts.tolist() == [2 * limit] * 8 + [4 * limit] * 4
 
 
-def test_landscapes_of_other_settings_do_not_mix(tmp_path, context, monkeypatch):
-    monkeypatch.setattr(trial, "run", fake([]))
-    record.record(context, SPACE, PRIORS, 2, 0, tmp_path)
+def test_landscapes_of_other_settings_do_not_mix(tmp_path, default, monkeypatch):
+    monkeypatch.setattr(trial, "run", fake([], default.evaluate.limit))
+    record.record(default, None, SPACE, PRIORS, (2, 0), tmp_path)
     other = dataclasses.replace(SPACE, base=7)
     with pytest.raises(ValueError, match="another model or other settings"):
-        record.record(context, other, PRIORS, 2, 0, tmp_path)
+        record.record(default, None, other, PRIORS, (2, 0), tmp_path)
 
 
 def test_recorded_landscape_is_fitted_again(tmp_path):
@@ -170,7 +169,7 @@ def test_recording_a_tiny_model_runs_its_trials(tmp_path, tokenizer, raw_params)
     settings = params.parse(raw_params)
     config, state = banks.pruned()
     rows = alpaca.encode(alpaca.read(ROOT / "data/sample/alpaca.jsonl")[:4], tokenizer, settings.recover.max_length)
-    context = trial.Context(
+    context = Context(
         config=config,
         state=state,
         bank=banks.make_bank(tmp_path, config, state),
@@ -179,26 +178,23 @@ def test_recording_a_tiny_model_runs_its_trials(tmp_path, tokenizer, raw_params)
         tasks=tasks.load(["piqa"], ROOT / "data/sample/benchmarks"),
         train=rows,
         validation=rows[:2],
-        params=settings,
+        settings=trials.settings(settings),
         compute=Compute(torch.device("cpu"), torch.bfloat16),
     )
-    space = trial.space(context)
+    space = trials.space(settings, context)
     sizes = [sum(state[f"{name}.weight"].numel() for name in unit.linears) for unit in context.units]
     assert space.sizes == tuple(sizes) and space.average_bits == 5.5
     tiny = dataclasses.replace(PRIORS, sensitivity=(0.1, 0.3, 0.2, 0.4))
-    table = record.record(context, space, tiny, 2, 1, tmp_path / "landscape")
+    table = record.record(settings, context, space, tiny, (2, 1), tmp_path / "landscape")
     assert table["steps"].tolist() == [0, 0, 1]
     assert table["bits"].tolist()[::2] == ["4444", "4444"]
     assert (table["gold_logprob"] < 0).all() and (table["gold_logprob_stderr"] > 0).all()
     assert table["peak_memory_bytes"].tolist() == [
         context.predict(tuple(map(int, bits))).training for bits in table["bits"]
     ]
-    forbidden = dataclasses.replace(
-        context,
-        params=settings.model_copy(update={"search": settings.search.model_copy(update={"seed_bits": ("8848",)})}),
-    )
-    with pytest.raises(ValueError, match="search.seed_bits: '8848' is beyond .* average_bits"):
-        trial.space(forbidden)
+    forbidden = changed(settings, "search", seed_bits=("8848",))
+    with pytest.raises(UserError, match="search.seed_bits: '8848' is beyond .* average_bits"):
+        trials.space(forbidden, context)
 
 
 def items_of(quality, memory, noise=0.5, tasks=2, count=24):

@@ -10,12 +10,16 @@ from conftest import ROOT, batches, tiny_model
 from lm_eval.models.huggingface import HFLM
 
 from pipeline import architecture, checkpoint, storage
-from pipeline.compress import importance, prune, quantize, saliency
+from pipeline.compress import grams, importance, prune, quantize, saliency
 from pipeline.data import alpaca, tasks
 from pipeline.device import Compute
-from pipeline.params import TASKS, Importance
-from pipeline.stages import recorder
-from pipeline.trial import build, evaluate, memory, recover, trial
+from pipeline.params import TASKS
+from pipeline.stages import recorder, trials
+from pipeline.stages.settings import pruning, settings_of
+from pipeline.trial import build, evaluate, memory, recover, training, trial
+from pipeline.trial.assemble import assemble
+from pipeline.trial.context import Context
+from pipeline.trial.recover import Rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -40,15 +44,15 @@ def assert_close(found, expected, rtol=1e-3):
 
 @pytest.mark.parametrize("kind", ["taylor1", "taylor2", "taylor_mix", "magnitude", "activation", "fisher_mask"])
 def test_scores_equal_the_cpus(default, kind):
-    settings = default.prune.model_copy(update={"importance": kind})
+    settings = replace(pruning(default.prune), importance=kind)
     for one, other in zip(*both(lambda model, parts: saliency.importance(model, parts, settings)), strict=True):
         for name in one:
             assert_close(other[name], one[name])
 
 
 def test_gram_matrices_are_those_of_the_cpu_in_however_many_lots(monkeypatch):
-    monkeypatch.setattr(saliency, "_BLOCKS_AT_ONCE", 3)  # of four blocks
-    for one, other in zip(*both(saliency.input_grams), strict=True):
+    monkeypatch.setattr(grams, "_BLOCKS_AT_ONCE", 3)  # of four blocks
+    for one, other in zip(*both(grams.input_grams), strict=True):
         assert set(one) == set(other)
         for name in one:
             assert_close(other[name], one[name])
@@ -57,7 +61,7 @@ def test_gram_matrices_are_those_of_the_cpu_in_however_many_lots(monkeypatch):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_surgeon_prunes_and_refits_as_on_the_cpu(default, steps):
     changes = {"importance": "surgeon", "compensate": True, "ratio": 0.2, "steps": steps, "scope": "global"}
-    settings = default.prune.model_copy(update=changes)
+    settings = replace(pruning(default.prune), **changes)
     one, other = both(lambda model, parts: prune.run(model, parts, settings, 0))
     assert one.config.block_shapes == other.config.block_shapes
     for first, second in zip(one.kept, other.kept, strict=True):
@@ -67,9 +71,10 @@ def test_surgeon_prunes_and_refits_as_on_the_cpu(default, steps):
 
 
 def test_importance_equals_the_cpus(default):
-    settings = Importance(samples=6, max_length=12, clusters=4, outcomes=4)
+    settings = importance.Settings(clusters=4, outcomes=4)
+    quantization = settings_of(quantize.Settings, default.quantize)
     units = architecture.units(tiny_model().config, "group")
-    one, other = both(lambda model, parts: importance.run(model, parts, units, settings, default.quantize, 0))
+    one, other = both(lambda model, parts: importance.run(model, parts, units, settings, quantization, 0))
     assert other.divergence == pytest.approx(one.divergence, abs=1e-4)
     assert other.sensitivity == pytest.approx(one.sensitivity, abs=1e-4)
     assert other.mutual_information == pytest.approx(one.mutual_information, abs=0.05)
@@ -144,13 +149,12 @@ def context(default, tokenizer, loaded, tmp_path):
     bank = banks.make_bank(folder, config, model.state_dict())
     recovery = default.recover.model_copy(update={"steps": 3, "max_length": 128, "save_every": 2})
     scored = default.evaluate.model_copy(update={"limit": 4})
-    chosen = default.model_copy(update={"recover": recovery, "evaluate": scored, "quantize": bank.settings})
+    settings = trials.settings(default.model_copy(update={"recover": recovery, "evaluate": scored}))
     train, held_out = alpaca.split(alpaca.read(ROOT / "data/sample/alpaca.jsonl"), 8, 0)
     rows = [alpaca.encode(part, tokenizer, 128) for part in (train, held_out)]
     units = architecture.units(config, "group")
-    return trial.Context(
-        config, model.state_dict(), bank, tokenizer, units, loaded, *rows, chosen, Compute(CUDA, torch.bfloat16)
-    )
+    compute = Compute(CUDA, torch.bfloat16)
+    return Context(config, model.state_dict(), bank, tokenizer, units, loaded, *rows, settings, compute)
 
 
 def mixed(context):
@@ -163,7 +167,7 @@ def test_trial_measures_its_memory_and_keeps_the_prediction_beside_it(context):
     held = torch.cuda.memory_allocated()
     result, _ = trial.run(context, mixed(context))
     assert result.memory_source == "measured"
-    predicted = result.other["predicted_peak_memory_bytes"]
+    predicted = result.metrics()["predicted_peak_memory_bytes"]
     assert predicted == context.predict(mixed(context)).training
     assert 0.5 * predicted < result.peak_memory_bytes - held < 1.02 * predicted  # rows may be shorter
     assert len(result.losses) == 3 and result.losses[-1] < 10
@@ -185,8 +189,8 @@ def test_study_on_a_gpu_is_not_that_on_a_cpu(default, tmp_path, monkeypatch):
 
 def test_real_modules_compute_what_the_simulation_does(context):
     bits = [4] * len(context.units)
-    real = trial.assemble(context, bits).eval()
-    simulated = trial.assemble(replace(context, device=CPU), bits).eval()
+    real = assemble(context, bits).eval()
+    simulated = assemble(replace(context, compute=Compute(CPU, torch.bfloat16)), bits).eval()
     tokens = batches(1)[0].tokens
     with torch.no_grad():
         found, wanted = real(input_ids=tokens.to(CUDA)).logits.float().cpu(), simulated(input_ids=tokens).logits.float()
@@ -194,11 +198,12 @@ def test_real_modules_compute_what_the_simulation_does(context):
 
 
 def test_interrupted_recovery_ends_as_an_uninterrupted_one(context, tmp_path):
-    settings, ends = context.params.recover, []
+    settings, ends = replace(context.settings.recover, steps=4), []
+    rows = Rows(context.train, context.validation, 1)
     bits = mixed(context)
 
     def recovered(keep, stop_at=None):
-        model = trial.assemble(context, bits)
+        model = assemble(context, bits)
 
         def stopping(steps):
             for step in steps:
@@ -206,7 +211,7 @@ def test_interrupted_recovery_ends_as_an_uninterrupted_one(context, tmp_path):
                     raise InterruptedError
                 yield step
 
-        found = recover.run(model, context.train, context.validation, settings, 4, 1, 0, stopping, keep)
+        found = recover.run(model, rows, settings, 0, stopping, keep)
         ends.append((found.losses, found.validation_loss))
 
     recovered(None)
@@ -221,7 +226,7 @@ def test_interrupted_recovery_ends_as_an_uninterrupted_one(context, tmp_path):
 
 def test_optimizer_is_the_papers(context):
     weight = torch.nn.Parameter(torch.ones(400, 400, device=CUDA))
-    made = recover.adamw([weight], 1e-3, CUDA)
+    made = training.adamw([weight], 1e-3, CUDA)
     weight.grad = torch.zeros_like(weight)
     weight.grad[0] = 1
     made.step()
@@ -247,8 +252,8 @@ def test_built_checkpoint_loads_on_either_device(context, tmp_path):
 
 
 def test_evaluation_leaves_no_memory_behind(context):
-    model = trial.assemble(context, mixed(context)).eval()
+    model = assemble(context, mixed(context)).eval()
     _, peak = memory.measured(
-        lambda: evaluate.run(model, context.tokenizer, context.tasks, 4, context.params.evaluate.batch_tokens), CUDA
+        lambda: evaluate.run(model, context.tokenizer, context.tasks, 4, context.settings.batch_tokens), CUDA
     )
     assert torch.cuda.memory_allocated() < peak

@@ -14,9 +14,12 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data import definitions, tasks
+from pipeline.errors import UserError
 from pipeline.params import TASKS
-from pipeline.trial import evaluate, trial
-from pipeline.trial.evaluate import Request, SharedPrefixLM, Tree
+from pipeline.trial import evaluate, trees
+from pipeline.trial.assemble import merged
+from pipeline.trial.evaluate import SharedPrefixLM
+from pipeline.trial.trees import Request, Tree
 
 LIMIT = 6
 WEIGHT = "base_model.model.model.layers.0.mlp.down_proj.base_layer.weight"
@@ -276,7 +279,7 @@ def test_limit_counts_from_the_first_item_that_is_not_left_out(model, tokenizer,
 
 
 def test_task_without_items_after_those_left_out_is_refused(model, tokenizer, loaded):
-    with pytest.raises(ValueError, match=r"piqa: no item left after the first 64; lower evaluate\.limit"):
+    with pytest.raises(UserError, match=r"piqa: no item left after the first 64; lower evaluate\.limit"):
         evaluate.run(model, tokenizer, {"piqa": loaded["piqa"]}, 3, 512, skip=64)
 
 
@@ -311,7 +314,7 @@ def test_merged_adapters_score_alike_and_leave_the_weights_as_they_were(tokenize
             torch.nn.init.normal_(weight, std=0.1)
     before = {name: weight.clone() for name, weight in adapted.state_dict().items()}
     apart = evaluate.run(adapted, tokenizer, {"piqa": loaded["piqa"]}, LIMIT, 512)
-    with trial.merged(adapted):
+    with merged(adapted):
         together = evaluate.run(adapted, tokenizer, {"piqa": loaded["piqa"]}, LIMIT, 512)
         assert not torch.equal(adapted.state_dict()[WEIGHT], before[WEIGHT])
     assert together.gold_logprob == pytest.approx(apart.gold_logprob, abs=1e-5)
@@ -335,7 +338,7 @@ def test_other_kinds_of_tasks_are_refused(model, tokenizer, method):
 
 def test_tree_mask_by_hand():
     # a tree: two tokens of prefix, two of branch 0, one of branch 1; a second tree of one token; one of padding
-    found = evaluate.tree_mask(torch.tensor([[0, 0, 0, 0, 0, 1, -2]]), torch.tensor([[-1, -1, 0, 0, 1, -1, -1]]))
+    found = trees.tree_mask(torch.tensor([[0, 0, 0, 0, 0, 1, -2]]), torch.tensor([[-1, -1, 0, 0, 1, -1, -1]]))
     expected = [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
@@ -350,12 +353,12 @@ def test_tree_mask_by_hand():
 
 def test_tree_mask_of_one_sequence_is_causal():
     whole = torch.full((2, 5), -1)
-    assert torch.equal(evaluate.tree_mask(torch.zeros(2, 5), whole), torch.ones(2, 5, 5).tril().bool())
+    assert torch.equal(trees.tree_mask(torch.zeros(2, 5), whole), torch.ones(2, 5, 5).tril().bool())
 
 
 def test_additive_mask_hides_what_the_boolean_one_hides():
     mask = torch.tensor([[[True, False], [True, True]]])
-    weights = (torch.zeros(1, 1, 2, 2) + evaluate.additive(mask, torch.float32)).softmax(-1)
+    weights = (torch.zeros(1, 1, 2, 2) + trees.additive(mask, torch.float32)).softmax(-1)
     assert weights.tolist() == [[[[1.0, 0.0], [0.5, 0.5]]]]
 
 
@@ -405,23 +408,23 @@ def test_score_does_not_depend_on_the_kind_of_attention(tokenizer, loaded, atten
     ],
 )
 def test_trees_by_hand(requests, expected):
-    assert evaluate.trees([Request(*request) for request in requests]) == expected
+    assert trees.trees([Request(*request) for request in requests]) == expected
 
 
 def test_tree_grows_no_larger_than_its_mask_can_bear():
     primer = tuple(range(150))
-    found = evaluate.trees([Request((*primer, 1000 + index, *range(60), 7), 151) for index in range(100)])
+    found = trees.trees([Request((*primer, 1000 + index, *range(60), 7), 151) for index in range(100)])
     assert len(found) > 1 and all(tree.size <= 1024 for tree in found)
     assert [index for tree in found for index in tree.requests] == list(range(100))
     long = Request(tuple(range(3000)), 2990)
-    assert [tree.size for tree in evaluate.trees([long])] == [2999]
+    assert [tree.size for tree in trees.trees([long])] == [2999]
 
 
 def test_text_beyond_a_sliding_window_is_refused(tokenizer):
     model = tiny_model("mistral", sliding_window=8)
     lm = SharedPrefixLM(model, tokenizer, 512)
     assert lm._loglikelihood_tokens([(None, [5] * 6, [7, 8])])
-    with pytest.raises(ValueError, match="a text has 9 tokens, and the model sees 8 at a time"):
+    with pytest.raises(UserError, match="a text has 9 tokens, and the model sees 8 at a time"):
         lm._loglikelihood_tokens([(None, [5] * 7, [7, 8])])
 
 
@@ -429,7 +432,7 @@ def test_text_beyond_a_sliding_window_is_refused(tokenizer):
 def test_batches_pack_each_tree_once_into_rows_that_hold_it(batch_tokens):
     generator = random.Random(0)
     every = [Tree((index, -1), 4, generator.randint(4, 700)) for index in range(60)]
-    found = list(evaluate.batches(every, batch_tokens))
+    found = list(trees.batches(every, batch_tokens))
     assert sorted(tree.requests[0] for _, rows in found for row in rows for tree in row) == list(range(60))
     for length, rows in found:
         assert length in (128, 256, 512, 1024)

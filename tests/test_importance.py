@@ -9,19 +9,19 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import mutual_info_score
 from torch.nn import functional as F
 
-from pipeline import architecture, params
+from pipeline import architecture
 from pipeline.compress import importance
-from pipeline.compress.quantize import dequantize, quantize
+from pipeline.compress.quantize import Settings, dequantize, quantize
 from pipeline.data.alpaca import IGNORED
 
 
 def quantization(**changes):
     values = {"four_bit": "nf4", "double_quant": False, "init": "loftq", "iterations": 1, "r": 4, "lora_alpha": 8}
-    return params.Quantize(**values | changes)
+    return Settings(**values | changes)
 
 
 def settings(**changes):
-    return params.Importance(**{"samples": 4, "max_length": 32, "clusters": 8, "outcomes": 8} | changes)
+    return importance.Settings(**{"clusters": 8, "outcomes": 8} | changes)
 
 
 def pairs(table):

@@ -8,12 +8,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from benchmarks import memory as benchmark
-from pipeline import architecture, checkpoint, params
+from pipeline import architecture, checkpoint
 from pipeline.architecture import BlockShape
-from pipeline.compress.quantize import linear_bits, quantize, stored_bytes
+from pipeline.compress.quantize import Settings, linear_bits, quantize, stored_bytes
 from pipeline.search.allocate import Space
-from pipeline.trial import memory, traced
-from pipeline.trial.memory import Setting
+from pipeline.trial import kernels, memory, traced
+from pipeline.trial.setting import Setting
 
 SHAPES = [BlockShape(4, 2, 96), BlockShape(2, 1, 50), BlockShape(4, 2, 96)]
 
@@ -35,14 +35,14 @@ def peak(config, bits, **changes):
     return memory.predict(config, uniform(config, bits), setting(**changes))
 
 
-def whole(config, bits_of, one):
+def whole(config, widths, one):
     """Trace training and inference of all blocks at their own bits."""
-    return tuple(step(traced.model_of(config, bits_of, one), one)[1] for step in (traced.training, traced.inference))
+    return tuple(step(traced.model_of(config, widths, one), one)[1] for step in (traced.training, traced.inference))
 
 
 def quantization(**changes):
     values = {"four_bit": "nf4", "double_quant": False, "init": "loftq", "iterations": 1, "r": 4, "lora_alpha": 8}
-    return params.Quantize(**values | changes)
+    return Settings(**values | changes)
 
 
 # --- the prediction against a trace of the whole model -----------------------------------------------------------
@@ -52,16 +52,16 @@ def quantization(**changes):
 def test_prediction_of_mixed_linears_equals_a_trace_of_the_whole_to_the_byte(family):
     config, generator = pruned(family), random.Random(0)
     for widths in ((4, 8), (4, 8, 16)):
-        bits_of = {name: generator.choice(widths) for name in architecture.linears(config)}
-        found = memory.predict(config, bits_of, setting())
-        assert (found.training, found.inference) == whole(config, bits_of, setting())
+        widths = {name: generator.choice(widths) for name in architecture.linears(config)}
+        found = memory.predict(config, widths, setting())
+        assert (found.training, found.inference) == whole(config, widths, setting())
 
 
 def test_prediction_of_many_equal_blocks_equals_a_trace_of_the_whole():
     config, generator = tiny_config("qwen3", num_hidden_layers=7), random.Random(2)
-    bits_of = {name: generator.choice((4, 8, 16)) for name in architecture.linears(config)}
-    found = memory.predict(config, bits_of, setting())
-    assert (found.training, found.inference) == whole(config, bits_of, setting())
+    widths = {name: generator.choice((4, 8, 16)) for name in architecture.linears(config)}
+    found = memory.predict(config, widths, setting())
+    assert (found.training, found.inference) == whole(config, widths, setting())
 
 
 @pytest.mark.parametrize("changes", [{"double_quant": True}, {"gradient_checkpointing": True},
@@ -69,9 +69,9 @@ def test_prediction_of_many_equal_blocks_equals_a_trace_of_the_whole():
                                      {"tokens": 2048, "inference_tokens": 2048}])  # fmt: skip
 def test_prediction_equals_a_trace_of_the_whole_under_any_setting(changes):
     config, generator, one = pruned(), random.Random(1), setting(**changes)
-    bits_of = {name: generator.choice((4, 8)) for name in architecture.linears(config)}
-    found = memory.predict(config, bits_of, one)
-    assert (found.training, found.inference) == whole(config, bits_of, one)
+    widths = {name: generator.choice((4, 8)) for name in architecture.linears(config)}
+    found = memory.predict(config, widths, one)
+    assert (found.training, found.inference) == whole(config, widths, one)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -132,7 +132,7 @@ def test_ledger_counts_storages_from_birth_to_end():
 def test_dropout_on_cuda_keeps_a_byte_an_element():
     ledger = traced.Ledger({})
     x = torch.empty(10, 30, device="meta", requires_grad=True)
-    with traced.Fused(), ledger:
+    with kernels.Fused(), ledger:
         kept = F.dropout(x, 0.1)
         assert ledger.live == 300 * 4 + 300
     assert kept.shape == (10, 30)
@@ -143,7 +143,7 @@ def test_attention_on_cuda_keeps_no_scores():
         q, k = (torch.empty(1, heads, length, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
                 for heads in (4, 2))  # fmt: skip
         ledger = traced.Ledger({})
-        with traced.Fused(), ledger:
+        with kernels.Fused(), ledger:
             out = F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
             assert out.shape == (1, 4, length, 16)
             return ledger.live
@@ -155,7 +155,7 @@ def test_four_bit_product_dequantizes_the_whole_matrix():
     config = tiny_config(num_hidden_layers=1)
     model = traced.model_of(config, uniform(config, 4), setting())
     layer = model.get_base_model().model.layers[0].mlp.down_proj.base_layer
-    ledger = traced.Ledger(traced.CUDA.kernels)
+    ledger = traced.Ledger(kernels.CUDA.kernels)
     x = torch.empty(2, 96, dtype=torch.bfloat16, device="meta")
     with ledger:
         layer(x)
@@ -184,7 +184,7 @@ def test_paged_optimizer_states_are_not_pytorchs():
     one = setting(r=200)  # 200 x 512 elements: paged
     model = traced.model_of(config, uniform(config, 4), one)
     _, paged = traced.training(model, one)
-    _, held = traced.training(model, one, replace(traced.CUDA, paged=False))
+    _, held = traced.training(model, one, replace(kernels.CUDA, paged=False))
     every = sum(size for size in (one.numel() for one in model.parameters() if one.requires_grad) if size >= 100_000)
     assert held - paged == 8 * every > 0
 
@@ -251,8 +251,8 @@ def test_nothing_is_measured_without_a_gpu():
 
 def test_keeping_the_best_weights_adds_a_copy_of_what_is_trained():
     config = tiny_config()
-    bits_of = dict.fromkeys(architecture.linears(config), 4)
-    plain, keeping = (memory.predict(config, bits_of, setting(keeps_best=best)) for best in (False, True))
+    widths = dict.fromkeys(architecture.linears(config), 4)
+    plain, keeping = (memory.predict(config, widths, setting(keeps_best=best)) for best in (False, True))
     adapters = sum(
         setting().r * sum(architecture.linear_shape(config, shape, name))
         for shape in architecture.shapes(config)
@@ -264,8 +264,8 @@ def test_keeping_the_best_weights_adds_a_copy_of_what_is_trained():
 
 def test_full_training_adds_gradients_copies_and_states_of_all_that_is_not_quantized():
     config = pruned()
-    bits_of = {name: 8 if "down_proj" in name else 4 for name in architecture.linears(config)}
-    adapters, everything = (memory.predict(config, bits_of, setting(full=full)) for full in (False, True))
+    widths = {name: 8 if "down_proj" in name else 4 for name in architecture.linears(config)}
+    adapters, everything = (memory.predict(config, widths, setting(full=full)) for full in (False, True))
     assert everything.inference == adapters.inference
     dense = architecture.dense_parameters(config)
     # bf16 gradients; fp32 copies and two states, of which the paged ones lie elsewhere

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.search import paired
-from pipeline.trial import trial
+from pipeline.trial.result import Result
 from tests.fixtures.searches import result
 
 RECORD = {
@@ -107,7 +107,7 @@ def test_a_trials_record_survives_json():
     import json
 
     found = result((4, 8, 4, 4, 4, 4, 4, 4))
-    assert trial.Result.from_json(json.loads(json.dumps(found.as_json()))) == found
+    assert Result.from_json(json.loads(json.dumps(found.as_json()))) == found
     assert json.loads(json.dumps(found.record)) == {
         "by_item": {"piqa": [[1.0, -0.5], [0.0, -1.5]]},
         "by_row": [[20.0, 10], [30.0, 12]],

@@ -9,14 +9,17 @@ import torch
 from conftest import ROOT, tiny_model
 
 from pipeline import architecture, checkpoint, paths, storage, tracking
-from pipeline.compress.quantize import write_bits
+from pipeline.bits import write as write_bits
+from pipeline.identity import Identity
 from pipeline.params import ParamsError, load
 from pipeline.results.cells import at_ratio, changed, qpruner3
 from pipeline.search import search
 from pipeline.stages import cells, importance, prune, quantize, shell, supplies
+from pipeline.stages import trials as stage_trials
 from pipeline.stages.cells import CellsFailed
 from pipeline.stages.supplies import Supplies
 from pipeline.trial import trial
+from pipeline.trial.result import Result
 from tests.fixtures.searches import PRIORS, SPACE, UNITS, result
 
 TASK = "piqa"
@@ -61,7 +64,9 @@ class Trials:
     broken: object = None  # bits whose cell fails
     killed_at: int = 0  # number of the call that a kill ends
 
-    def run(self, context, bits, *, steps=None, limit=None, skip=0, progress=iter, trained=True, keep=None):
+    def run(self, context, bits, work=None, progress=iter, keep=None):
+        work = work or trial.Work()
+        steps, limit, skip, trained = work.steps, work.limit, work.skip, work.trained
         if len(self.calls) + 1 == self.killed_at:
             self.killed_at = 0
             raise KeyboardInterrupt
@@ -69,15 +74,24 @@ class Trials:
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
         self.calls.append((write_bits(bits), steps, limit, skip, trained))
         found = result(bits)
-        return dataclasses.replace(found, bits=write_bits(bits), validation_loss=1 - found.accuracy), None
+        changes = {"bits": write_bits(bits), "validation_loss": 1 - found.accuracy}
+        return Result.from_json(found.as_json() | changes), None
 
 
 @pytest.fixture
 def trials(monkeypatch):
     made = Trials()
     monkeypatch.setattr(trial, "run", made.run)
-    monkeypatch.setattr(trial, "untouched", lambda context, base: context)
-    monkeypatch.setattr(cells, "study_name", lambda params, pruned, bank: f"{params.prune.ratio}")
+
+    def untouched(params, context, work):
+        return made.run(context, (16,) * UNITS, dataclasses.replace(work, trained=False))[0]
+
+    monkeypatch.setattr(stage_trials, "untouched", untouched)
+    monkeypatch.setattr(
+        cells,
+        "study_identity",
+        lambda params, pruned, bank, prefix="": Identity(f"{prefix}{params.prune.ratio}", "code"),
+    )
 
     def supplied(params, ratios=()):
         context = types.SimpleNamespace(units=[None] * UNITS)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 from types import SimpleNamespace
@@ -9,11 +10,12 @@ from conftest import FAMILIES, ROOT, batches, tiny_config, tiny_model
 
 from pipeline import architecture, checkpoint
 from pipeline.architecture import COUPLED, BlockShape
-from pipeline.compress import prune, saliency
+from pipeline.compress import grams, prune, saliency, surgeon
+from pipeline.compress.structures import PruneError, Span
 from pipeline.data import alpaca
 from pipeline.data.alpaca import IGNORED, Batch
-from pipeline.params import BlockRange
 from pipeline.results import plan
+from pipeline.stages.settings import pruning
 
 READERS = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
@@ -21,7 +23,7 @@ READERS = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 @pytest.fixture
 def settings(default):
     def changed(**values):
-        return default.prune.model_copy(update=values)
+        return dataclasses.replace(pruning(default.prune), **values)
 
     return changed
 
@@ -180,7 +182,7 @@ def test_kept_structures_of_several_steps_are_numbered_as_in_the_original(import
 def test_several_ratios_are_each_what_a_run_of_its_own_gives(steps, compensate, settings, monkeypatch):
     model, ratios = tiny_model(), [0.3, 0.1]
     chosen = settings(importance="taylor1", steps=steps, compensate=compensate)
-    alone = [prune.run(model, batches(), chosen.model_copy(update={"ratio": ratio}), 0) for ratio in ratios]
+    alone = [prune.run(model, batches(), dataclasses.replace(chosen, ratio=ratio), 0) for ratio in ratios]
     real, scored = prune.scored, []
     monkeypatch.setattr(prune, "scored", lambda which, *rest: scored.append(which) or real(which, *rest))
     for one, found in zip(alone, prune.at_ratios(model, batches(), chosen, ratios, 0), strict=True):
@@ -196,14 +198,14 @@ def test_second_step_goes_on_from_the_smaller_model_and_its_own_scores(importanc
     every = count(model)
 
     def half(model, target):
-        grams = saliency.input_grams(model, parts) if compensate else None
+        measured = grams.input_grams(model, parts) if compensate else None
         keep = prune.select(saliency.importance(model, parts, chosen), model.config, target, chosen)
-        return keep, checkpoint.from_state(*prune.remove(model, keep, grams))
+        return keep, checkpoint.from_state(*prune.remove(model, keep, measured))
 
     first, smaller = half(model, round(0.15 * every))
     second, smallest = half(smaller, round(0.3 * every) - (every - count(smaller)))
     expected = [[old[kind][new[kind]].tolist() for kind in COUPLED] for old, new in zip(first, second, strict=True)]
-    found, at_once = (prune.run(model, parts, chosen.model_copy(update={"steps": steps}), 0) for steps in (2, 1))
+    found, at_once = (prune.run(model, parts, dataclasses.replace(chosen, steps=steps), 0) for steps in (2, 1))
     assert [[here[kind].tolist() for kind in COUPLED] for here in found.kept] == expected
     assert [[here[kind].tolist() for kind in COUPLED] for here in at_once.kept] != expected
     for name, tensor in smallest.state_dict().items():
@@ -331,7 +333,7 @@ def test_selection_keeps_the_best_of_each_kind_in_each_block(scope, settings):
 )
 def test_selection_stays_in_its_blocks_and_kinds(scope, structures, attention, mlp, touched, settings):
     config = tiny_config()
-    spans = [BlockRange(first=first, last=last) for first, last in (attention, mlp)]
+    spans = [Span(first, last) for first, last in (attention, mlp)]
     chosen = settings(scope=scope, structures=structures, attention_blocks=spans[0], mlp_blocks=spans[1])
     keep = prune.select(scores_of(config), config, 10**9, chosen)
     for kind, blocks in touched.items():
@@ -396,7 +398,7 @@ def test_models_of_the_presets_lose_the_ratio_to_half_a_point(preset, every, rat
     values, config = plan.MODELS[asked.source], asked.config
     whole = architecture.shapes(config)[0]
     assert parameters_of(values, [(whole.kv_heads, whole.channels)] * config.num_hidden_layers) == every
-    chosen = asked.params.prune.model_copy(update={"scope": scope, "ratio": ratio})
+    chosen = dataclasses.replace(pruning(asked.params.prune), scope=scope, ratio=ratio)
     prune.check(config, chosen)
     keep = prune.select(scores_of(config), config, round(ratio * every), chosen)
     left = parameters_of(values, [(len(here["attention"]), len(here["mlp"])) for here in keep])
@@ -407,19 +409,19 @@ def test_models_of_the_presets_lose_the_ratio_to_half_a_point(preset, every, rat
 
 
 def span(first, last):
-    return BlockRange(first=first, last=last)
+    return Span(first, last)
 
 
 @pytest.mark.parametrize(("first", "last"), [(4, 4), (0, 4), (2, 1), (5, -1), (3, -2), (0, -5)])
 def test_block_range_outside_the_model_is_refused(first, last, settings):
     config = tiny_config()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(PruneError) as error:
         prune.check(config, settings(mlp_blocks=span(first, last)))
     assert str(error.value) == f"prune.mlp_blocks: {first} to {last} is no range within blocks 0 to 3"
 
 
 def test_both_block_ranges_are_reported_at_once(settings):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(PruneError) as error:
         prune.check(tiny_config(), settings(attention_blocks=span(9, -1), mlp_blocks=span(0, 7)))
     assert str(error.value).splitlines() == [
         "prune.attention_blocks: 9 to -1 is no range within blocks 0 to 3",
@@ -435,7 +437,7 @@ def test_ratio_too_large_names_what_is_possible(settings):
     chosen = {"structures": ("mlp",), "mlp_blocks": span(1, 2)}
     prune.check(config, settings(ratio=possible / every - 1e-9, **chosen))
     with pytest.raises(
-        ValueError, match=rf"^prune.ratio: 0.4 of {every:,} parameters is more than the 0.234 "
+        PruneError, match=rf"^prune.ratio: 0.4 of {every:,} parameters is more than the 0.234 "
     ) as error:
         prune.check(config, settings(ratio=0.4, **chosen))
     assert "lower it or widen the ranges" in str(error.value)
@@ -443,7 +445,7 @@ def test_ratio_too_large_names_what_is_possible(settings):
 
 def test_run_refuses_before_it_scores(settings, monkeypatch):
     monkeypatch.setattr(saliency, "importance", lambda *_: pytest.fail("scored"))
-    with pytest.raises(ValueError, match="attention_blocks"):
+    with pytest.raises(PruneError, match="attention_blocks"):
         prune.run(tiny_model(), batches(), settings(attention_blocks=span(4, 4)), 0)
 
 
@@ -780,11 +782,11 @@ def test_refit_keeps_the_type_of_the_weight():
     assert prune.refit(weight.bfloat16(), (values.T @ values).float(), KEPT).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("tile", [saliency._TILE, 40])  # wider than the inputs; no divisor of their number
+@pytest.mark.parametrize("tile", [grams._TILE, 40])  # wider than the inputs; no divisor of their number
 def test_input_grams_are_those_of_the_reading_linears(tile, monkeypatch):
-    monkeypatch.setattr(saliency, "_TILE", tile)
+    monkeypatch.setattr(grams, "_TILE", tile)
     model, parts = tiny_model(), batches()
-    grams = saliency.input_grams(model, parts)
+    measured = grams.input_grams(model, parts)
     seen = []
     handle = reader(model, 2, "mlp").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
     with torch.no_grad():
@@ -792,7 +794,7 @@ def test_input_grams_are_those_of_the_reading_linears(tile, monkeypatch):
             model(input_ids=part.tokens)
     handle.remove()
     values = torch.cat(seen)
-    torch.testing.assert_close(grams[2]["mlp"], values.T @ values / len(values), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(measured[2]["mlp"], values.T @ values / len(values), rtol=1e-4, atol=1e-6)
 
 
 def test_compensation_brings_the_first_pruned_block_nearer_to_the_dense_one(settings):
@@ -821,7 +823,7 @@ def test_surgeon_cost_is_the_least_error_of_any_refit(width):
     inputs = torch.randn(200, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
     weight = torch.randn(5, 12, generator=generator)
     gram = inputs.T @ inputs
-    damped = gram + torch.eye(12) * saliency._DAMPING * gram.diagonal().median()
+    damped = gram + torch.eye(12) * surgeon._DAMPING * gram.diagonal().median()
     errors = []
     for structure in range(12 // width):
         gone = list(range(structure * width, (structure + 1) * width))
@@ -830,7 +832,7 @@ def test_surgeon_cost_is_the_least_error_of_any_refit(width):
         refitted[:, kept] = torch.linalg.solve(damped[kept][:, kept], (weight @ damped[:, kept]).T).T
         change = weight - refitted
         errors.append(float((change @ damped * change).sum()))
-    costs = saliency.surgeon_order(weight, gram, width, chunk=1)
+    costs = surgeon.surgeon_order(weight, gram, width, chunk=1)
     first = int(costs.argmin())
     assert first == errors.index(min(errors))
     assert float(costs[first]) == pytest.approx(min(errors), rel=1e-3)
@@ -841,8 +843,8 @@ def test_surgeon_costs_follow_from_removing_and_refitting_again():
     inputs = torch.randn(300, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
     weight = torch.randn(4, 6, generator=generator)
     gram = inputs.T @ inputs
-    damped = gram + torch.eye(6) * saliency._DAMPING * gram.diagonal().median()
-    costs = saliency.surgeon_order(weight, gram, 1, chunk=1)
+    damped = gram + torch.eye(6) * surgeon._DAMPING * gram.diagonal().median()
+    costs = surgeon.surgeon_order(weight, gram, 1, chunk=1)
     order = costs.argsort().tolist()
     highest, before = 0.0, 0.0
     for place in range(1, 6):
@@ -859,7 +861,7 @@ def test_surgeon_costs_follow_from_removing_and_refitting_again():
 def test_gradient_energy_is_the_mean_squared_gradient_at_each_blocks_output():
     model = tiny_model()
     (part,) = batches(count=1)
-    found = saliency.gradient_energy(model, [part])
+    found = surgeon.gradient_energy(model, [part])
     for block in range(4):
         leaves = []
 
@@ -877,17 +879,17 @@ def test_gradient_energy_is_the_mean_squared_gradient_at_each_blocks_output():
         assert float(found[block]) == pytest.approx(float(leaves[0].grad.square().sum() / count), rel=1e-4)
 
 
-def test_surgeon_with_compensation_meets_the_ratio(default):
+def test_surgeon_with_compensation_meets_the_ratio(settings):
     model = tiny_model()
-    change = {"importance": "surgeon", "compensate": True, "ratio": 0.25}
-    pruned = prune.run(model, batches(count=4, rows=4, length=32), default.prune.model_copy(update=change), 0)
+    chosen = settings(importance="surgeon", compensate=True, ratio=0.25)
+    pruned = prune.run(model, batches(count=4, rows=4, length=32), chosen, 0)
     assert pruned.ratio == pytest.approx(0.25, abs=0.02)
 
 
-def test_surgeon_does_not_order_what_may_not_go(default):
+def test_surgeon_does_not_order_what_may_not_go(settings):
     model, parts = tiny_model(), batches(count=4, rows=4, length=32)
-    change = {"importance": "surgeon", "structures": ["mlp"], "mlp_blocks": span(1, 2)}
-    scores = saliency.importance(model, parts, default.prune.model_copy(update=change))
+    chosen = settings(importance="surgeon", structures=("mlp",), mlp_blocks=span(1, 2))
+    scores = saliency.importance(model, parts, chosen)
     bounded = [block["mlp"].isfinite().any().item() for block in scores]
     assert bounded == [False, True, True, False]
     assert all(block["attention"].isinf().all() for block in scores)
@@ -925,7 +927,7 @@ def least_error(weight, root, gone):
 def costs_by_trial(weight, inputs, width):
     """What each structure costs when all that are left are tried and the cheapest goes, not below any before it."""
     gram = inputs.T @ inputs / len(inputs)
-    root = torch.linalg.cholesky(gram + saliency._DAMPING * gram.diagonal().median() * torch.eye(len(gram)))
+    root = torch.linalg.cholesky(gram + surgeon._DAMPING * gram.diagonal().median() * torch.eye(len(gram)))
     costs, gone, before = [math.inf] * (len(gram) // width), [], 0.0
     while costs.count(math.inf) > 1:
         errors = {
@@ -950,9 +952,9 @@ def test_surgeon_importance_is_the_least_error_after_refit_by_the_gradients_ener
     _, energy = observed(model, parts[::2])  # no more than three batches, evenly chosen
     found = saliency.importance(model, parts, settings(importance="surgeon"))
     for block, (kind, width, factor) in itertools.product(
-        range(2), (("attention", 8, saliency._HEAD_FACTOR), ("mlp", 1, 1.0))
+        range(2), (("attention", 8, surgeon._HEAD_FACTOR), ("mlp", 1, 1.0))
     ):
         weight = reader(model, block, kind).weight.detach().double()
         costs = torch.tensor(costs_by_trial(weight, inputs[block, kind], width))
-        expected = costs * energy[block] ** saliency._ENERGY_POWER * factor
+        expected = costs * energy[block] ** surgeon._ENERGY_POWER * factor
         torch.testing.assert_close(found[block][kind], expected, rtol=1e-2, atol=0)

@@ -299,26 +299,6 @@ def test_bank_holds_what_initialize_returns_under_its_seed(tmp_path, init):
 # --- bits
 
 
-@pytest.mark.parametrize("granularity", ["block", "group", "linear"])
-@pytest.mark.parametrize("bits", [(4, 8, 8, 4), (4, 4, 4, 4), (16, 16, 16, 16)])
-def test_bits_survive_being_written_and_read(granularity, bits):
-    units = architecture.units(tiny_config(), granularity)
-    every = bits * (len(units) // 4)
-    assert quantize.read_bits(quantize.write_bits(every), units) == every
-
-
-def test_bits_are_written_block_0_first():
-    assert quantize.write_bits((4, 8, 8)) == "488"
-    assert quantize.write_bits((16, 16)) == "16"
-
-
-@pytest.mark.parametrize("text", ["", "484", "44844", "4485", "4 48", "1616"])
-def test_wrong_bit_strings_are_refused(text):
-    with pytest.raises(ValueError) as error:
-        quantize.read_bits(text, architecture.units(tiny_config(), "block"))
-    assert str(error.value) == f"bits {text!r}: needs 4 digits, 4 or 8, one for each unit (block 0 first)"
-
-
 @pytest.mark.parametrize(("granularity", "a_block"), [("block", 1), ("group", 4), ("linear", 7)])
 def test_linear_bits_gives_each_linear_the_bits_of_its_unit(granularity, a_block):
     config = tiny_config()

@@ -1,19 +1,19 @@
 import math
 import random
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
 from peft import LoraConfig, get_peft_model
 
-from pipeline import params
 from pipeline.architecture import TARGET_MODULES
 from pipeline.data import alpaca
 from pipeline.data.alpaca import IGNORED, Batch, Example
-from pipeline.trial import recover
-from pipeline.trial.memory import LOSS_CHUNK
-from pipeline.trial.recover import RecoverError
+from pipeline.trial import adapters, loss, recover, training
+from pipeline.trial.recover import RecoverError, Rows
+from pipeline.trial.setting import LOSS_CHUNK
 
 PADDING = 1
 
@@ -45,11 +45,12 @@ def settings(**changes):
         "train": "lora", "steps": 3, "batch_size": 8, "micro_batch_size": 4, "max_length": 64, "learning_rate": 0.001,
         "warmup_steps": 0, "dropout": 0.0, "validate_every": 0, "patience": 0, "save_every": 0,
     }  # fmt: skip
-    return params.Recover(**values | changes)
+    return recover.Settings(**values | changes)
 
 
 def train(model, rows, chosen, steps, seed=0, **changes):
-    return recover.run(model, rows, changes.pop("validation", rows[:2]), chosen, steps, PADDING, seed, **changes)
+    read = Rows(rows, changes.pop("validation", rows[:2]), PADDING)
+    return recover.run(model, read, replace(chosen, steps=steps), seed, **changes)
 
 
 def weights(model):
@@ -71,8 +72,8 @@ def assert_close(found, expected, tolerance):
 @pytest.fixture
 def plain_descent(monkeypatch):
     """A step that shows the gradient itself: SGD at rate 1 without clipping."""
-    monkeypatch.setattr(recover, "adamw", lambda weights, rate, device: torch.optim.SGD(weights, lr=1.0))
-    monkeypatch.setattr(recover, "_MAX_NORM", 1e9)
+    monkeypatch.setattr(training, "adamw", lambda weights, rate, device: torch.optim.SGD(weights, lr=1.0))
+    monkeypatch.setattr(training, "_MAX_NORM", 1e9)
 
 
 BATCHES = {
@@ -92,7 +93,7 @@ def test_a_batch_of_these_tests_needs_several_chunks():
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_response_loss_is_the_models_own(part, family):
     model = adapted(family)
-    value, count = recover.response_loss(model, part)
+    value, count = loss.response_loss(model, part)
     expected = model(input_ids=part.tokens, labels=part.labels).loss
     assert count == int((part.labels[:, 1:] != IGNORED).sum())
     assert value.item() / count == pytest.approx(expected.item(), abs=1e-5)
@@ -100,7 +101,7 @@ def test_response_loss_is_the_models_own(part, family):
 
 def test_response_loss_of_a_model_without_adapters():
     model, part = tiny_model(tie_word_embeddings=False), BATCHES["short"]
-    value, count = recover.response_loss(model, part)
+    value, count = loss.response_loss(model, part)
     assert value.item() / count == pytest.approx(model(input_ids=part.tokens, labels=part.labels).loss.item(), abs=1e-5)
 
 
@@ -108,7 +109,7 @@ def test_response_loss_of_a_model_without_adapters():
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_gradient_equals_autograd_through_all_logits(part, family):
     model = adapted(family)
-    value, count = recover.response_loss(model, part)
+    value, count = loss.response_loss(model, part)
     found = gradients(model, value / count)
     expected = gradients(model, model(input_ids=part.tokens, labels=part.labels).loss)
     assert max(value.abs().max() for value in expected.values()) > 1e-3
@@ -122,7 +123,7 @@ def test_padding_changes_nothing():
         torch.nn.functional.pad(alone.tokens, (0, 9), value=PADDING),
         torch.nn.functional.pad(alone.labels, (0, 9), value=IGNORED),
     )
-    values = [recover.response_loss(model, part) for part in (alone, wide)]
+    values = [loss.response_loss(model, part) for part in (alone, wide)]
     assert values[0][0].item() == pytest.approx(values[1][0].item(), abs=1e-5)
     assert values[0][1] == values[1][1]
 
@@ -135,7 +136,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(plain_descent, size)
         model = adapted()
         before = weights(model)
         chosen = settings(micro_batch_size=micro, max_length=32)  # as long as any row: no more rows fit
-        assert len(recover._parts(rows, chosen)) == 8 // micro
+        assert len(training.micro_batches(rows, chosen)) == 8 // micro
         result = train(model, rows, chosen, 1)
         steps.append(({name: value - before[name] for name, value in weights(model).items()}, result.losses[0]))
     assert max(value.abs().max() for value in steps[0][0].values()) > 1e-3
@@ -146,7 +147,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(plain_descent, size)
 def test_micro_batches_hold_as_many_rows_as_the_tokens_of_full_ones():
     def sizes(lengths, **changes):
         rows = [Example(tuple(range(length)), 1) for length in lengths]
-        parts = recover._parts(rows, settings(**changes))
+        parts = training.micro_batches(rows, settings(**changes))
         assert [row for part in parts for row in part] == rows
         return [len(part) for part in parts]
 
@@ -162,15 +163,15 @@ def test_micro_batches_hold_as_many_rows_as_the_tokens_of_full_ones():
 def test_step_is_the_gradient_of_the_mean_token_loss(plain_descent):
     rows, model = examples(8), adapted()
     part = alpaca.batch(rows, PADDING, False)
-    loss = model(input_ids=part.tokens, labels=part.labels).loss
-    expected = {name: weights(model)[name] - value for name, value in gradients(model, loss).items()}
+    wanted = model(input_ids=part.tokens, labels=part.labels).loss
+    expected = {name: weights(model)[name] - value for name, value in gradients(model, wanted).items()}
     model.zero_grad()
-    assert train(model, rows, settings(), 1).losses == (pytest.approx(loss.item(), abs=1e-5),)
+    assert train(model, rows, settings(), 1).losses == (pytest.approx(wanted.item(), abs=1e-5),)
     assert_close(weights(model), expected, 1e-5)
 
 
 def test_gradient_is_clipped_to_norm_one(monkeypatch):
-    monkeypatch.setattr(recover, "adamw", lambda weights, rate, device: torch.optim.SGD(weights, lr=1.0))
+    monkeypatch.setattr(training, "adamw", lambda weights, rate, device: torch.optim.SGD(weights, lr=1.0))
     model, rows = adapted(), examples(1)
     part = alpaca.batch(rows, PADDING, False)
     found = gradients(model, model(input_ids=part.tokens, labels=part.labels).loss)
@@ -185,14 +186,14 @@ def test_gradient_is_clipped_to_norm_one(monkeypatch):
 
 def test_nan_loss_names_the_step(monkeypatch):
     calls = []
-    own = recover.response_loss
+    own = training.response_loss
 
     def breaks(model, part):
         calls.append(part)
         value, count = own(model, part)
         return (value * math.nan if len(calls) == 5 else value), count
 
-    monkeypatch.setattr(recover, "response_loss", breaks)
+    monkeypatch.setattr(training, "response_loss", breaks)
     with pytest.raises(RecoverError, match=r"loss is nan at step 2; lower recover\.learning_rate \(0\.001\)"):
         train(adapted(), examples(), settings(max_length=32), 6)
 
@@ -212,14 +213,14 @@ class BrokenBackward(torch.autograd.Function):
 @pytest.mark.parametrize("validate_every", [0, 1])
 def test_nan_gradient_of_the_last_step_is_no_result(monkeypatch, validate_every):
     calls = []
-    own = recover.response_loss
+    own = training.response_loss
 
     def breaks(model, part):
         calls.append(part)
         value, count = own(model, part)
         return (BrokenBackward.apply(value) if len(calls) == 3 else value), count
 
-    monkeypatch.setattr(recover, "response_loss", breaks)
+    monkeypatch.setattr(training, "response_loss", breaks)
     with pytest.raises(RecoverError, match=r"gradient is nan at step 2; lower recover\.learning_rate"):
         train(adapted(), examples(), settings(max_length=32, micro_batch_size=8, validate_every=validate_every), 3)
 
@@ -279,7 +280,7 @@ def test_no_steps_only_measure():
     result = train(model, rows, settings(), 0, validation=rows)
     assert_close(weights(model), before, 0)
     assert (result.losses, result.tokens) == ((), 0)
-    assert result.validation_rows == recover.row_losses(model, rows, 4, PADDING)
+    assert result.validation_rows == loss.row_losses(model, rows, 4, PADDING)
 
 
 def test_model_is_left_in_evaluation_mode():
@@ -299,11 +300,11 @@ def test_validation_loss_is_the_mean_over_all_response_tokens(size):
     part = alpaca.batch(rows, PADDING, False)
     with torch.no_grad():
         expected = model(input_ids=part.tokens, labels=part.labels).loss.item()
-    found = recover.row_losses(model, rows, size, PADDING)
-    assert recover.mean_loss(found)[0] == pytest.approx(expected, abs=1e-5)
-    alone = {recover.row_losses(model, [row], 1, PADDING)[0] for row in rows}
+    found = loss.row_losses(model, rows, size, PADDING)
+    assert loss.mean_loss(found)[0] == pytest.approx(expected, abs=1e-5)
+    alone = {loss.row_losses(model, [row], 1, PADDING)[0] for row in rows}
     assert {count for _, count in found} == {count for _, count in alone}
-    assert sorted(loss for loss, _ in found) == pytest.approx(sorted(loss for loss, _ in alone), abs=1e-4)
+    assert sorted(total for total, _ in found) == pytest.approx(sorted(total for total, _ in alone), abs=1e-4)
 
 
 def test_error_of_the_validation_loss_is_that_of_a_ratio_over_rows():
@@ -311,8 +312,8 @@ def test_error_of_the_validation_loss_is_that_of_a_ratio_over_rows():
     totals, counts = (torch.tensor([float(one[column]) for one in rows]) for column in (0, 1))
     left = totals - totals.sum() / counts.sum() * counts
     expected = float(left.std(correction=1) * len(rows) ** 0.5 / counts.sum())  # the residuals sum to zero
-    assert recover.mean_loss(rows) == (pytest.approx(58 / 25), pytest.approx(expected, rel=1e-4))
-    assert recover.mean_loss(rows[:1]) == (2.0, 0)
+    assert loss.mean_loss(rows) == (pytest.approx(58 / 25), pytest.approx(expected, rel=1e-4))
+    assert loss.mean_loss(rows[:1]) == (2.0, 0)
 
 
 @pytest.mark.parametrize("rows, size", [(5, 2), (8, 8), (100, 3), (40, 1), (3, 8)])
@@ -351,7 +352,7 @@ def test_no_rows_is_an_error_instead_of_a_hang(what):
     signal.setitimer(signal.ITIMER_REAL, 1)
     try:
         with pytest.raises((RecoverError, ValueError), match="row"):
-            recover.run(adapted(), rows["train"], rows["validation"], settings(), 1, PADDING, 0)
+            recover.run(adapted(), Rows(**rows, padding=PADDING), settings(steps=1), 0)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
@@ -369,30 +370,30 @@ def test_no_rows_is_an_error_instead_of_a_hang(what):
     ],
 )
 def test_rate_by_hand(warmup, steps, expected):
-    assert [recover._rate(step, warmup, steps) for step in range(steps)] == pytest.approx(expected)
+    assert [training.rate(step, warmup, steps) for step in range(steps)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("warmup, steps", [(0, 3), (2, 3), (7, 3)])
 def test_rate_after_the_last_step_is_not_negative(warmup, steps):
-    assert recover._rate(steps, warmup, steps) >= 0
+    assert training.rate(steps, warmup, steps) >= 0
 
 
 def test_run_follows_the_schedule(monkeypatch):
     rates = []
-    own = recover.adamw
+    own = training.adamw
 
     def watched(*arguments):
         optimizer = own(*arguments)
         optimizer.register_step_pre_hook(lambda one, *_: rates.append(one.param_groups[0]["lr"]))
         return optimizer
 
-    monkeypatch.setattr(recover, "adamw", watched)
+    monkeypatch.setattr(training, "adamw", watched)
     train(adapted(), examples(), settings(learning_rate=0.01, warmup_steps=1), 4)
     assert rates == pytest.approx([0.005, 0.01, 0.02 / 3, 0.01 / 3])
 
 
 def test_optimizer_has_no_weight_decay():
-    optimizer = recover.adamw([torch.nn.Parameter(torch.ones(2))], 0.1, torch.device("cpu"))
+    optimizer = training.adamw([torch.nn.Parameter(torch.ones(2))], 0.1, torch.device("cpu"))
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.param_groups[0]["weight_decay"] == 0
 
@@ -400,7 +401,7 @@ def test_optimizer_has_no_weight_decay():
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_byte_dropout_zeroes_the_share_and_keeps_the_mean(p):
     torch.manual_seed(0)
-    dropout, ones = recover.ByteDropout(p), torch.ones(333, 301)
+    dropout, ones = adapters.ByteDropout(p), torch.ones(333, 301)
     threshold = round(p * 256)
     found = dropout.train()(ones)
     assert found.unique().tolist() == pytest.approx([0, 256 / (256 - threshold)])
@@ -413,7 +414,7 @@ def test_byte_dropout_zeroes_the_share_and_keeps_the_mean(p):
 def test_byte_dropout_scales_gradients_as_values():
     torch.manual_seed(0)
     values = torch.randn(40, 8, requires_grad=True)
-    found = recover.ByteDropout(0.25).train()(values)
+    found = adapters.ByteDropout(0.25).train()(values)
     found.sum().backward()
     expected = torch.where(found == 0, 0.0, 4 / 3)
     torch.testing.assert_close(values.grad, expected)
@@ -425,9 +426,9 @@ def test_byte_dropout_scales_gradients_as_values():
 def test_full_training_reaches_all_that_is_not_quantized():
     model = adapted()
     quantized = {"model.layers.0.mlp.down_proj", "model.layers.3.self_attn.q_proj"}
-    recover.train_in_full(model, quantized)
+    adapters.train_in_full(model, quantized)
     frozen = {
-        recover.linear_of(name) for name, one in model.get_base_model().named_parameters() if not one.requires_grad
+        adapters.linear_of(name) for name, one in model.get_base_model().named_parameters() if not one.requires_grad
     }
     assert frozen == quantized
 
@@ -435,9 +436,9 @@ def test_full_training_reaches_all_that_is_not_quantized():
 @pytest.mark.parametrize("tied", [True, False])
 def test_full_gradient_equals_autograd_through_all_logits(tied):
     model = adapted(tie_word_embeddings=tied)
-    recover.train_in_full(model, set())
+    adapters.train_in_full(model, set())
     part = BATCHES["several_chunks"]
-    found = gradients(model, recover.response_loss(model, part)[0])
+    found = gradients(model, loss.response_loss(model, part)[0])
     logits = model(input_ids=part.tokens).logits[:, :-1]
     plain = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), part.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
@@ -466,12 +467,12 @@ def test_stops_after_so_many_losses_that_are_no_lower_and_goes_back_to_the_lowes
     assert found.validation_loss == 2.0
     assert len(found.losses) == 8
     losses_in_turn(monkeypatch, [3.0, 2.0])
-    training = recover._Training(at_the_lowest, whole, 20)
+    state = training.Training(at_the_lowest, replace(whole, steps=20))
     rows = recover.endless(examples(16), 8, 0)
     torch.manual_seed(0)
     at_the_lowest.train()
     for _ in range(4):
-        training.take_step([alpaca.batch(part, PADDING, False) for part in recover._parts(next(rows), whole)])
+        state.take_step([alpaca.batch(part, PADDING, False) for part in training.micro_batches(next(rows), whole)])
     assert_close(weights(model), weights(at_the_lowest), 0)
 
 
@@ -512,7 +513,7 @@ def test_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, dtype, which):
     def fresh():
         model = adapted(dropout=0.1, dtype=dtype)
         if which == "full":
-            recover.train_in_full(model, set())
+            adapters.train_in_full(model, set())
         return model
 
     straight = fresh()

@@ -7,7 +7,7 @@ import pytest
 from pipeline.search import pareto, search
 from pipeline.search.search import Candidate, Ended, SearchError, Study
 from pipeline.search.surrogate import Observation
-from pipeline.trial.trial import Result
+from pipeline.trial.result import Result
 from tests.fixtures.searches import PRIORS, SPACE, UNITS, result
 
 

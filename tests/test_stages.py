@@ -1,4 +1,3 @@
-import dataclasses
 import math
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pipeline.search.search import Study
 from pipeline.stages import recorder
 from pipeline.stages.recorder import Recorder
 from pipeline.trial import trial
-from pipeline.trial.trial import Result
+from pipeline.trial.result import Result
 from tests.fixtures.searches import PRIORS, SPACE, UNITS, result
 
 
@@ -86,7 +85,8 @@ def test_trial_out_of_memory_is_failed_with_its_cause_and_search_goes_on(tmp_pat
 def test_trial_without_a_number_for_a_score_is_failed_and_search_goes_on(tmp_path, settings, monkeypatch):
     def fake(context, bits, **_):
         found = result(bits)
-        return dataclasses.replace(found, gold_logprob=math.nan) if bits[1] == 8 else found, None
+        broken = Result.from_json(found.as_json() | {"gold_logprob": math.nan})
+        return broken if bits[1] == 8 else found, None
 
     study, _ = searched(tmp_path, settings, monkeypatch, run=fake)
     (failed, *_) = found("FAILED")

@@ -16,7 +16,12 @@ from pipeline.compress import quantize
 from pipeline.data.alpaca import Example
 from pipeline.device import Compute
 from pipeline.results.cells import changed
-from pipeline.trial import build, recover, trial
+from pipeline.stages import trials
+from pipeline.stages.settings import settings_of
+from pipeline.trial import adapters, build, recover, training
+from pipeline.trial.assemble import assemble
+from pipeline.trial.context import Context
+from pipeline.trial.recover import Rows
 
 CPU = torch.device("cpu")
 
@@ -26,14 +31,13 @@ def context(default):
     model = tiny_model(dtype=torch.bfloat16)
     config = checkpoint.pruned_config(model.config, architecture.shapes(model.config))
     units = architecture.units(config, "block")
-    bank = SimpleNamespace(settings=default.quantize)
-    return trial.Context(
-        config, model.state_dict(), bank, None, units, {}, [], [], default, Compute(CPU, torch.bfloat16)
-    )
+    bank = SimpleNamespace(settings=settings_of(quantize.Settings, default.quantize))
+    settings = trials.settings(default)
+    return Context(config, model.state_dict(), bank, None, units, {}, [], [], settings, Compute(CPU, torch.bfloat16))
 
 
 def drawn(context):
-    state = trial.assemble(context, [16] * len(context.units)).state_dict()
+    state = assemble(context, [16] * len(context.units)).state_dict()
     return {name: weight for name, weight in state.items() if "lora_A" in name}
 
 
@@ -45,7 +49,7 @@ def test_adapters_of_16_bits_are_drawn_by_the_params_seed_alone(context):
     assert torch.equal(torch.get_rng_state(), before)
     assert first and all(torch.equal(weight, second[name]) for name, weight in first.items())
     assert len({float(weight.float().sum()) for weight in first.values()}) == len(first)
-    other = replace(context, params=context.params.model_copy(update={"seed": context.params.seed + 1}))
+    other = replace(context, settings=replace(context.settings, seed=context.settings.seed + 1))
     assert not any(torch.equal(weight, first[name]) for name, weight in drawn(other).items())
 
 
@@ -58,7 +62,8 @@ def context_of(model, params, folder):
     # the bank's r and alpha / r are not those of the params
     bank = make_bank(folder, config, state, r=4, lora_alpha=12)
     units = architecture.units(config, "linear")
-    return trial.Context(config, state, bank, None, units, {}, [], [], params, Compute(CPU, torch.bfloat16))
+    settings = trials.settings(params)
+    return Context(config, state, bank, None, units, {}, [], [], settings, Compute(CPU, torch.bfloat16))
 
 
 def in_turn(context):
@@ -87,7 +92,7 @@ def mixed(default, tmp_path):
     """Context of a pruned model, its linears' bits and the model that a trial makes of them."""
     context = context_of(pruned(), changed(default, "recover", dropout=0.3), tmp_path)
     bits, widths = in_turn(context)
-    return context, widths, trial.assemble(context, bits)
+    return context, widths, assemble(context, bits)
 
 
 def test_weights_below_the_adapters_are_the_banks_at_each_linears_bits(mixed):
@@ -117,16 +122,16 @@ def test_every_linear_has_an_adapter_of_the_banks_rank_with_the_params_dropout(m
     for layer in layers.values():
         assert (layer.r["default"], layer.scaling["default"]) == (4, 3.0)
         dropout = layer.lora_dropout["default"]
-        assert type(dropout) is recover.ByteDropout and dropout.threshold == 77  # round(256 * 0.3)
+        assert type(dropout) is adapters.ByteDropout and dropout.threshold == 77  # round(256 * 0.3)
 
 
 def test_space_holds_what_peaks_within_the_budget(default, tmp_path):
-    context = context_of(pruned(), changed(default, "search", max_8bit_fraction=1.0), tmp_path)
+    params = changed(default, "search", max_8bit_fraction=1.0)
+    context = context_of(pruned(), params, tmp_path)
     context = replace(context, units=architecture.units(context.config, "block"))
     peaks = {bits: context.predict(bits).training for bits in product((4, 8), repeat=4)}
     budget = sorted(peaks.values())[9] / GIB  # ten of sixteen vectors fit
-    within = replace(context, params=changed(context.params, "search", memory_budget_gib=budget))
-    space = trial.space(within)
+    space = trials.space(changed(params, "search", memory_budget_gib=budget), context)
     assert {bits for bits in peaks if bits in space} == {bits for bits, peak in peaks.items() if peak <= budget * GIB}
     assert sum(bits in space for bits in peaks) == 10
 
@@ -144,9 +149,9 @@ def in_full(request, default, tokenizer, tmp_path):
     context = context_of(whole, changed(default, "recover", train="full", learning_rate=0.05), tmp_path)
     context = replace(context, tokenizer=tokenizer)
     bits, widths = in_turn(context)
-    trained = trial.assemble(context, bits)
+    trained = assemble(context, bits)
     rows = [Example(tuple(range(2 + index, 20 + 2 * index)), 5) for index in range(8)]
-    recover.run(trained, rows, rows[:1], context.params.recover, 2, tokenizer.pad_token_id, 0)
+    recover.run(trained, Rows(rows, rows[:1], tokenizer.pad_token_id), replace(context.settings.recover, steps=2), 0)
     return context, bits, widths, trained
 
 
@@ -180,7 +185,7 @@ def test_checkpoint_of_full_training_holds_what_was_trained(in_full, tmp_path, m
 
 
 def test_optimizer_on_a_gpu_is_the_papers():
-    optimizer = recover.adamw([torch.nn.Parameter(torch.ones(2))], 1e-3, torch.device("cuda"))
+    optimizer = training.adamw([torch.nn.Parameter(torch.ones(2))], 1e-3, torch.device("cuda"))
     assert type(optimizer) is bitsandbytes.optim.PagedAdamW32bit
     assert optimizer.is_paged and optimizer.args.optim_bits == 32
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-3, 0)]

@@ -15,7 +15,7 @@ from pipeline.search.surrogate import Observation
 
 if TYPE_CHECKING:
     from pipeline.compress.importance import Priors
-    from pipeline.trial.trial import Result
+    from pipeline.trial.result import Result
 
 
 def seeds(

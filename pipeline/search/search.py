@@ -21,7 +21,7 @@ from pipeline.search.surrogate import Observation
 
 if TYPE_CHECKING:
     from pipeline.compress.importance import Priors
-    from pipeline.trial.trial import Result
+    from pipeline.trial.result import Result
 
 _FAILURES_IN_A_ROW = 3
 Attempt = Callable[[Any, Candidate, int], "Result | BaseException"]

@@ -30,7 +30,7 @@ from pipeline.search.allocate import Bits
 from pipeline.storage import CheckpointError, again
 
 if TYPE_CHECKING:
-    from pipeline.trial.trial import Result
+    from pipeline.trial.result import Result
 
 _REFERENCE = "reference:"  # before a reference's name in the study's attributes
 _RECORDED = {"run_id", "method", "result"}
@@ -73,7 +73,7 @@ class Record:
     @cached_property
     def result(self) -> Result:
         """Return its result."""
-        from pipeline.trial.trial import Result
+        from pipeline.trial.result import Result
 
         return Result.from_json(self.values)
 

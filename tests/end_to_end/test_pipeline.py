@@ -121,7 +121,7 @@ print(json.dumps({"answer": answer, "short": short, "logits": logits.flatten().t
     from safetensors.torch import load_file
 
     built = tmp_path / "built.safetensors"
-    own = command(project, sys.executable, "-m", "pipeline.trial.build", "artifacts/final", str(built), "cpu")
+    own = command(project, sys.executable, "-m", "pipeline.trial.probe", "artifacts/final", str(built), "cpu", "auto")
     assert own.returncode == 0, own.stderr
     assert load_file(built)["logits"].flatten().tolist() == found["logits"]
     client = MlflowClient(store["MLFLOW_TRACKING_URI"])
