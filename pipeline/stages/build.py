@@ -26,6 +26,7 @@ def run(params: Params, run: Run) -> None:
     result, model = trial.run(context, bits, steps=params.build.steps, progress=steps("build: recovery"), keep=kept)
     lineage = {
         "chosen_run": chosen or "none: bits given",
+        "bits": text,
         "git_commit": tracking.git_commit(),
         "alpaca_md5": tracking.md5(ALPACA),
         "benchmarks_md5": tracking.md5(BENCHMARKS),
