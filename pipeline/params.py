@@ -274,6 +274,7 @@ class Register(Section):
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     alias: str = Field(pattern=r"^[a-z][\w-]*$")
+    promote: Literal["better", "always", "never"]
 
     @field_validator("alias")
     @classmethod

@@ -62,15 +62,16 @@ def run(entry: str, n_trials: str = "params.yaml") -> int:
             if _finished() < checked.search.n_trials or _tracked() < _finished():
                 status = _again("search")
             status = status or dvc("repro", *TARGETS["search"])
-            if status == 0 and not tracking.registered(checked.register_.name, checked.register_.alias):
+            if status == 0 and not tracking.registered(_registered()["model"]):
                 status = _again("register")
         if status == 0 and entry in ("search", "pareto", "report"):
             from pipeline.stages import report
 
             report.show(checked)
         if status == 0 and entry in ("search", "register"):
-            found = made("register")
-            console.note(f"In the registry: {found['model']}, alias {found['alias']}")
+            registered = made("register")
+            alias = f"alias {registered['alias']}" if registered["alias"] else f"no alias: {registered['reason']}"
+            console.note(f"In the registry: {registered['model']}, {alias}")
     return status
 
 
@@ -129,6 +130,10 @@ def _tracked() -> int:
     """Return how many finished trials of the search the store has."""
     searched = _search()
     return sum(run.tags["stage"] == "trial" for run in tracked(searched["study"], searched["journal"]))
+
+
+def _registered() -> dict[str, Any]:
+    return storage.read_json(REPORTS / "register.json", "register")
 
 
 def _search() -> dict[str, Any]:

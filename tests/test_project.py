@@ -36,7 +36,7 @@ def asked(raw_params, tmp_path, monkeypatch):
     made = Asked(tracked=4, registered=True)
     monkeypatch.setattr(project, "dvc", made.dvc)
     monkeypatch.setattr(project, "_tracked", lambda: made.tracked)
-    monkeypatch.setattr(tracking, "registered", lambda name, alias: made.registered)
+    monkeypatch.setattr(tracking, "registered", lambda uri: made.registered)
     for module, name in ((tracking, "reap"), (tracking, "adopt_project_run"), (tracking, "on_termination_interrupt")):
         monkeypatch.setattr(module, name, lambda: None)
     monkeypatch.setattr(report, "show", lambda checked: None)

@@ -28,6 +28,7 @@ def run(params: Params, run: Run) -> None:
     result, model = trial.run(context, bits, work, steps("build: recovery"), kept)
     lineage = {
         "chosen_run": chosen or "none: bits given",
+        "bits": text,
         "git_commit": tracking.git_commit(),
         "alpaca_md5": tracking.md5(ALPACA),
         "benchmarks_md5": tracking.md5(BENCHMARKS),

@@ -1,40 +1,103 @@
-"""Stage ``register``: the built checkpoint into the model registry, with an alias and its evidence.
+"""Stage ``register``: the built checkpoint into the model registry, with its figures and, if it is better, the alias.
 
-Reads ``artifacts/final`` and ``reports/evaluate.json``. Writes ``reports/register.json``.
+Reads ``artifacts/final``, ``reports/build.json`` and ``reports/evaluate.json``. Writes ``reports/register.json``.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 
-from pipeline import console, storage, tracking
-from pipeline.params import Params
+from pipeline import GIB, bits, console, storage, tracking
+from pipeline.params import Params, digest
 from pipeline.paths import FINAL, REPORTS
+from pipeline.stages.serving import Settings
 from pipeline.stages.shell import made
-from pipeline.tracking import Run
+from pipeline.tracking import Packed, Registration, Run, Standing
 
 _NEEDED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")  # to serve the model
+_EXAMPLE = "What is the capital of France?"
 
 
 def run(params: Params, run: Run) -> None:
     """Run the stage."""
     storage.verify(FINAL, "build")
-    figures = made("evaluate")
+    built, judged = made("build"), made("evaluate")
     lineage = storage.read_json(FINAL / "lineage.json", "build")
-    run.metrics(figures)
+    figures = {f"build_{key}": value for key, value in built.items()} | judged
+    figures["size_mb"] = sum(path.stat().st_size for path in FINAL.rglob("*") if path.is_file()) / 1e6
+    standing = _standing(params, built, judged, lineage)
+    facts = _facts(built, figures["size_mb"], lineage)
+    section = params.register_
+    asked = Registration(
+        name=section.name,
+        alias=section.alias,
+        promote=section.promote,
+        standing=standing,
+        description=_description(section.name, section.alias, standing, judged, facts),
+        metrics=figures,
+        tags=lineage | facts,
+    )
     root = tracking.root()
     pinned = [line for line in (root / "requirements.txt").read_text().splitlines() if line.split("==")[0] in _NEEDED]
-    asked = tracking.Registration(
-        name=params.register_.name,
-        alias=params.register_.alias,
+    packed = Packed(
         model_code=root / "pipeline" / "stages" / "served.py",
         checkpoint=FINAL.absolute(),
-        code=[str(root / "pipeline")],
+        code=[root / "pipeline"],
         requirements=pinned,
-        tags=lineage | {key: f"{value:.4f}" for key, value in figures.items()},
-        example=["What is the capital of France?"],
+        params=asdict(Settings()),
+        example=[_EXAMPLE],
     )
-    uri = tracking.register_model(run, asked)
-    run.tags({"model": uri})
-    storage.write_text(REPORTS / "register.json", json.dumps({"model": uri, "alias": params.register_.alias}, indent=1))
-    console.note(f"registered {uri} as models:/{params.register_.name}@{params.register_.alias}")
+    run.metrics(figures)
+    registered = tracking.register_model(run, asked, packed)
+    run.tags({"model": registered.uri, "alias": section.alias if registered.promoted else ""})
+    kept = {"model": registered.uri, "alias": section.alias if registered.promoted else None}
+    storage.write_text(REPORTS / "register.json", json.dumps(kept | {"reason": registered.reason}, indent=1))
+    named = f"as models:/{section.name}@{section.alias}" if registered.promoted else f"without alias {section.alias}"
+    console.note(f"registered {registered.uri} {named}: {registered.reason}")
+
+
+def _standing(
+    params: Params, built: Mapping[str, float], judged: Mapping[str, float], lineage: Mapping[str, str]
+) -> Standing:
+    """Return the model's score by the search's objective: on unseen items, or on the held-out rows that build saw."""
+    objective = params.search.objective
+    items = digest(
+        [lineage["alpaca_md5"], lineage["benchmarks_md5"], lineage["base_model"]],
+        [params.evaluate, params.data.validation_rows, params.recover.max_length, params.seed],
+    )
+    return Standing(objective, float(judged[objective] if objective in judged else built[objective]), items)
+
+
+def _facts(built: Mapping[str, float], size_mb: float, lineage: Mapping[str, str]) -> dict[str, str]:
+    """Return what tells versions apart, in words."""
+    text = lineage.get("bits")
+    memory = {"training": "peak_memory_bytes", "inference": "inference_memory_bytes"}
+    return {
+        **({"bits_summary": bits.summary(text)} if text else {}),
+        **{f"{name}_memory": f"{built[key] / GIB:.3f} GiB" for name, key in memory.items() if key in built},
+        "size": f"{size_mb:.0f} MB",
+    }
+
+
+def _description(
+    name: str, alias: str, standing: Standing, judged: Mapping[str, float], facts: Mapping[str, str]
+) -> str:
+    """Return what the version is, how good, how large and how to run it, in Markdown."""
+    listed = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in facts.items())
+    accuracy = f"{100 * judged['accuracy']:.1f} ± {100 * judged['accuracy_stderr']:.1f} %"
+    return f"""A causal language model, pruned, quantized to 4 and 8 bits and recovered with LoRA (QPruner).
+
+- accuracy: {accuracy} on {judged["items"]:.0f} items
+- {standing.objective}: {standing.score:.4f}
+{listed}
+
+```python
+import mlflow
+
+mlflow.set_tracking_uri("...")  # the store that this page is in: sqlite:////path/to/mlflow.db or http://server:5000
+model = mlflow.pyfunc.load_model("models:/{name}@{alias}")
+print(model.predict(["{_EXAMPLE}"], params={{"max_new_tokens": 64}}))
+```
+"""

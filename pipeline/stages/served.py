@@ -8,11 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import mlflow
-import pandas as pd
 import torch
+from mlflow.exceptions import MlflowException
 
 from pipeline import checkpoint, device, storage
-from pipeline.data import alpaca
+from pipeline.stages import serving
+from pipeline.stages.serving import RequestError, Settings
+
+_TOGETHER = 8  # prompts that are answered in one batch
 
 
 class Compressed(mlflow.pyfunc.PythonModel):
@@ -26,29 +29,63 @@ class Compressed(mlflow.pyfunc.PythonModel):
         self.model = checkpoint.load_final(folder, compute.device, compute.dtype)
         self.tokenizer = checkpoint.load_tokenizer(folder)
 
-    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
-        """Answer instructions, greedily.
+    # No type hints: by them MLflow would check the inputs itself, and knows no choice of several forms.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """Answer each prompt.
 
         Args:
             context: Unused.
-            model_input: One column of instructions; MLflow makes it of a list of strings.
-            params: ``max_new_tokens``; MLflow fills in what the model's signature has.
+            model_input: See ``serving.prompts``.
+            params: See ``serving.Settings``. MLflow fills in the defaults, and drops unknown ones with a warning.
+
+        Returns:
+            The answers, a text each.
+
+        Raises:
+            MlflowException: The input or a param cannot be answered; a server says so with status 400.
         """
-        assert params is not None
-        answers = []
-        for text in model_input.iloc[:, 0]:
-            tokens = torch.tensor([self.tokenizer.encode(alpaca.prompt(text))], device=self.model.device)
-            # bitsandbytes would compile its CPU kernels anew for every length, seconds each.
-            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-                out = self.model.generate(
-                    input_ids=tokens,
-                    attention_mask=torch.ones_like(tokens),
-                    max_new_tokens=params["max_new_tokens"],
-                    do_sample=False,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )
-            answers.append(self.tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True))
+        limit = self.model.config.max_position_embeddings
+        try:
+            settings = serving.settings(params, limit)
+            rows = [self.tokenizer.encode(prompt) for prompt in serving.prompts(model_input)]
+            for number, row in enumerate(rows):
+                if len(row) + settings.max_new_tokens > limit:
+                    raise RequestError(
+                        f"prompt {number} has {len(row)} tokens: with max_new_tokens {settings.max_new_tokens} that is "
+                        f"more than the {limit} that the model can hold"
+                    )
+        except RequestError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from None
+        answers: list[str] = []
+        for start in range(0, len(rows), _TOGETHER):
+            answers += self._answers(rows[start : start + _TOGETHER], settings)
         return answers
+
+    def _answers(self, rows: list[list[int]], settings: Settings) -> list[str]:
+        """Return the continuations of token rows, padded on the left so that all end at the same position."""
+        length = max(map(len, rows))
+        padding = self.tokenizer.pad_token_id
+        tokens = torch.tensor([[padding] * (length - len(row)) + row for row in rows], device=self.model.device)
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
+        drawn = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        # bitsandbytes would compile its CPU kernels anew for every length, seconds each.
+        with torch.inference_mode(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            torch.manual_seed(settings.seed)
+            out = self.model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                max_new_tokens=settings.max_new_tokens,
+                pad_token_id=padding,
+                **({"stop_strings": settings.stop, "tokenizer": self.tokenizer} if settings.stop else {}),
+                **(drawn if settings.temperature else {"do_sample": False}),
+            )
+        return [self._text(row, settings.stop) for row in out[:, length:]]
+
+    def _text(self, tokens: torch.Tensor, stop: list[str]) -> str:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        ends = [text.find(mark) for mark in stop if mark in text]
+        return text[: min(ends)] if ends else text
 
 
 mlflow.models.set_model(Compressed())

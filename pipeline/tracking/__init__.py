@@ -21,7 +21,7 @@ os.environ.setdefault("MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", "600")
 from pipeline.signals import Interrupted, ending, on_termination_interrupt
 from pipeline.tracking.lineage import git_commit, md5
 from pipeline.tracking.queries import ItemsLost, items, move, reopen, run, set_metric, set_tag, tagged, trials
-from pipeline.tracking.registry import Registration, register_model, registered
+from pipeline.tracking.registry import Packed, Registered, Registration, Standing, register_model, registered
 from pipeline.tracking.runs import ITEMS, JOURNAL_ID, Run, adopt_project_run, create, kill_project_run, reap, stage
 from pipeline.tracking.store import (
     EXPERIMENT,
@@ -47,8 +47,11 @@ __all__ = [
     "Interrupted",
     "ItemsLost",
     "Missing",
+    "Packed",
+    "Registered",
     "Registration",
     "Run",
+    "Standing",
     "StoreError",
     "Tracked",
     "Unreachable",

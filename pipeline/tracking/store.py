@@ -88,18 +88,24 @@ def _start(file: Path) -> bytes:
 
 
 @contextmanager
+def in_words() -> Iterator[None]:
+    """Turn a failure of the store into a ``StoreError`` that says what to do."""
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError) as error:
+        raise _in_words(error) from error
+    except OSError as error:
+        if error.errno in _UNUSABLE:
+            place = f"{error.filename or 'the disk'} {_UNUSABLE[error.errno]}"
+            raise StoreError(f"tracking: {place}; make room or set MLFLOW_TRACKING_URI to another store") from error
+        raise
+
+
+@contextmanager
 def talking() -> Iterator[None]:
-    """Talk to the store: no interrupt in between, and a failure becomes a ``StoreError`` that says what to do."""
-    with signals.held():
-        try:
-            yield
-        except (MlflowException, SQLAlchemyError) as error:
-            raise _in_words(error) from error
-        except OSError as error:
-            if error.errno in _UNUSABLE:
-                place = f"{error.filename or 'the disk'} {_UNUSABLE[error.errno]}"
-                raise StoreError(f"tracking: {place}; make room or set MLFLOW_TRACKING_URI to another store") from error
-            raise
+    """Talk to the store: no interrupt in between, failures in words."""
+    with signals.held(), in_words():
+        yield
 
 
 def _in_words(error: Exception) -> StoreError:
