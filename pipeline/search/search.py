@@ -83,7 +83,7 @@ def stale(finished: Sequence[tuple[str, Result]], objective: str) -> int:
     count = 0
     earlier: list[tuple[float, float]] = []
     for method, result in finished:
-        score, memory = result.score(objective)[0], float(result.peak_memory_bytes)
+        score, memory = result.score(objective)[0], float(result.peak_memory_bytes or 0)
         if not any(other >= score and cost <= memory for other, cost in earlier):
             count = 0
         elif method == "sampler":

@@ -63,7 +63,7 @@ class Record:
     @property
     def name(self) -> str:
         """Return what it is called."""
-        return self.method if self.number is None else f"trial {self.number}"
+        return self.method if self.number is None else trial_name(self.number)
 
     @cached_property
     def result(self) -> Result:
@@ -71,6 +71,11 @@ class Record:
         from pipeline.trial.trial import Result
 
         return Result.from_json(self.values)
+
+
+def trial_name(number: int) -> str:
+    """Return what a trial is called everywhere: names count from 1, Optuna's numbers from 0."""
+    return f"trial {number + 1}"
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,7 @@ class Study:
         self._tell(trial, result)
 
     def _tell(self, trial: Any, result: Result) -> None:
-        self._study.tell(trial, [result.score(self.objective)[0], float(result.peak_memory_bytes)])
+        self._study.tell(trial, [result.score(self.objective)[0], float(result.peak_memory_bytes or 0)])
 
     def fail(self, trial: Any, error: BaseException) -> None:
         """Record a trial that did not finish, with its cause and no score."""

@@ -249,8 +249,7 @@ class Cells:
 
     def _log(self, own: Run, cell: Cell, result: Any, study: Mapping[str, str] | None) -> None:
         own.params({"bits": grouped(result.bits, len(GRANULARITIES[cell.params.search.granularity]))})
-        if study:
-            own.tags({"study_digest": Identity(**study).name})
+        own.tags({"bits": result.bits} | ({"study_digest": Identity(**study).name} if study else {}))
         log_result(own, cell.title, result)
 
     def _agree(self, cell: Cell, key: str, kept: dict[str, Any], result: Any) -> str:

@@ -22,7 +22,7 @@ from pipeline.params import Params, digest
 from pipeline.paths import ALPACA, BASE, BENCHMARKS, UNFINISHED
 from pipeline.search.allocate import Bits, Space
 from pipeline.search.search import Attempt, Settings
-from pipeline.search.study import Candidate, Record, Study
+from pipeline.search.study import Candidate, Record, Study, trial_name
 from pipeline.tracking import Run, Tracked
 
 if TYPE_CHECKING:
@@ -181,9 +181,9 @@ class Recorder:
 
         assert self.context is not None
         self._retry()
-        text, name = bit_text.write(candidate.bits), f"trial {opened.number}"
+        text, name = bit_text.write(candidate.bits), trial_name(opened.number)
         run = self._in_store(lambda: self._open(name, candidate.method, text, reference=False, bits=candidate.bits))
-        label = f"trial {done + 1}/{self.params.search.n_trials} ({candidate.method})"
+        label = f"{name} ({candidate.method}; {done} of {self.params.search.n_trials} finished)"
         kept = unfinished(self.study.name, text)
         try:
             result, _ = trial.run(self.context, candidate.bits, progress=steps(label), keep=kept)
@@ -224,7 +224,7 @@ class Recorder:
         if self.space is None:
             return
         results = [record.result for record in self.study.finished()]
-        points = [(result.score(self.study.objective)[0], float(result.peak_memory_bytes)) for result in results]
+        points = [(result.score(self.study.objective)[0], float(result.peak_memory_bytes or 0)) for result in results]
         growth = pareto.growth(points, self.space.reach, self._followed)
         self.run.series("hypervolume", enumerate(growth, self._followed + 1))
         self._followed = len(results)
