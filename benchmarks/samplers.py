@@ -35,7 +35,7 @@ from optuna.trial import create_trial
 from pipeline.compress.importance import Priors
 from pipeline.search import pareto, surrogate
 from pipeline.search.allocate import Bits, Space, raised_of
-from pipeline.search.search import seeds
+from pipeline.search.history import seeds
 from pipeline.search.surrogate import Observation
 
 GAINS = {29: 59.1, 11: 56.6, 0: 25.0, 16: 14.7, 15: 14.1, 28: 13.9, 2: 13.5, 7: 13.3, 4: 11.7, 23: 11.3, 13: 10.6}
@@ -252,14 +252,6 @@ ARMS = (
 COLUMNS = ("landscape", "arm", "seed", "trial", "hypervolume", "longest_ask_s")
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What ``search.seeds`` reads of section ``search``."""
-
-    n_random: int
-    seed_bits: tuple[str, ...] = ()
-
-
 def replay(
     landscape: Landscape, arm: str, seed: int, trials: int, told: Landscape | None = None
 ) -> tuple[list[float], float]:
@@ -284,7 +276,7 @@ def replay(
     noise = np.random.default_rng(seed)
     queue = [
         one.bits
-        for one in seeds(_Settings(int(starts[0]) if starts else 3), landscape.space, priors, generator)  # type: ignore[arg-type]
+        for one in seeds(landscape.space, priors, (), int(starts[0]) if starts else 3, generator)
         if not (one.method == "qpruner2" or (kind == "none" and one.method == "sensitivity"))
     ]
     past: list[Observation] = []

@@ -108,14 +108,15 @@ def outcome(generator: random.Random, units: int = 30) -> Result:
 def recorder(study: str) -> Any:
     """Return a search's recorder with its own run in the store."""
     run = tracking.create("search", None, {"stage": "search"})
-    return Recorder(run, study, params.load(), SimpleNamespace())
+    named: Any = SimpleNamespace(name=study, journal="journal")
+    return Recorder(run, named, params.load())
 
 
 def record(to: Any, number: int, result: Result) -> None:
     """Track one trial as the search does: open its run, log its figures, end it; a step in the search's own run."""
     own = to._open(f"trial {number}", "random", result.bits, reference=False)
     own.tags({"trial": str(number)})
-    log_result(own, result)
+    log_result(own, f"trial {number}", result)
     own.finish()
     to.run.series("hypervolume", [(number, result.accuracy)])
 

@@ -62,7 +62,7 @@ def run(entry: str, n_trials: str = "params.yaml") -> int:
             if _finished() < checked.search.n_trials or _tracked() < _finished():
                 status = _again("search")
             status = status or dvc("repro", *TARGETS["search"])
-            if status == 0 and not tracking.registered(_registered()["model"]):
+            if status == 0 and not tracking.registered(made("register")["model"]):
                 status = _again("register")
         if status == 0 and entry in ("search", "pareto", "report"):
             from pipeline.stages import report
@@ -130,10 +130,6 @@ def _tracked() -> int:
     """Return how many finished trials of the search the store has."""
     searched = _search()
     return sum(run.tags["stage"] == "trial" for run in tracked(searched["study"], searched["journal"]))
-
-
-def _registered() -> dict[str, Any]:
-    return storage.read_json(REPORTS / "register.json", "register")
 
 
 def _search() -> dict[str, Any]:

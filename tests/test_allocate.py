@@ -4,6 +4,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from pipeline.search import SearchError
 from pipeline.search.allocate import Space
 
 COSTS = (5, 3, 8, 1, 4)
@@ -60,7 +61,7 @@ def test_most_units_at_8_bits_is_the_floor_of_the_fraction(units, fraction, expe
 
 
 def test_budget_below_the_base_is_refused():
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(SearchError) as caught:
         Space.of(lambda bits: 3 * 2**30, 4, 1.0, 2**30)
     for text in ("search.memory_budget_gib", "3.000 GiB", "budget of 1.000", "raise it", "micro_batch_size"):
         assert text in str(caught.value)
@@ -80,7 +81,7 @@ def test_budget_equal_to_the_base_is_accepted_where_no_unit_is_to_be_raised():
     ],
 )
 def test_limits_that_forbid_every_raise_are_refused_by_name(fraction, budget, average, wanted):
-    with pytest.raises(ValueError, match="search.max_8bit_fraction is .* not one of the 5 units") as caught:
+    with pytest.raises(SearchError, match="search.max_8bit_fraction is .* not one of the 5 units") as caught:
         Space.of(predict, 5, fraction, budget, SIZES, average)
     assert wanted in str(caught.value)
 

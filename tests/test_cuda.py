@@ -181,7 +181,7 @@ def test_study_on_a_gpu_is_not_that_on_a_cpu(default, tmp_path, monkeypatch):
         (tmp_path / name / storage.CHECKSUMS).write_text("{}")
     monkeypatch.setattr(recorder.tracking, "md5", str)
     names = {
-        recorder.study_name(default.model_copy(update={"device": device}), tmp_path / "PRUNED", tmp_path / "BANK")
+        recorder.study_identity(default.model_copy(update={"device": device}), tmp_path / "PRUNED", tmp_path / "BANK")
         for device in ("cpu", "cuda", "auto")
     }
     assert len(names) == 2

@@ -14,6 +14,7 @@ from pipeline.identity import Identity
 from pipeline.params import ParamsError, load
 from pipeline.results.cells import at_ratio, changed, qpruner3
 from pipeline.search import search
+from pipeline.search.history import export_history
 from pipeline.stages import cells, importance, prune, quantize, shell, supplies
 from pipeline.stages import trials as stage_trials
 from pipeline.stages.cells import CellsFailed
@@ -120,7 +121,7 @@ def test_table_has_one_run_a_cell_with_the_searchs_trials_below_qpruner3(params,
     assert [run.tags["method"] for run in found] == ["dense", "llm_pruner", "qpruner1", "qpruner2", "qpruner3"]
     assert {parent(run) for run in found} == {top.run_id}
     assert {parent(run) for run in runs("trial")} == {found[-1].run_id} and len(runs("trial")) == 4
-    assert found[3].params["bits"] == "48484444"
+    assert found[3].tags["bits"] == "48484444"
     text = paths.REPORTS.joinpath("table.md").read_text()
     assert "| 20 % | QPruner3 |" in text and "pending" not in text
     assert {path.name for path in paths.REPORTS.iterdir()} == {"table.md", "table.csv", "table.tex", "figure1.png"}
@@ -194,13 +195,13 @@ def test_search_of_a_table_is_taught_by_the_history(params, trials, monkeypatch)
     taught = []
     own = search.run
 
-    def run(study, settings, space, priors, seed, attempt, history):
-        taught.append([one.bits for one in history])
-        return own(study, settings, space, priors, seed, attempt, history)
+    def run(study, settings, problem, attempt):
+        taught.append([one.bits for one in problem.history])
+        return own(study, settings, problem, attempt)
 
     monkeypatch.setattr(search, "run", run)
     vectors = [(4,) * UNITS, (8,) + (4,) * (UNITS - 1)]
-    earlier = search.export_history("earlier", [result(bits) for bits in vectors])
+    earlier = export_history("earlier", [result(bits) for bits in vectors])
     storage.write_text(paths.REPORTS / "earlier.json", json.dumps(earlier))
     shell.start("table", changed(params, "search", history="reports/earlier.json"))
     assert taught == [vectors]
@@ -209,7 +210,7 @@ def test_search_of_a_table_is_taught_by_the_history(params, trials, monkeypatch)
 def test_qpruner3_is_the_best_of_its_searchs_trials(params, trials):
     shell.start("table", params)
     tried = [bits(call) for call in trials.calls if call[1] is None]
-    chosen = runs("cell")[-1].params["bits"]
+    chosen = runs("cell")[-1].tags["bits"]
     assert chosen in tried and result(chosen_bits(chosen)).accuracy == max(
         result(chosen_bits(one)).accuracy for one in tried
     )
@@ -244,11 +245,11 @@ def test_cell_kept_but_not_ended_by_a_kill_is_ended(params, trials):
 
 def test_lost_store_is_filled_again_once(params, trials, tmp_path, monkeypatch):
     shell.start("table", params)
-    before = [(run.params["bits"], run.metrics["accuracy"]) for run in runs("cell") + runs("trial")]
+    before = [(run.tags["bits"], run.metrics["accuracy"]) for run in runs("cell") + runs("trial")]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     for _ in range(2):
         shell.start("table", params)
-        after = [(run.params["bits"], run.metrics["accuracy"]) for run in runs("cell") + runs("trial")]
+        after = [(run.tags["bits"], run.metrics["accuracy"]) for run in runs("cell") + runs("trial")]
         assert after == before
     assert len(trials.calls) == 9
 
@@ -267,7 +268,7 @@ def test_ablation_takes_the_tables_qpruner3_and_leaves_it_in_its_place(params, t
     shell.start("ablation", params)
     own = [run for run in runs("cell") if run.tags["command"] == "ablation"]
     assert len(trials.calls) == 9 + 6 == 9 + len(own)
-    assert {bits(call) for call in trials.calls[9:]} == {kept.params["bits"]}
+    assert {bits(call) for call in trials.calls[9:]} == {kept.tags["bits"]}
     assert parent(tracking.run(kept.run_id)) == runs("table")[0].run_id
     assert {parent(run) for run in own} == {runs("ablation")[0].run_id}
     shell.start("ablation", params)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.search import pareto
+from pipeline.search import SearchError, pareto
 from pipeline.search.pareto import Point
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -32,10 +32,16 @@ def fake_run(status="FINISHED", stage="trial", **metrics):
     return SimpleNamespace(
         status=status,
         run_id="f" * 32,
-        name="trial 3",
+        name="trial 3: 50.0 %",
         metrics=every | metrics,
-        tags={"method": "random", "stage": stage, "memory_source": "predicted"},
-        params={"bits": "4488"},
+        tags={
+            "method": "random",
+            "stage": stage,
+            "memory_source": "predicted",
+            "name": "trial 3",
+            "bits": "4488",
+        },  # fmt: skip
+        params={"bits": "4 4 8 8"},
     )
 
 
@@ -179,7 +185,7 @@ def test_judged_member_expects_what_all_trials_say():
 
 
 def test_best_of_none_says_what_to_run():
-    with pytest.raises(ValueError, match="front is empty.*mlflow run"):
+    with pytest.raises(SearchError, match="front is empty.*mlflow run"):
         pareto.best([])
 
 

@@ -31,7 +31,8 @@ def asked(raw_params, tmp_path, monkeypatch):
     raw_params["search"]["n_trials"] = 4
     monkeypatch.setattr(params, "load", lambda: params.parse(raw_params))
     monkeypatch.chdir(tmp_path)
-    storage.write_text(paths.REPORTS / "search.json", json.dumps({"study": "s", "finished": 4}))
+    searched = {"study": "s", "journal": "j", "search_run": "r", "finished": 4}
+    storage.write_text(paths.REPORTS / "search.json", json.dumps(searched))
     storage.write_text(paths.REPORTS / "register.json", json.dumps({"model": "models:/m/1", "alias": "a"}))
     made = Asked(tracked=4, registered=True)
     monkeypatch.setattr(project, "dvc", made.dvc)

@@ -4,17 +4,17 @@ import random
 
 import pytest
 
-from pipeline.search import pareto, search
-from pipeline.search.search import Candidate, Ended, SearchError, Study
+from pipeline.search import SearchError, journal, pareto, search
+from pipeline.search.history import export_history, import_history
+from pipeline.search.search import Ended, Settings
+from pipeline.search.study import Candidate, Study
 from pipeline.search.surrogate import Observation
-from pipeline.trial.result import Result
-from tests.fixtures.searches import PRIORS, SPACE, UNITS, result
+from tests.fixtures.searches import PRIORS, PROBLEM, SPACE, STUDY, UNITS, result
 
 
 @pytest.fixture
-def settings(default):
-    changes = {"n_trials": 7, "n_random": 2, "max_8bit_fraction": 0.25, "objective": "gold_logprob"}
-    return default.search.model_copy(update=changes)
+def settings():
+    return Settings(n_trials=7, n_random=2, patience=0, objective="gold_logprob", seed=0)
 
 
 def searcher(study, tried, failing=()):
@@ -31,10 +31,10 @@ def searcher(study, tried, failing=()):
     return attempt
 
 
-def run(folder, settings, failing=(), name="study", history=()):
+def run(folder, settings, failing=(), identity=STUDY, history=()):
     tried = []
-    study = Study(folder, name, settings.objective)
-    ended = search.run(study, settings, SPACE, PRIORS, 0, searcher(study, tried, failing), history)
+    study = Study(folder, identity, settings.objective)
+    ended = search.run(study, settings, Problem(SPACE, PRIORS, history), searcher(study, tried, failing))
     return study, tried, ended
 
 
@@ -52,10 +52,10 @@ def test_search_starts_from_the_papers_vectors_and_stays_feasible(tmp_path, sett
 
 
 def test_search_resumes_with_every_finished_trial_once(tmp_path, settings):
-    _, first, _ = run(tmp_path, settings.model_copy(update={"n_trials": 4}))
+    _, first, _ = run(tmp_path, dataclasses.replace(settings, n_trials=4))
     study, second, _ = run(tmp_path, settings)
     assert len(first) == 4 and len(second) == 3
-    assert [Result.from_json(one["result"]).bits for one in study.finished()] == [
+    assert [one.result.bits for one in study.finished()] == [
         "".join(map(str, candidate.bits)) for candidate in first + second
     ]
 
@@ -66,27 +66,27 @@ def test_search_with_enough_trials_runs_none(tmp_path, settings):
 
 
 def test_interrupted_trial_runs_again_first(tmp_path, settings):
-    study, _, _ = run(tmp_path, settings.model_copy(update={"n_trials": 3}))
+    study, _, _ = run(tmp_path, dataclasses.replace(settings, n_trials=3))
     bits = (4, 4, 4, 4, 8, 8, 4, 4)
     study.start(Candidate(bits, "sampler"))  # and the process dies here
-    _, tried, _ = run(tmp_path, settings.model_copy(update={"n_trials": 4}))
+    _, tried, _ = run(tmp_path, dataclasses.replace(settings, n_trials=4))
     assert tried == [Candidate(bits, "sampler")]
 
 
 def test_result_that_a_kill_left_untold_is_a_finished_trial(tmp_path, settings):
-    study, _, _ = run(tmp_path, settings.model_copy(update={"n_trials": 3}))
+    study, _, _ = run(tmp_path, dataclasses.replace(settings, n_trials=3))
     bits = (4, 4, 4, 4, 8, 8, 4, 4)
     trial = study.start(Candidate(bits, "sampler"))
     trial.set_user_attr("run_id", "run")
     trial.set_user_attr("result", result(bits).as_json())  # and the process dies here
-    again, tried, _ = run(tmp_path, settings.model_copy(update={"n_trials": 4}))
-    assert tried == [] and [one["run_id"] for one in again.finished()][-1] == "run"
+    again, tried, _ = run(tmp_path, dataclasses.replace(settings, n_trials=4))
+    assert tried == [] and [one.run_id for one in again.finished()][-1] == "run"
     assert again._study.trials[-1].values == [pytest.approx(result(bits).gold_logprob), SPACE.memory(bits)]
 
 
 @pytest.mark.parametrize("figure", ["accuracy", "gold_logprob", "validation_loss"])
 def test_score_that_is_no_number_is_refused(tmp_path, figure):
-    study = Study(tmp_path, "study")
+    study = Study(tmp_path, STUDY)
     trial = study.start(Candidate((4,) * UNITS, "qpruner1"))
     with pytest.raises(SearchError, match="is nan; lower recover.learning_rate"):
         study.complete(trial, "run", dataclasses.replace(result((4,) * UNITS), **{figure: float("nan")}))
@@ -94,22 +94,21 @@ def test_score_that_is_no_number_is_refused(tmp_path, figure):
 
 
 def test_torn_journal_line_is_cut(tmp_path, settings):
-    run(tmp_path, settings.model_copy(update={"n_trials": 3}))
-    with (tmp_path / search.JOURNAL).open("ab") as journal:
-        journal.write(b'{"op_code": 4, "worker_i')
-    study, tried, _ = run(tmp_path, settings.model_copy(update={"n_trials": 4}))
+    run(tmp_path, dataclasses.replace(settings, n_trials=3))
+    with (tmp_path / journal.NAME).open("ab") as file:
+        file.write(b'{"op_code": 4, "worker_i')
+    study, tried, _ = run(tmp_path, dataclasses.replace(settings, n_trials=4))
     assert len(study.finished()) == 4 and len(tried) == 1
 
 
 def test_studies_of_other_settings_do_not_mix(tmp_path, settings):
-    run(tmp_path, settings, name="one")
-    assert Study(tmp_path, "two").finished() == []
+    run(tmp_path, settings, identity=Identity("one", "code"))
+    assert Study(tmp_path, Identity("two", "code")).finished() == []
 
 
 def test_failed_trial_has_no_score_and_search_goes_on(tmp_path, settings):
     study, tried, ended = run(tmp_path, settings, failing={(4, 8, 4, 8, 4, 4, 4, 4)})
     assert ended.failed == 1 and len(study.finished()) == 7 and len(tried) == 8
-    assert all("error" not in one for one in study.finished())
 
 
 def test_three_failures_in_a_row_end_the_search_with_the_cause(tmp_path, settings):
@@ -119,16 +118,16 @@ def test_three_failures_in_a_row_end_the_search_with_the_cause(tmp_path, setting
 
 
 def test_search_ends_when_every_feasible_vector_was_tried(tmp_path, settings):
-    study, tried, ended = run(tmp_path, settings.model_copy(update={"n_trials": 500, "n_random": 30}))
+    study, tried, ended = run(tmp_path, dataclasses.replace(settings, n_trials=500, n_random=30))
     assert ended.reason == "every feasible vector was tried"
     assert len(tried) == 1 + UNITS + UNITS * (UNITS - 1) // 2 == len(study.finished())
 
 
 def test_references_are_kept_beside_the_trials(tmp_path, settings):
-    study = Study(tmp_path, "study")
+    study = Study(tmp_path, STUDY)
     study.record_reference("dense", "abc", result((4,) * UNITS))
-    again = Study(tmp_path, "study")
-    assert again.references()["dense"]["run_id"] == "abc" and again.finished() == []
+    again = Study(tmp_path, STUDY)
+    assert [(one.name, one.run_id) for one in again.references()] == [("dense", "abc")] and again.finished() == []
 
 
 def read(text):
@@ -138,7 +137,7 @@ def read(text):
 def test_sampler_proposes_unseen_feasible_vectors():
     generator = random.Random(0)
     past = [result(SPACE.draw(generator)) for _ in range(6)]
-    candidate = search.propose(past, (), "gold_logprob", SPACE, PRIORS, {(8,) + (4,) * 7}, seed=1)
+    candidate = search.propose(past, PROBLEM, "gold_logprob", {(8,) + (4,) * 7}, seed=1)
     assert candidate.bits in SPACE
     assert "".join(map(str, candidate.bits)) not in {"84444444"} | {one.bits for one in past}
 
@@ -147,7 +146,7 @@ def test_sampler_proposes_unseen_feasible_vectors():
     "objective, expected", [("accuracy", 0.08), ("gold_logprob", -0.92), ("response_logprob", -1.98)]
 )
 def test_study_holds_the_objective_and_memory(tmp_path, settings, objective, expected):
-    study, _, _ = run(tmp_path, settings.model_copy(update={"objective": objective, "n_trials": 3}))
+    study, _, _ = run(tmp_path, dataclasses.replace(settings, objective=objective, n_trials=3))
     values = {trial.user_attrs["bits"]: trial.values for trial in study._study.trials}
     assert values["48484444"] == pytest.approx([expected - 0.02, SPACE.memory(read("48484444"))])
 
@@ -156,8 +155,8 @@ def test_sampler_maximizes_the_objective_of_the_search():
     pairs = [tuple(8 if i in (a, b) else 4 for i in range(UNITS)) for a in range(UNITS) for b in range(a + 1)]
     tried = [result(bits) for bits in [(4,) * UNITS, *pairs[::2]]]
     opposed = [dataclasses.replace(one, gold_logprob=-one.gold_logprob) for one in tried]
-    up = search.propose(opposed, (), "accuracy", SPACE, PRIORS, set(), 0)
-    down = search.propose(opposed, (), "gold_logprob", SPACE, PRIORS, set(), 0)
+    up = search.propose(opposed, PROBLEM, "accuracy", set(), 0)
+    down = search.propose(opposed, PROBLEM, "gold_logprob", set(), 0)
     assert result(up.bits).accuracy >= 0.07
     assert down.bits == (4,) * UNITS or result(down.bits).accuracy <= 0.03
 
@@ -185,29 +184,29 @@ def test_front_is_stale_exactly_while_its_hypervolume_stands_still(seed):
 
 
 def test_patience_ends_the_search_and_a_rerun_stays_ended(tmp_path, settings):
-    patient = settings.model_copy(update={"n_trials": 30, "patience": 3})
+    patient = dataclasses.replace(settings, n_trials=30, patience=3)
     study, tried, ended = run(tmp_path, patient)
     assert ended.reason == "3 trials of the sampler in a row did not improve the front (search.patience)"
     assert len(tried) < 30
-    records = [(one["method"], Result.from_json(one["result"])) for one in study.finished()]
+    records = [(one.method, one.result) for one in study.finished()]
     assert search.stale(records, "gold_logprob") == 3
     assert search.stale(records[:-1], "gold_logprob") == 2
-    assert run(tmp_path, patient.model_copy(update={"n_trials": 35}))[1] == []
-    more = run(tmp_path, patient.model_copy(update={"patience": 0, "n_trials": len(tried) + 1}))[1]
+    assert run(tmp_path, dataclasses.replace(patient, n_trials=35))[1] == []
+    more = run(tmp_path, dataclasses.replace(patient, patience=0, n_trials=len(tried) + 1))[1]
     assert len(more) == 1
 
 
 def test_patient_search_that_was_interrupted_ends_where_it_would_have(tmp_path, settings):
-    patient = settings.model_copy(update={"n_trials": 30, "patience": 3})
+    patient = dataclasses.replace(settings, n_trials=30, patience=3)
     _, whole, _ = run(tmp_path / "whole", patient)
-    _, first, _ = run(tmp_path / "parts", patient.model_copy(update={"n_trials": 7}))
+    _, first, _ = run(tmp_path / "parts", dataclasses.replace(patient, n_trials=7))
     _, second, _ = run(tmp_path / "parts", patient)
     assert first + second == whole
 
 
 def exported(folder, vectors, **changes):
     path = folder / "earlier.json"
-    history = search.export_history("earlier", [result(bits) for bits in vectors])
+    history = export_history("earlier", [result(bits) for bits in vectors])
     history["results"][0] |= changes
     path.write_text(json.dumps(history))
     return str(path)
@@ -221,35 +220,35 @@ def test_exported_history_is_imported_as_observations(tmp_path):
         "gold_logprob_stderr": 0.005, "response_logprob": -2.0, "response_logprob_stderr": 0.1,
         "peak_memory_bytes": 1010,
     }  # fmt: skip
-    assert search.import_history(path, UNITS, "gold_logprob") == [
+    assert import_history(path, UNITS, "gold_logprob") == [
         Observation(vectors[0], -1.0, 0.005, True), Observation(vectors[1], -0.99, 0.005, True)
     ]  # fmt: skip
-    assert search.import_history(path, UNITS, "accuracy")[1] == Observation(vectors[1], 0.01, 0.01, True)
+    assert import_history(path, UNITS, "accuracy")[1] == Observation(vectors[1], 0.01, 0.01, True)
 
 
 def test_no_history_teaches_nothing():
-    assert search.import_history(None, UNITS, "accuracy") == []
+    assert import_history(None, UNITS, "accuracy") == []
 
 
 def test_history_of_another_number_of_units_is_refused(tmp_path):
     path = exported(tmp_path, [(4,) * UNITS], bits="4484")
     with pytest.raises(
-        ValueError, match="search.history: .*earlier.json holds bits '4484'.* 4 units.*this model has 8"
+        SearchError, match="search.history: .*earlier.json holds bits '4484'.* 4 units.*this model has 8"
     ):
-        search.import_history(path, UNITS, "accuracy")
+        import_history(path, UNITS, "accuracy")
 
 
 def test_history_teaches_the_sampler_but_is_no_trial(tmp_path, settings):
     generator = random.Random(5)
     vectors = {SPACE.draw(generator) for _ in range(25)}
-    history = search.import_history(exported(tmp_path, sorted(vectors)), UNITS, "gold_logprob")
+    history = import_history(exported(tmp_path, sorted(vectors)), UNITS, "gold_logprob")
     misled = dataclasses.replace(PRIORS, sensitivity=tuple(reversed(range(UNITS))))
     start = [result((4,) * UNITS)]
-    taught = search.propose(start, history, "gold_logprob", SPACE, misled, set(), 0)
-    untaught = search.propose(start, (), "gold_logprob", SPACE, misled, set(), 0)
+    taught = search.propose(start, Problem(SPACE, misled, history), "gold_logprob", set(), 0)
+    untaught = search.propose(start, Problem(SPACE, misled), "gold_logprob", set(), 0)
     assert taught.bits == (4,) * 7 + (8,)  # the best unit
     assert untaught.bits == (8,) + (4,) * 7  # the best by the misleading prior
-    study, tried, _ = run(tmp_path, settings.model_copy(update={"n_trials": 5}), history=history)
+    study, tried, _ = run(tmp_path, dataclasses.replace(settings, n_trials=5), history=history)
     assert len(tried) == len(study.finished()) == 5
     assert not {one.bits for one in tried if one.method == "random"} & vectors
 
@@ -257,5 +256,5 @@ def test_history_teaches_the_sampler_but_is_no_trial(tmp_path, settings):
 def test_imported_result_of_a_vector_tried_here_no_longer_teaches():
     wrong = Observation((4,) * 7 + (8,), -50.0, 0.005, True)
     tried = [result((4,) * UNITS), result(wrong.bits), result((8,) + (4,) * 7)]
-    arguments = ("gold_logprob", SPACE, PRIORS, set(), 0)
-    assert search.propose(tried, [wrong], *arguments) == search.propose(tried, [], *arguments)
+    taught = search.propose(tried, Problem(SPACE, PRIORS, [wrong]), "gold_logprob", set(), 0)
+    assert taught == search.propose(tried, PROBLEM, "gold_logprob", set(), 0)

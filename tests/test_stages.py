@@ -1,4 +1,5 @@
 import math
+import shutil
 import subprocess
 import sys
 import types
@@ -9,13 +10,14 @@ import torch
 from conftest import ROOT
 
 from pipeline import tracking
+from pipeline.identity import Identity
 from pipeline.search import pareto, search
-from pipeline.search.search import Study
+from pipeline.search.study import Study
 from pipeline.stages import recorder
-from pipeline.stages.recorder import Recorder
+from pipeline.stages.recorder import Recorder, TrackingBehind, search_settings, verified_runs
 from pipeline.trial import trial
 from pipeline.trial.result import Result
-from tests.fixtures.searches import PRIORS, SPACE, UNITS, result
+from tests.fixtures.searches import PROBLEM, SPACE, STUDY, UNITS, result
 
 
 @pytest.fixture
@@ -37,12 +39,13 @@ def searched(folder, settings, monkeypatch, broken=None, run=None):
 
     monkeypatch.setattr(trial, "run", run or fake)
     context = types.SimpleNamespace(units=[None] * UNITS)
-    study = Study(folder, "study")
+    study = Study(folder, STUDY)
     with tracking.stage("search", {}) as top:
-        own = Recorder(top, "study", settings, context)
-        own.agree(study)
-        own.references(study)
-        search.run(study, settings.search, SPACE, PRIORS, 0, own.attempt(study, SPACE))
+        own = Recorder(top, study, settings, context, SPACE)
+        own.agree()
+        own.references()
+        search.run(study, search_settings(settings), PROBLEM, own.attempt())
+        own.catch_up()
     return study, top
 
 
@@ -62,16 +65,17 @@ def test_no_model_of_an_earlier_trial_is_left_when_the_next_one_is_measured(tmp_
     monkeypatch.setattr(trial, "run", fake)
     chosen = settings.search.model_copy(update={"references": ("llm_pruner", "uniform8")})
     context = types.SimpleNamespace(units=[None] * UNITS)
-    study = Study(tmp_path, "study")
+    chosen = settings.model_copy(update={"search": chosen})
+    study = Study(tmp_path, STUDY)
     with tracking.stage("search", {}) as run:
-        own = Recorder(run, "study", settings.model_copy(update={"search": chosen}), context)
-        own.references(study)
-        search.run(study, chosen, SPACE, PRIORS, 0, own.attempt(study, SPACE))
+        own = Recorder(run, study, chosen, context, SPACE)
+        own.references()
+        search.run(study, search_settings(chosen), PROBLEM, own.attempt())
     assert len(left) == 6
 
 
 def found(status="FINISHED", stage="trial"):
-    return [run for run in tracking.trials("study") if run.status == status and run.tags["stage"] == stage]
+    return [run for run in tracking.trials(STUDY.name) if run.status == status and run.tags["stage"] == stage]
 
 
 def test_trial_out_of_memory_is_failed_with_its_cause_and_search_goes_on(tmp_path, settings, monkeypatch):
@@ -94,21 +98,118 @@ def test_trial_without_a_number_for_a_score_is_failed_and_search_goes_on(tmp_pat
     assert len(found()) == 4 == len(study.finished())
 
 
-def test_store_that_fails_while_a_trial_is_logged_loses_no_trial(tmp_path, settings, monkeypatch):
-    own, calls = recorder.log_result, []
+class Outage:
+    """A store that cannot be reached from its n-th call until it is back, counted in calls of ``log_result``."""
 
-    def breaks(run, result):
-        calls.append(run)
-        if len(calls) == 3:
+    def __init__(self, monkeypatch, calls):
+        self.real, self.calls, self.count = recorder.log_result, calls, 0
+        monkeypatch.setattr(recorder, "log_result", self)
+
+    def __call__(self, run, name, result):
+        self.count += 1
+        if self.count in self.calls:
             raise ConnectionError("the store is away")
-        own(run, result)
+        self.real(run, name, result)
 
-    monkeypatch.setattr(recorder, "log_result", breaks)
-    with pytest.raises(ConnectionError):
-        searched(tmp_path, settings, monkeypatch)
-    assert len(Study(tmp_path, "study").finished()) == 2 and len(found()) == 1
+
+def test_outage_of_the_store_holds_up_no_search_and_is_said_once(tmp_path, settings, monkeypatch, capsys):
+    Outage(monkeypatch, calls=(2, 3))  # the first trial, then the attempt to catch up before the second one
     study, _ = searched(tmp_path, settings, monkeypatch)
     assert len(study.finished()) == 4 == len(found())
+    shown = capsys.readouterr().out
+    assert shown.count("tracking is behind: ConnectionError: the store is away") == 1
+    assert shown.count("tracking has caught up") == 1
+
+
+def test_store_that_stays_away_loses_no_trial_and_agrees_at_the_next_start(tmp_path, settings, monkeypatch):
+    outage = Outage(monkeypatch, calls=range(3, 1000))
+    with pytest.raises(ConnectionError):  # at the end, when the search's own figures could not be logged either
+        searched(tmp_path, settings, monkeypatch)
+    assert len(Study(tmp_path, STUDY).finished()) == 4 and len(found()) == 1
+    outage.calls = ()
+    study, _ = searched(tmp_path, settings, monkeypatch)
+    assert len(study.finished()) == 4 == len(found())
+    assert len(verified_runs(study.name, study.journal, study.finished())) == 4
+
+
+def test_trial_whose_run_could_not_be_opened_gets_one_later(tmp_path, settings, monkeypatch):
+    real, calls = tracking.Run.child, []
+
+    def child(self, name, tags):
+        calls.append(name)
+        if len(calls) == 3:
+            raise tracking.StoreError("no connection")
+        return real(self, name, tags)
+
+    monkeypatch.setattr(tracking.Run, "child", child)
+    study, _ = searched(tmp_path, settings, monkeypatch)
+    runs = verified_runs(study.name, study.journal, study.finished())
+    assert [run.tags["name"] for run in runs] == ["trial 1", "trial 2", "trial 3", "trial 4"]
+
+
+def test_trials_run_shows_what_compares_it_with_others(tmp_path, settings, monkeypatch):
+    searched(tmp_path, settings, monkeypatch)
+    (run,) = [run for run in found() if run.tags["bits"] == "48484444"]
+    assert run.params == {
+        "bits": "4 8 4 8 4 4 4 4", "method": "qpruner2", "granularity": "block", "ratio": "0.2", "share_8bit": "0.25",
+    }  # fmt: skip
+    assert run.tags["name"] == "trial 2" and run.name.startswith("trial 2: response")
+
+
+def test_average_bits_of_a_run_weigh_units_by_their_size(tmp_path, settings, monkeypatch):
+    sized = dataclasses.replace(SPACE, sizes=(1, 7, *[4] * 6))
+    monkeypatch.setattr(sys.modules[__name__], "SPACE", sized)
+    searched(tmp_path, settings, monkeypatch)
+    (run,) = [run for run in found() if run.tags["bits"] == "48484444"]
+    assert float(run.params["average_bits"]) == 4 + 4 * (7 + 4) / 32
+
+
+def test_runs_of_another_journal_on_the_same_server_are_not_this_searchs(tmp_path, settings, monkeypatch):
+    first, _ = searched(tmp_path / "a", settings, monkeypatch)
+    second, _ = searched(tmp_path / "b", settings, monkeypatch)
+    assert first.name == second.name and len(found()) == 8
+    for study in (first, second):
+        runs = verified_runs(study.name, study.journal, study.finished())
+        assert [run.run_id for run in runs] == [record.run_id for record in study.finished()]
+
+
+def test_runs_that_a_copy_of_the_journal_added_are_left_out_and_told(tmp_path, settings, monkeypatch, capsys):
+    study, _ = searched(tmp_path / "a", settings, monkeypatch)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    more = settings.model_copy(update={"search": settings.search.model_copy(update={"n_trials": 6})})
+    searched(tmp_path / "b", more, monkeypatch)
+    records = [*study.finished(), *study.references()]
+    assert len(verified_runs(study.name, study.journal, records)) == 5
+    assert "2 runs of study study-code are not in this folder's journal" in capsys.readouterr().out
+
+
+def test_missing_run_is_named_with_what_writes_it_again(tmp_path, settings, monkeypatch):
+    study, _ = searched(tmp_path, settings, monkeypatch)
+    tracking.client().delete_run(study.finished()[1].run_id)
+    with pytest.raises(TrackingBehind, match="no finished run of trial 2, .*mlflow run . -e search"):
+        verified_runs(study.name, study.journal, study.finished())
+
+
+def test_run_that_was_edited_is_named_with_the_figure(tmp_path, settings, monkeypatch):
+    study, _ = searched(tmp_path, settings, monkeypatch)
+    victim = study.finished()[1]
+    tracking.client().log_metric(victim.run_id, "accuracy", 0.99)
+    with pytest.raises(TrackingBehind, match="trial 2.* what the journal says: accuracy 0.99, journal 0.06"):
+        verified_runs(study.name, study.journal, study.finished())
+
+
+def test_trials_of_earlier_code_are_named_and_not_used(tmp_path, settings, monkeypatch, capsys):
+    searched(tmp_path, settings, monkeypatch)
+    edited = Study(tmp_path, Identity(STUDY.settings, "edited"))
+    Recorder(None, edited, settings).announce()
+    assert edited.finished() == []
+    shown = capsys.readouterr().out
+    assert (
+        f"4 trials of an earlier version of the code are kept in {tmp_path / 'journal.log'}; they are not used" in shown
+    )
+    other = Study(tmp_path, Identity("other settings", "code"))
+    Recorder(None, other, settings).announce()
+    assert capsys.readouterr().out == ""
 
 
 def test_a_trials_run_shows_its_losses_step_by_step(tmp_path, settings, monkeypatch):
@@ -125,7 +226,7 @@ def test_a_trials_run_shows_its_losses_step_by_step(tmp_path, settings, monkeypa
 
 def test_search_shows_how_its_front_grows_and_a_resumed_one_shows_all_of_it(tmp_path, settings, monkeypatch):
     study, first = searched(tmp_path, settings, monkeypatch)
-    results = [Result.from_json(one["result"]) for one in study.finished()]
+    results = [one.result for one in study.finished()]
     points = [(one.score(study.objective)[0], one.peak_memory_bytes) for one in results]
     expected = [pareto.hypervolume(points[:n], points[0][0], points[0][1] + SPACE.reach) / 2**30 for n in (1, 2, 3, 4)]
     assert expected[0] == 0 < expected[-1]
@@ -150,10 +251,10 @@ def test_trial_finished_in_the_study_is_finished_in_mlflow_after_a_kill_in_betwe
 
 def test_lost_store_is_filled_again_from_the_study(tmp_path, settings, monkeypatch):
     searched(tmp_path, settings, monkeypatch)
-    before = {(run.params["bits"], run.metrics["accuracy"]) for run in found()}
+    before = {(run.tags["bits"], run.metrics["accuracy"]) for run in found()}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     searched(tmp_path, settings, monkeypatch)
-    assert {(run.params["bits"], run.metrics["accuracy"]) for run in found()} == before
+    assert {(run.tags["bits"], run.metrics["accuracy"]) for run in found()} == before
     searched(tmp_path, settings, monkeypatch)
     assert len(found()) == 4
 
@@ -162,7 +263,7 @@ def test_reference_is_measured_once_and_stands_outside_the_trials(tmp_path, sett
     searched(tmp_path, settings, monkeypatch)
     searched(tmp_path, settings, monkeypatch)
     (reference,) = found(stage="reference")
-    assert reference.params["bits"] == "8" * UNITS
+    assert reference.tags["bits"] == "8" * UNITS
 
 
 def test_stages_that_load_no_model_do_not_import_torch():

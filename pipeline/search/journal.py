@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna.storages import JournalStorage
-from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+from optuna.storages.journal import JournalFileBackend
 
 from pipeline import storage
 
@@ -36,7 +36,7 @@ _NEEDED = {  # by Optuna's numbers of operations: what it reads of each
 }
 
 
-class _NoLock(BaseJournalFileLock):
+class _NoLock:
     """The lock of a journal that one process alone writes."""
 
     def acquire(self) -> bool:

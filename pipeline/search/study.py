@@ -78,6 +78,11 @@ class Record:
         return Result.from_json(self.values)
 
 
+def trial_name(number: int) -> str:
+    """Return what a trial is called everywhere: names count from 1, Optuna's numbers from 0."""
+    return f"trial {number + 1}"
+
+
 @dataclass(frozen=True)
 class Kept:
     """A study as its journal has it, read without changing anything.

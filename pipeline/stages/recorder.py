@@ -185,7 +185,7 @@ class Recorder:
         self._retry()
         text, name = bit_text.write(candidate.bits), trial_name(opened.number)
         run = self._in_store(lambda: self._open(name, candidate.method, text, reference=False, bits=candidate.bits))
-        label = f"{name} ({labels.method(candidate.method)})"
+        label = f"{name} ({labels.method(candidate.method)}; {done} of {self.params.search.n_trials} finished)"
         kept = unfinished(self.study.name, text)
         try:
             result, _ = trial.run(self.context, candidate.bits, progress=steps(label), keep=kept)

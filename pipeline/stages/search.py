@@ -87,7 +87,7 @@ def _priors(units: Sequence[Unit]) -> Priors:
 def _write_tables(finished: Sequence[Record], history: Any) -> None:
     trials = pd.DataFrame(
         {
-            "number": record.number,
+            "trial": record.name.removeprefix("trial "),
             "run_id": record.run_id,
             "method": record.method,
             "bits": record.result.bits,

@@ -52,7 +52,7 @@ def test_main_command_leaves_one_tree_of_finished_runs(project):
     assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {search.info.run_id}
     for run in trials:
         metrics = run.data.metrics
-        assert len(run.data.params["bits"]) == 4 and run.data.tags["memory_source"] == "predicted"
+        assert len(run.data.tags["bits"]) == 4 and run.data.tags["memory_source"] == "predicted"
         assert metrics["accuracy"] == pytest.approx(sum(metrics[task] for task in TASKS) / 2)
         assert all(f"{task}_stderr" in metrics for task in TASKS)
         assert {"peak_memory_bytes", "seconds_assemble", "seconds_recover", "seconds_evaluate"} <= set(metrics)
@@ -79,8 +79,8 @@ def test_front_from_mlflow_equals_the_front_of_the_study(project):
     assert all(0 <= row["paired_stderr"] < row["stderr"] for row in rows)
     tagged = {run.info.run_id for run in by_stage(project, "trial") if run.data.tags["pareto"] == "true"}
     assert tagged == {row["run_id"] for row in rows}
-    chances = {run.info.run_id: float(run.data.tags["pareto_probability"]) for run in by_stage(project, "trial")}
-    assert [chances[row["run_id"]] for row in rows] == [round(row["probability"], 2) for row in rows]
+    chances = {run.info.run_id: run.data.metrics["pareto_probability"] for run in by_stage(project, "trial")}
+    assert [chances[row["run_id"]] for row in rows] == [row["probability"] for row in rows]
 
 
 def test_repro_right_after_does_nothing(project):

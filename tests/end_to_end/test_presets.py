@@ -233,7 +233,7 @@ def test_tables_of_the_trials_are_alike_and_say_what_the_runs_say(finished):
     shared |= {f"{task}_stderr" for task in params.TASKS}
     for row in table.to_dict(orient="records"):
         run = runs[row["run_id"]]
-        assert (row["bits"], row["method"]) == (run.params["bits"], run.tags["method"])
+        assert (row["bits"], row["method"]) == (run.tags["bits"], run.tags["method"])
         assert {name: row[name] for name in shared} == {name: run.metrics[name] for name in shared}
 
 
@@ -260,9 +260,9 @@ def test_history_of_a_search_is_taken_up_by_the_next_one(finished, monkeypatch):
     shutil.copy("reports/history.json", "earlier.json")
     given, own = [], search.run
 
-    def noted(study, settings, space, priors, seed, attempt, history):
-        given.extend(history)
-        return own(study, settings, space, priors, seed, attempt, history)
+    def noted(study, settings, problem, attempt):
+        given.extend(problem.history)
+        return own(study, settings, problem, attempt)
 
     monkeypatch.setattr(search, "run", noted)
     monkeypatch.setenv("QPRUNER_OVERRIDES", json.dumps({"search.history": "earlier.json"}))
@@ -270,7 +270,7 @@ def test_history_of_a_search_is_taken_up_by_the_next_one(finished, monkeypatch):
     shell.start("search", settings)
     objective, told = settings.search.objective, {}
     for run in trial_runs().values():
-        bits = tuple(map(int, run.params["bits"]))
+        bits = tuple(map(int, run.tags["bits"]))
         told[bits] = Observation(bits, run.metrics[objective], run.metrics[f"{objective}_stderr"], imported=True)
     assert {one.bits: one for one in given} == told
     assert len(given) == 2 == read("search")["finished"]
