@@ -97,7 +97,7 @@ def kill(project: Path, number: int, seed: int, seconds: dict[str, float]) -> Tr
         earlier = command(project, *run("search"), timeout=1800)
         done.read(earlier.stdout + earlier.stderr)
         edit(project, "build", steps=2 + number % 2 * 2)
-    moment = draw.uniform(3, seconds.get(entry, 60))
+    moment = draw.uniform(3, seconds.get(entry, 20 if entry == "build" else 60))
     whom, what = DEATHS[death]
     output = project.parent / "killed.txt"
     with output.open("w") as file:
