@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from mlflow.tracking import MlflowClient
 
+from tests.fixtures import models
 from tests.fixtures.models import PLAIN_PRUNING, ROOT
 
 BIN = Path(sys.executable).parent
@@ -88,3 +89,15 @@ def wait_for_trials(project: Path, count: int) -> None:
     while len(by_stage(project, "trial")) < count or not by_stage(project, "trial", "RUNNING"):
         assert time.time() < limit, "no trial was seen running"
         time.sleep(0.05)
+
+
+def tiny_project(folder: Path) -> Path:
+    """Make ``folder/project``, a clone whose params name ``folder/model``, a tiny random model."""
+    models.save_model(folder / "model", models.trained_tokenizer())
+    project = clone(folder / "project")
+    (project / "params.yaml").write_text(yaml.safe_dump(tiny_params(folder / "model")))
+    return project
+
+
+if __name__ == "__main__":
+    print(tiny_project(Path(sys.argv[1]).resolve()))

@@ -12,9 +12,7 @@ import sys
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
-import yaml
-
-from tests.end_to_end.project import command, tiny_params
+from tests.end_to_end.project import command
 from tests.faults import damage, fuzz, kills, outage
 from tests.faults.tally import Tally, Try
 from tests.fixtures.models import ROOT
@@ -54,12 +52,6 @@ def noted(tally: Tally, done: Try) -> None:
     print(f"{done.kind}, {done.name}: {'clean' if done.clean else 'NOT CLEAN'}; {done.note}", flush=True)
 
 
-def prepared(folder: Path, name: str) -> Path:
-    place = folder / name
-    place.mkdir(exist_ok=True)
-    return kills.prepared(place, yaml.safe_dump(tiny_params(place / "model")))
-
-
 def generated(tally: Tally, folder: Path, count: int, seed: int) -> None:
     for name, text in fuzz.texts(count, seed):
         if not tally.has("params", name):
@@ -67,21 +59,21 @@ def generated(tally: Tally, folder: Path, count: int, seed: int) -> None:
 
 
 def killed(tally: Tally, folder: Path, count: int, seed: int) -> None:
-    project, seconds = prepared(folder, "kills"), {}
+    project, seconds = kills.prepared(folder / "kills"), {}
     for number in range(count):
         if not tally.begins("kills", f"{number}: "):
             noted(tally, kills.kill(project, number, seed, seconds))
 
 
 def outages(tally: Tally, folder: Path) -> None:
-    project = prepared(folder, "outages")
+    project = kills.prepared(folder / "outages")
     for number, seconds in enumerate((5, 30, 120, None, None)):
         if not tally.begins("outages", f"{number}: "):
             noted(tally, outage.outage(project, number, seconds))
 
 
 def damaged(tally: Tally, folder: Path) -> None:
-    project = prepared(folder, "damages")
+    project = kills.prepared(folder / "damages")
     ended = command(project, *kills.run("search"), timeout=3600)
     assert ended.returncode == 0, ended.stderr[-3000:]
     for each in damage.DAMAGES:

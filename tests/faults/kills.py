@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -10,10 +11,9 @@ from pathlib import Path
 
 import psutil
 
-from tests.end_to_end.project import clone, command, edit, start
+from tests.end_to_end.project import command, edit, start, tiny_project
 from tests.faults import state
 from tests.faults.tally import Try
-from tests.fixtures import models
 
 _GRACE = 60.0  # seconds in which every process has to end: a stage that does not is killed after 30
 
@@ -22,13 +22,12 @@ def run(entry: str) -> tuple[str, ...]:
     return ("mlflow", "run", ".", "-e", entry, "--env-manager=local", "--experiment-name", "qpruner")
 
 
-def prepared(folder: Path, raw: str) -> Path:
-    """A clone with ``raw`` as its params, everything upstream of the search built."""
+def prepared(folder: Path) -> Path:
+    """A clone with a tiny model, everything upstream of the search built."""
     project = folder / "project"
     if not (project / "reports/importance.json").exists():
-        models.save_model(folder / "model", models.trained_tokenizer())
-        clone(project)
-        (project / "params.yaml").write_text(raw)
+        shutil.rmtree(folder, ignore_errors=True)  # a kill may have left a part of it
+        tiny_project(folder)
         done = command(project, "dvc", "repro", "importance", "quantize", timeout=1800)
         assert done.returncode == 0, done.stderr[-3000:]
     return project
@@ -97,7 +96,7 @@ def kill(project: Path, number: int, seed: int, seconds: dict[str, float]) -> Tr
         earlier = command(project, *run("search"), timeout=1800)
         done.read(earlier.stdout + earlier.stderr)
         edit(project, "build", steps=2 + number % 2 * 2)
-    moment = draw.uniform(3, seconds.get(entry, 60))
+    moment = draw.uniform(3, seconds.get(entry, 20 if entry == "build" else 60))
     whom, what = DEATHS[death]
     output = project.parent / "killed.txt"
     with output.open("w") as file:
