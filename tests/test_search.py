@@ -4,9 +4,10 @@ import random
 
 import pytest
 
+from pipeline.identity import Identity
 from pipeline.search import SearchError, journal, pareto, search
 from pipeline.search.history import export_history, import_history
-from pipeline.search.search import Ended, Settings
+from pipeline.search.search import Ended, Problem, Settings
 from pipeline.search.study import Candidate, Study
 from pipeline.search.surrogate import Observation
 from tests.fixtures.searches import PRIORS, PROBLEM, SPACE, STUDY, UNITS, result

@@ -44,11 +44,6 @@ class Candidate:
     method: str
 
 
-def trial_name(number: int) -> str:
-    """Return what a trial is called everywhere: numbers count from 1, Optuna's from 0."""
-    return f"trial {number + 1}"
-
-
 @dataclass(frozen=True)
 class Record:
     """What the journal holds of a finished trial or a reference.
