@@ -958,3 +958,67 @@ def test_surgeon_importance_is_the_least_error_after_refit_by_the_gradients_ener
         costs = torch.tensor(costs_by_trial(weight, inputs[block, kind], width))
         expected = costs * energy[block] ** surgeon._ENERGY_POWER * factor
         torch.testing.assert_close(found[block][kind], expected, rtol=1e-2, atol=0)
+
+
+# --- dead and broken weights
+
+
+def padded_back(model, channels):
+    """Return the model with all but the first channels of each block dead: their weights are zero."""
+    with torch.no_grad():
+        for block in model.model.layers:
+            for linear in (block.mlp.gate_proj, block.mlp.up_proj):
+                linear.weight[channels:] = 0
+            block.mlp.down_proj.weight[:, channels:] = 0
+    return model
+
+
+def test_damping_is_the_median_and_that_of_living_inputs_where_most_are_dead():
+    def energy(*diagonal):
+        return float(grams.typical_energy(torch.diag(torch.tensor(diagonal))))
+
+    assert energy(1.0, 5.0, 3.0) == 3.0
+    assert energy(0.0, 5.0, 3.0) == 3.0
+    assert energy(0.0, 0.0, 0.0, 5.0, 3.0, 4.0, 0.0) == 4.0
+    assert energy(0.0, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_model_padded_back_with_zeros_loses_its_dead_channels_first(settings, compensate):
+    model = padded_back(tiny_model(), 36)  # 60 of 96 are dead: the median of what down_proj receives is zero
+    chosen = settings(importance="surgeon", compensate=compensate, structures=("mlp",), scope="local", ratio=0.2)
+    found = prune.run(model, batches(count=4, rows=4, length=32), chosen, 0)
+    assert all(set(range(36)) <= set(block["mlp"].tolist()) for block in found.kept)
+    smaller = checkpoint.from_state(found.config, found.state)
+    tokens = batches(1)[0].tokens
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(tokens).logits, model(tokens).logits, rtol=1e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(value, settings):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 4] = value
+    with pytest.raises(
+        PruneError, match=r"model\.layers\.2\.mlp\.up_proj\.weight of the model holds values that are not"
+    ):
+        prune.run(model, batches(), settings(importance="magnitude"), 0)
+
+
+def test_activations_that_are_not_finite_are_told_by_the_layer_that_receives_them():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[0] = math.inf
+    with pytest.raises(
+        PruneError, match=r"^model\.layers\.1\.self_attn\.o_proj: what this layer receives is not finite"
+    ):
+        grams.input_grams(model, batches())
+
+
+def test_scores_that_are_not_numbers_are_refused(settings):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.inf
+    with pytest.raises(PruneError, match="block 0: the taylor1 scores of its attention structures are not numbers"):
+        saliency.importance(model, batches(), settings(importance="taylor1"))

@@ -10,6 +10,7 @@ from pipeline.search.history import export_history, import_history
 from pipeline.search.search import Ended, Problem, Settings
 from pipeline.search.study import Candidate, Study
 from pipeline.search.surrogate import Observation
+from pipeline.trial.result import Result
 from tests.fixtures.searches import PRIORS, PROBLEM, SPACE, STUDY, UNITS, result
 
 
@@ -90,7 +91,7 @@ def test_score_that_is_no_number_is_refused(tmp_path, figure):
     study = Study(tmp_path, STUDY)
     trial = study.start(Candidate((4,) * UNITS, "qpruner1"))
     with pytest.raises(SearchError, match="is nan; lower recover.learning_rate"):
-        study.complete(trial, "run", dataclasses.replace(result((4,) * UNITS), **{figure: float("nan")}))
+        study.complete(trial, "run", result((4,) * UNITS, **{figure: float("nan")}))
     assert study.finished() == []
 
 
@@ -155,7 +156,7 @@ def test_study_holds_the_objective_and_memory(tmp_path, settings, objective, exp
 def test_sampler_maximizes_the_objective_of_the_search():
     pairs = [tuple(8 if i in (a, b) else 4 for i in range(UNITS)) for a in range(UNITS) for b in range(a + 1)]
     tried = [result(bits) for bits in [(4,) * UNITS, *pairs[::2]]]
-    opposed = [dataclasses.replace(one, gold_logprob=-one.gold_logprob) for one in tried]
+    opposed = [Result.from_json(one.as_json() | {"gold_logprob": -one.gold_logprob}) for one in tried]
     up = search.propose(opposed, PROBLEM, "accuracy", set(), 0)
     down = search.propose(opposed, PROBLEM, "gold_logprob", set(), 0)
     assert result(up.bits).accuracy >= 0.07
@@ -164,7 +165,7 @@ def test_sampler_maximizes_the_objective_of_the_search():
 
 def test_stale_counts_the_samplers_trials_since_the_front_grew():
     def one(score, memory, method="sampler"):
-        return method, dataclasses.replace(result((4,) * UNITS), gold_logprob=score, peak_memory_bytes=memory)
+        return method, result((4,) * UNITS, gold_logprob=score, peak_memory_bytes=memory)
 
     trials = [one(-1.0, 10, "qpruner1"), one(-0.9, 20), one(-0.95, 20), one(-1.0, 10), one(-0.8, 30, "random")]
     assert [search.stale(trials[:count], "gold_logprob") for count in range(6)] == [0, 0, 0, 1, 2, 0]
@@ -178,7 +179,7 @@ def test_front_is_stale_exactly_while_its_hypervolume_stands_still(seed):
     trials, area = [], 0.0
     for _ in range(40):
         score, memory = generator.randrange(12), generator.randrange(12)
-        trials.append(("sampler", dataclasses.replace(result((4,) * 8), accuracy=score, peak_memory_bytes=memory)))
+        trials.append(("sampler", result((4,) * 8, accuracy=score, peak_memory_bytes=memory)))
         now = pareto.hypervolume([(one.accuracy, one.peak_memory_bytes) for _, one in trials], -1, 12)
         assert (search.stale(trials, "accuracy") == 0) == (now > area)
         area = now

@@ -17,7 +17,6 @@ from pipeline.search.study import Study
 from pipeline.stages import recorder
 from pipeline.stages.recorder import Recorder, TrackingBehind, search_settings, verified_runs
 from pipeline.trial import trial
-from pipeline.trial.result import Result
 from tests.fixtures.searches import PROBLEM, SPACE, STUDY, UNITS, result
 
 
@@ -90,8 +89,7 @@ def test_trial_out_of_memory_is_failed_with_its_cause_and_search_goes_on(tmp_pat
 def test_trial_without_a_number_for_a_score_is_failed_and_search_goes_on(tmp_path, settings, monkeypatch):
     def fake(context, bits, **_):
         found = result(bits)
-        broken = Result.from_json(found.as_json() | {"gold_logprob": math.nan})
-        return broken if bits[1] == 8 else found, None
+        return result(bits, gold_logprob=math.nan) if bits[1] == 8 else found, None
 
     study, _ = searched(tmp_path, settings, monkeypatch, run=fake)
     (failed, *_) = found("FAILED")

@@ -1,5 +1,6 @@
 """A trial depends on its params alone; its model is put together from the bank, and trained in full where asked."""
 
+import json
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -18,10 +19,15 @@ from pipeline.device import Compute
 from pipeline.results.cells import changed
 from pipeline.stages import trials
 from pipeline.stages.settings import settings_of
-from pipeline.trial import adapters, build, recover, training
+from pipeline.trial import adapters, build, recover, training, trial
+from pipeline.trial import context as contexts
 from pipeline.trial.assemble import assemble
 from pipeline.trial.context import Context
+from pipeline.trial.memory import Peak
 from pipeline.trial.recover import Rows
+from pipeline.trial.result import MEASURED, Memory, Result
+from pipeline.trial.scores import Scores
+from pipeline.trial.trial import Phases
 
 CPU = torch.device("cpu")
 
@@ -189,3 +195,68 @@ def test_optimizer_on_a_gpu_is_the_papers():
     assert type(optimizer) is bitsandbytes.optim.PagedAdamW32bit
     assert optimizer.is_paged and optimizer.args.optim_bits == 32
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-3, 0)]
+
+
+# --- results
+
+
+def measured(**changes):
+    """A result as a trial gives it, with as many digits as computed."""
+    scores = Scores(
+        {"piqa": 0.5}, {"piqa": 0.25}, {"piqa_acc_norm": 0.75}, 0.5, 0.25, -1 / 3, 0.1, 2, {"piqa": [(1.0, -1 / 3)] * 2}
+    )
+    recovered = recover.Recovered.of((3.5, 3.25), ((20 / 3, 10), (30.0, 12)), {2: 2.5}, 640)
+    parts = {"bits": "4484", "scores": scores, "recovered": recovered, "memory": Memory(2**30, 2**28, "predicted")}
+    return Result.of(**parts | {"seconds": {"recover": 1.5}} | changes)
+
+
+@pytest.mark.parametrize(
+    "memory", [Memory(2**30, 2**28, "predicted"), Memory(None, 2**28, "predicted"), Memory(3, 2, "measured", 4)]
+)
+def test_result_survives_its_json_to_the_last_digit(memory):
+    result = measured(memory=memory)
+    plain = json.loads(json.dumps(result.as_json()))
+    assert list(plain) == MEASURED
+    assert Result.from_json(plain) == result
+    assert Result.from_json(plain).metrics() == result.metrics()
+
+
+def test_what_was_measured_item_by_item_is_kept_to_six_digits_and_means_to_all():
+    plain = measured().as_json()
+    assert plain["by_item"] == {"piqa": [(1.0, -0.333333)] * 2} and plain["by_row"] == [(6.666667, 10), (30.0, 12)]
+    assert plain["gold_logprob"] == -1 / 3 and plain["validation_loss"] == (20 / 3 + 30) / 22
+
+
+def test_model_that_was_not_trained_has_no_peak_of_training():
+    result = measured(memory=Memory(None, 500, "predicted"))
+    assert result.peak_memory_bytes is None and result.inference_memory_bytes == 500
+    assert not {"peak_memory_bytes", "peak_memory_gib"} & result.metrics().keys()
+    earlier = result.as_json() | {"peak_memory_bytes": 500, "losses": []}  # as an earlier version noted it
+    assert Result.from_json(earlier).peak_memory_bytes is None
+    assert Result.from_json(earlier | {"losses": [3.5]}).peak_memory_bytes == 500
+
+
+def test_measured_peaks_stand_beside_the_predicted_one(context):
+    phases = Phases(context)
+    phases.peaks = {"recover": 30, "evaluate": 20}
+    assert phases.memory(Peak(10, 5, "predicted"), True) == Memory(30, 20, "measured", 10)
+    assert phases.memory(Peak(10, 5, "predicted"), False).training is None
+    phases.peaks["recover"] = None
+    assert phases.memory(Peak(10, 5, "predicted"), True) == Memory(10, 5, "predicted")
+
+
+def test_untouched_model_is_measured_once_and_again_where_its_file_is_damaged(context, tmp_path, monkeypatch):
+    calls = []
+
+    def run(context, bits, work):
+        calls.append((bits, work))
+        return measured(bits="16", memory=Memory(None, 7, "predicted")), None
+
+    monkeypatch.setattr(trial, "run", run)
+    monkeypatch.setattr(contexts, "untouched", lambda context, base: context)
+    kept = tmp_path / "untouched" / "one.json"
+    first = trial.untouched_result(context, tmp_path, kept, trial.Work(limit=3))
+    assert calls == [((16,) * 4, trial.Work(limit=3, trained=False))]
+    assert trial.untouched_result(context, tmp_path, kept) == first and len(calls) == 1
+    kept.write_text("{")
+    assert trial.untouched_result(context, tmp_path, kept) == first and len(calls) == 2

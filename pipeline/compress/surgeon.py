@@ -76,10 +76,10 @@ def surgeon_order(weight: torch.Tensor, gram: torch.Tensor, width: int, chunk: i
         if width == 1:  # the same without a thousand matrices of one number
             now = rest.square().sum(0) / inverse.diagonal()
         else:
-            own = inverse.unflatten(1, (count, width)).unflatten(0, (count, width))[each, :, each, :].clone()
-            own[~alive] = torch.eye(width, device=device)
+            diagonal = inverse.unflatten(1, (count, width)).unflatten(0, (count, width))[each, :, each, :].clone()
+            diagonal[~alive] = torch.eye(width, device=device)
             columns = rest.unflatten(1, (count, width))
-            now = torch.einsum("ogi,gij,ogj->g", columns, torch.linalg.inv(own), columns)
+            now = torch.einsum("ogi,gij,ogj->g", columns, torch.linalg.inv(diagonal), columns)
         now[~alive] = float("inf")
         taken = now.topk(min(chunk, int(alive.sum()) - 1), largest=False).indices
         highest = torch.maximum(highest, now[taken].max())

@@ -56,7 +56,8 @@ def merged(model: PeftModel) -> Iterator[None]:
 
     The weights are put back as they were, to the bit.
     """
-    weights = [layer.get_base_layer().weight for layer in model.modules() if isinstance(layer, LoraLayer)]
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    weights = [cast(nn.Linear, layer.get_base_layer()).weight for layer in layers]
     before = [weight.detach().clone() for weight in weights]
     adapters = cast(LoraModel, model.base_model)
     adapters.merge_adapter()

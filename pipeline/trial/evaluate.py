@@ -175,7 +175,7 @@ class SharedPrefixLM(TemplateLM):
             return list(score(self.model, asked, length, rows))
 
         with side_by_side(self.model, len(passes)) as mapped:
-            for values, _shown in zip(mapped(scored, passes), self.progress(passes), strict=True):
+            for _pass, values in zip(self.progress(passes), mapped(scored, passes), strict=True):
                 for index, value in values:
                     results[index] = value
         return results

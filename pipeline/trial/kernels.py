@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,29 +57,20 @@ def _gemm_4bit(x: torch.Tensor, codes: torch.Tensor, shape: Any, *rest: Any) -> 
     return nn.functional.linear(x, torch.empty(shape, dtype=x.dtype, device=META), bias)
 
 
-def _int8_cuda(
+def _int8(
     x: torch.Tensor,
     codes: torch.Tensor,
     rows: torch.Tensor,
     columns: torch.Tensor,
     bias: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float16,
+    *,
+    on_cuda: bool,
 ) -> torch.Tensor:
-    """Multiply into int32, scale into fp16, cast."""
+    """Multiply into int32, scale, cast: into fp16 on CUDA; in fp32 on a CPU, which converts the product first."""
     product = torch.empty(*x.shape[:-1], codes.shape[0], dtype=torch.int32, device=META)
-    return torch.empty_like(product, dtype=torch.float16).to(dtype)
-
-
-def _int8_cpu(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float16,
-) -> torch.Tensor:
-    """Multiply into int32, scale in fp32, cast; a CPU converts an operand of another type first."""
-    product = torch.empty(*x.shape[:-1], codes.shape[0], dtype=torch.int32, device=META)
+    if on_cuda:
+        return torch.empty_like(product, dtype=torch.float16).to(dtype)
     return (product.float() * (rows[:, None] * columns) * 1.0).to(dtype)
 
 
@@ -124,13 +116,13 @@ class Machine:
 
 
 CUDA = Machine(
-    kernels={**_COMMON, torch.ops.bitsandbytes.int8_scaled_mm.default: _int8_cuda},
+    kernels={**_COMMON, torch.ops.bitsandbytes.int8_scaled_mm.default: partial(_int8, on_cuda=True)},
     fused=True, fp32_adapters=True, byte_dropout=False, attention="sdpa", paged=True,
 )  # fmt: skip
 CPU = Machine(
     kernels={
         **_COMMON,
-        torch.ops.bitsandbytes.int8_scaled_mm.default: _int8_cpu,
+        torch.ops.bitsandbytes.int8_scaled_mm.default: partial(_int8, on_cuda=False),
         torch.ops.bitsandbytes.int8_vectorwise_quant.default: _int8_rows_cpu,
     },
     fused=False, fp32_adapters=False, byte_dropout=True, attention="eager", paged=False,

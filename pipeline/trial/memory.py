@@ -50,10 +50,10 @@ def predict(config: PretrainedConfig, widths: Mapping[str, int], setting: Settin
     """
     weights, peak = training(config, widths, setting)
     model, widest = config.to_json_string(use_diff=False), 0
-    for index, (shape, own) in enumerate(_blocks(config, widths)):
+    for index, (shape, bits) in enumerate(_blocks(config, widths)):
         alone = (shape.heads, shape.kv_heads, shape.channels)
         twice = _of_blocks(config, [index, index])  # only a first block's input is all that lives
-        block_weights, block_peak = _traced(twice, (model, alone), (own, own), setting, "inference")
+        block_weights, block_peak = _traced(twice, (model, alone), (bits, bits), setting, "inference")
         widest = max(widest, block_peak - block_weights)
     return Peak(peak, weights + widest, "predicted")
 
@@ -73,10 +73,10 @@ def training(config: PretrainedConfig, widths: Mapping[str, int], setting: Setti
     blocks = _blocks(config, widths)
     model = config.to_json_string(use_diff=False)
     if setting.full:  # a block's widths say what it trains, so each is traced as it is
-        return _traced(config, model, tuple(own for _, own in blocks), setting, "training")
+        return _traced(config, model, tuple(bits for _, bits in blocks), setting, "training")
     weights, peak = _last_block_at(config, model, blocks[-1][1], setting)
-    for index, (shape, own) in enumerate(blocks[:-1]):
-        stored, kept = _added(config, index, shape, own, setting)
+    for index, (shape, bits) in enumerate(blocks[:-1]):
+        stored, kept = _added(config, index, shape, bits, setting)
         weights += stored
         peak += stored + kept
     return weights, peak
@@ -142,11 +142,11 @@ def _last_block_at(config: PretrainedConfig, model: str, bits: tuple[int, ...], 
     fours = (4,) * len(LINEARS)
     if count < 5 or not alike:
         return _traced(config, model, (*[fours] * (count - 1), bits), setting, "training")
-    found = []
+    traces = []
     for middle in ([1], [1, 1]):
-        own = _of_blocks(config, [0, *middle, count - 1])
-        found.append(_traced(own, (model, len(middle)), (*[fours] * (len(middle) + 1), bits), setting, "training"))
-    (weights, peak), (more_weights, more_peak) = found
+        fewer = _of_blocks(config, [0, *middle, count - 1])
+        traces.append(_traced(fewer, (model, len(middle)), (*[fours] * (len(middle) + 1), bits), setting, "training"))
+    (weights, peak), (more_weights, more_peak) = traces
     return weights + (count - 3) * (more_weights - weights), peak + (count - 3) * (more_peak - peak)
 
 

@@ -90,11 +90,11 @@ def choose(
     values, greedy = [], []
     for part in parts:
         logits = head(hidden[part.rows, part.columns])
-        own = logits[part.at, part.targets].float()
+        wanted = logits[part.at, part.targets].float()
         norms, tops = zip(*map(_norm_and_top, logits.split(_CACHED)), strict=True)
         del logits  # else they live until the next chunk's exist
-        values.append(own - torch.cat(norms)[part.at])
-        greedy.append(own == torch.cat(tops)[part.at])
+        values.append(wanted - torch.cat(norms)[part.at])
+        greedy.append(wanted == torch.cat(tops)[part.at])
     return torch.cat(values), torch.cat(greedy)
 
 

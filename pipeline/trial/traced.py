@@ -175,8 +175,7 @@ def training(model: PeftModel, setting: Setting, machine: Machine = CUDA, step: 
         Bytes of the model alone, and the peak.
     """
     model.train()
-    ledger = Ledger(machine.kernels)
-    ledger.hold(tensors(model))
+    ledger = _holding(model, machine)
     weights = ledger.live
     held = []
     for parameter in [weight for weight in model.parameters() if weight.requires_grad]:
@@ -203,8 +202,7 @@ def inference(model: PeftModel, setting: Setting, machine: Machine = CUDA) -> tu
         Bytes of the model alone, and the peak.
     """
     model.eval()
-    ledger = Ledger(machine.kernels)
-    ledger.hold(tensors(model))
+    ledger = _holding(model, machine)
     weights = ledger.live
     rows, length = setting.inference_rows, setting.inference_tokens // setting.inference_rows
     positions = rows * (length - 1)
@@ -216,6 +214,13 @@ def inference(model: PeftModel, setting: Setting, machine: Machine = CUDA) -> tu
         ]
         choose(model, _ids(rows, length), _ids(rows, length), mask, parts)
     return weights, ledger.peak
+
+
+def _holding(model: nn.Module, machine: Machine) -> Ledger:
+    """Return a ledger that counts what a model holds."""
+    ledger = Ledger(machine.kernels)
+    ledger.hold(tensors(model))
+    return ledger
 
 
 def _ids(*shape: int) -> torch.Tensor:
