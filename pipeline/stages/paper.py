@@ -27,6 +27,7 @@ from pipeline.paths import ALPACA, BASE, BENCHMARKS, REPORTS
 from pipeline.results.cells import VARIANT, Cell, Outcome
 from pipeline.search.study import Study
 from pipeline.stages import importance, prune, quantize
+from pipeline.stages.agreement import verified_runs
 from pipeline.stages.recorder import (
     Recorder,
     log_result,
@@ -35,7 +36,6 @@ from pipeline.stages.recorder import (
     steps,
     study_identity,
     unfinished,
-    verified_runs,
 )
 from pipeline.tracking import Run
 

@@ -14,7 +14,7 @@ from pipeline.params import Params
 from pipeline.paths import REPORTS, STUDY
 from pipeline.search import pareto, study
 from pipeline.search.pareto import Point
-from pipeline.stages.recorder import verified_runs
+from pipeline.stages.agreement import verified_runs
 from pipeline.stages.shell import made
 from pipeline.tracking import Run
 

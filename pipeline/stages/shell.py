@@ -9,10 +9,12 @@ from typing import Any
 
 from pipeline import storage, tracking
 from pipeline.params import Params, flatten
-from pipeline.paths import REPORTS
+from pipeline.paths import ALPACA, FINAL, REPORTS
 from pipeline.stages import PAPER
 from pipeline.tracking import Run
 
+# Where files and folders are written; what a killed stage left half-written there goes when the next one starts.
+_WRITTEN = (*(FINAL.parent / inside for inside in ("", "table", "table/cells", "unfinished")), ALPACA.parent, REPORTS)
 # What others read of a stage's file of reports: key -> type, of the mapping or of each mapping of the list.
 _NEEDS: dict[str, dict[str, type]] = {
     "prune": {"ratio": float},
@@ -36,6 +38,7 @@ def start(name: str, params: Params) -> None:
 
     The run shows the seed and the section of the params that has the stage's name.
     """
+    storage.clear(*_WRITTEN)
     run = getattr(importlib.import_module("pipeline.stages.paper"), name) if name in PAPER else stage(name).run
     section = getattr(params, "register_" if name == "register" else name, None)
     shown = flatten(section, f"{name}.") if section is not None else {}
