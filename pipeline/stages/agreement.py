@@ -64,14 +64,14 @@ def verified_runs(study: str, journal: str, records: Sequence[Record]) -> list[T
 
 def _differences(run: Tracked, record: Record) -> list[str]:
     """Return in what a run and the journal differ: bits and all figures that stand in both."""
-    found = []
+    differences = []
     if run.tags.get("bits") != record.values["bits"]:
-        found.append(f"bits {run.tags.get('bits')}, journal {record.values['bits']}")
+        differences.append(f"bits {run.tags.get('bits')}, journal {record.values['bits']}")
     for key, value in _figures(record.values).items():
         other = run.metrics.get(key, value)
         if not math.isclose(other, value, rel_tol=1e-9, abs_tol=1e-12):
-            found.append(f"{key} {other}, journal {value}")
-    return found
+            differences.append(f"{key} {other}, journal {value}")
+    return differences
 
 
 def _figures(values: Mapping[str, Any]) -> dict[str, float]:
