@@ -21,7 +21,7 @@ from pipeline.locks import Lock
 from pipeline.params import Params, ParamsError
 from pipeline.paths import STUDY
 from pipeline.stages import PAPER
-from pipeline.stages.recorder import tracked
+from pipeline.stages.agreement import tracked
 from pipeline.stages.shell import made
 
 # The main job goes all the way to a registered model; every other entry point is the stage of its name.

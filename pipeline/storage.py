@@ -56,7 +56,7 @@ def writing(folder: str | Path) -> Iterator[Path]:
         DiskError: The disk is full or the place cannot be written.
     """
     folder = Path(folder)
-    with _disk_errors(folder):
+    with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         clear(folder.parent)
     with _reserved(folder, tempfile.mkdtemp) as temporary:
@@ -66,7 +66,7 @@ def writing(folder: str | Path) -> Iterator[Path]:
             if _is_full(error):
                 raise DiskError(_cannot_write(folder, "no space left on the device")) from error
             raise
-        with _disk_errors(folder):
+        with disk_errors(folder):
             _close(temporary)
             _replace(temporary, folder)
 
@@ -78,7 +78,7 @@ def write_text(path: str | Path, text: str) -> None:
         DiskError: The disk is full or the place cannot be written.
     """
     path = Path(path)
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _reserved(path, _new_file) as temporary:
             with temporary.open("w", encoding="utf-8") as file:
@@ -139,7 +139,7 @@ def _replace(temporary: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(place: Path) -> Iterator[None]:
+def disk_errors(place: Path) -> Iterator[None]:
     """Turn what the system says of a write into an error that names the place."""
     try:
         yield

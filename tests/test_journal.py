@@ -1,6 +1,7 @@
 """A journal that was damaged, torn, or left with Optuna's lock."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -12,8 +13,8 @@ from test_search import SPACE, STUDY, result, run, settings  # noqa: F401  (a fi
 
 from pipeline.identity import Identity
 from pipeline.search import journal
-from pipeline.search.study import Study, read
-from pipeline.storage import CheckpointError
+from pipeline.search.study import Candidate, Study, read
+from pipeline.storage import CheckpointError, DiskError
 
 
 @pytest.fixture
@@ -180,3 +181,19 @@ def test_opening_a_study_again_writes_nothing(finished):
     before = (folder / journal.NAME).read_bytes()
     Study(folder, STUDY)
     assert (folder / journal.NAME).read_bytes() == before
+
+
+def test_full_disk_is_named_and_leaves_no_half_of_a_line(finished, monkeypatch):
+    folder, bits = finished
+    study = Study(folder, STUDY)
+    before = (folder / journal.NAME).read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskError, match="journal.log cannot be written: No space left on device"):
+        study.start(Candidate((8,) * 8, "seed"))
+    assert (folder / journal.NAME).read_bytes() == before
+    monkeypatch.undo()
+    assert kept(folder)[1] == bits

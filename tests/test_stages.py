@@ -15,7 +15,8 @@ from pipeline.identity import Identity
 from pipeline.search import pareto, search
 from pipeline.search.study import Study
 from pipeline.stages import recorder
-from pipeline.stages.recorder import Recorder, TrackingBehind, search_settings, verified_runs
+from pipeline.stages.agreement import TrackingBehind, verified_runs
+from pipeline.stages.recorder import Recorder, search_settings
 from pipeline.trial import trial
 from tests.fixtures.searches import PROBLEM, SPACE, STUDY, UNITS, result
 

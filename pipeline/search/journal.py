@@ -47,9 +47,31 @@ class _NoLock:
         """Do nothing."""
 
 
+class _Backend(JournalFileBackend):
+    """Optuna's journal in a file; what a full disk cuts short is taken back."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path), lock_obj=_NoLock())
+        self._path = path
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append operations, all or none of them.
+
+        Raises:
+            DiskError: The disk is full or the journal cannot be written.
+        """
+        size = self._path.stat().st_size
+        with storage.disk_errors(self._path):
+            try:
+                super().append_logs(logs)
+            except OSError:
+                _truncate(self._path, size)
+                raise
+
+
 def opened(path: Path) -> JournalStorage:
     """Return Optuna's storage of a journal."""
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=_NoLock()))
+    return JournalStorage(_Backend(path))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """How sure the differences between trials are: trials answer the same items, so they are compared item by item.
 
-The standard error of one score tells mostly which items were asked; other ones would move all trials alike. Here the
-items are drawn again, the same for every trial (bootstrap), and what then still varies between trials is the error of
-their differences.
+The standard error of a score mostly tells which items were asked, and other items would move all trials alike. Here the
+items are drawn again, the same for all trials (bootstrap). What then still varies between trials is the error of their
+differences.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def strata(record: Mapping[str, Any], objective: str) -> list[np.ndarray]:
     tasks = record["by_item"]
     column = 1 if objective == "gold_logprob" else 0
     chosen = [tasks[objective]] if objective in tasks else tasks.values()
-    found = [np.array(items, dtype=float)[:, column] for items in chosen]
-    return [np.column_stack([values, np.ones(len(values))]) for values in found]
+    columns = [np.array(items, dtype=float)[:, column] for items in chosen]
+    return [np.column_stack([values, np.ones(len(values))]) for values in columns]
 
 
 def score(items: Sequence[np.ndarray]) -> float:
     """Return the objective that strata give."""
-    return float(np.mean([one[:, 0].sum() / one[:, 1].sum() for one in items]))
+    return float(np.mean([stratum[:, 0].sum() / stratum[:, 1].sum() for stratum in items]))
 
 
 def redrawn(trials: Sequence[Sequence[np.ndarray]], draws: int = 2000, seed: int = 0) -> np.ndarray:
@@ -50,15 +50,15 @@ def redrawn(trials: Sequence[Sequence[np.ndarray]], draws: int = 2000, seed: int
         ValueError: The trials did not answer the same items.
     """
     generator = np.random.default_rng(seed)
-    found = np.zeros((draws, len(trials)))
+    scores = np.zeros((draws, len(trials)))
     for stratum in zip(*trials, strict=True):
         sums, weights = np.moveaxis(np.stack(stratum), 2, 0)  # [trials, items] each
         count = sums.shape[1]
         for start in range(0, draws, _AT_ONCE):
             here = slice(start, min(start + _AT_ONCE, draws))
             times = generator.multinomial(count, np.full(count, 1 / count), size=here.stop - here.start)
-            found[here] += (times @ sums.T) / (times @ weights.T)
-    return found / len(trials[0]) if trials else found
+            scores[here] += (times @ sums.T) / (times @ weights.T)
+    return scores / len(trials[0]) if trials else scores
 
 
 def errors(scores: np.ndarray, among: Sequence[bool]) -> np.ndarray:
@@ -84,9 +84,9 @@ def undominated(scores: np.ndarray, memories: Sequence[float]) -> np.ndarray:
     shares = np.empty(len(memory))
     cheaper = np.full(len(scores), -np.inf)  # the best score for less memory, in each draw
     for value in np.unique(memory):
-        own = scores[:, memory == value]
-        best = own.max(axis=1)
-        shares[memory == value] = 1 - ((own <= cheaper[:, None]) | (own < best[:, None])).mean(axis=0)
+        equal = scores[:, memory == value]
+        best = equal.max(axis=1)
+        shares[memory == value] = 1 - ((equal <= cheaper[:, None]) | (equal < best[:, None])).mean(axis=0)
         cheaper = np.maximum(cheaper, best)
     return shares
 

@@ -177,13 +177,13 @@ class Study:
 
     def abandoned(self) -> list[Candidate]:
         """End the trials that a killed process left running; return them to be tried again."""
-        found = []
+        candidates = []
         for trial in self._running():
             self._study.tell(trial.number, state=TrialState.FAIL)
             text = trial.user_attrs.get("bits")
             if text is not None and "method" in trial.user_attrs:
-                found.append(Candidate(bit_text.parse(text, len(text)), trial.user_attrs["method"]))
-        return found
+                candidates.append(Candidate(bit_text.parse(text, len(text)), trial.user_attrs["method"]))
+        return candidates
 
     def _running(self) -> list[Any]:
         return self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING])

@@ -93,12 +93,12 @@ class Model:
         scores = np.maximum(np.array(prior, dtype=float), 0)
         self._units = len(scores)
         self._prior = scores / max(np.sqrt((scores**2).mean()), 1e-12)
-        values = np.array([one.score for one in observations])
-        errors = np.array([one.stderr for one in observations])
+        values = np.array([seen.score for seen in observations])
+        errors = np.array([seen.stderr for seen in observations])
         self._level = values.mean()
         self._scale = max(values.std(), errors.mean(), 1e-9)
-        raised = raised_of([one.bits for one in observations])
-        inputs = self._inputs(raised, errors / self._scale, np.array([one.imported for one in observations]))
+        raised = raised_of([seen.bits for seen in observations])
+        inputs = self._inputs(raised, errors / self._scale, np.array([seen.imported for seen in observations]))
         self._process = GaussianProcessRegressor(self._kernel(), alpha=1e-8, optimizer=_most_plausible)
         with warnings.catch_warnings():  # a term that does not matter ends at its bound
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -153,8 +153,8 @@ def _most_plausible(loss: Callable[..., Any], start: np.ndarray, bounds: np.ndar
         value, slope = loss(theta)
         return value + ((theta - start) ** 2).sum() / 32, slope + (theta - start) / 16
 
-    found = minimize(penalized, start, jac=True, bounds=bounds, method="L-BFGS-B")
-    return found.x, float(found.fun)
+    lowest = minimize(penalized, start, jac=True, bounds=bounds, method="L-BFGS-B")
+    return lowest.x, float(lowest.fun)
 
 
 @dataclass(frozen=True)
@@ -258,32 +258,32 @@ def propose(
         generator: Draws some of the starts.
     """
     model = Model(observations, prior)
-    own = raised_of([one.bits for one in observations if not one.imported])
-    gain = acquisition(model, space, own)
+    tested = raised_of([seen.bits for seen in observations if not seen.imported])
+    gain = acquisition(model, space, tested)
     tried = {row.tobytes() for row in raised_of(sorted(exclude))} if exclude else set()
 
     def value(raised: np.ndarray) -> np.ndarray:
         return np.where([row.tobytes() in tried for row in raised], -1.0, gain(raised))
 
-    starts = _starts(model, space, own, prior, generator)
+    starts = _starts(model, space, tested, prior, generator)
     order = np.argsort(-gain(starts), kind="stable")
-    found = [climb(value, space, starts[index]) for index in order[:_STARTS]]
-    best, height = max(found, key=lambda one: one[1])
+    tops = [climb(value, space, starts[index]) for index in order[:_STARTS]]
+    best, height = max(tops, key=lambda top: top[1])
     return bits_of(best) if height >= 0 else space.unseen(exclude, generator)
 
 
-def _starts(model: Model, space: Space, own: np.ndarray, prior: Sequence[float], generator: Random) -> np.ndarray:
+def _starts(model: Model, space: Space, tested: np.ndarray, prior: Sequence[float], generator: Random) -> np.ndarray:
     """Return where to climb from: greedy vectors of every size by model and by prior, the tried ones, random ones."""
     alone: np.ndarray = np.eye(space.units, dtype=bool)
     gains = model.predict(alone)[0] - model.predict(np.zeros((1, space.units), dtype=bool))[0]
-    found = [*own[space.feasible(own)], *(raised_of([space.draw(generator)])[0] for _ in range(8))]
+    starts = [*tested[space.feasible(tested)], *(raised_of([space.draw(generator)])[0] for _ in range(8))]
     for importance in (gains.tolist(), prior):
         for weights in (importance, space.per_byte(importance)):
             raised: np.ndarray = np.zeros(space.units, dtype=bool)
             for unit in np.argsort(-np.array(weights), kind="stable"):
                 raised[unit] = True
                 if space.feasible(raised[None])[0]:
-                    found.append(raised.copy())
+                    starts.append(raised.copy())
                 else:
                     raised[unit] = False
-    return np.unique(np.array(found), axis=0)
+    return np.unique(np.array(starts), axis=0)

@@ -15,7 +15,7 @@ from pipeline.paths import REPORTS, STUDY
 from pipeline.results import report
 from pipeline.search import pareto, study
 from pipeline.search.pareto import Point
-from pipeline.stages.recorder import verified_runs
+from pipeline.stages.agreement import verified_runs
 from pipeline.stages.shell import made
 from pipeline.tracking import Run
 

@@ -9,9 +9,11 @@ from typing import Any
 
 from pipeline import storage, tracking
 from pipeline.params import Params, flatten
-from pipeline.paths import REPORTS
+from pipeline.paths import ALPACA, FINAL, REPORTS
 from pipeline.tracking import Run
 
+# Where files and folders are written; what a killed stage left half-written there goes when the next one starts.
+_WRITTEN = (*(FINAL.parent / inside for inside in ("", "table", "table/cells", "unfinished")), ALPACA.parent, REPORTS)
 # What others read of a stage's file of reports: key -> type, of the mapping or of each mapping of the list.
 _NEEDS: dict[str, dict[str, type]] = {
     "prune": {"ratio": float},
@@ -35,6 +37,7 @@ def start(name: str, params: Params) -> None:
 
     The run shows the seed and the section of the params that has the stage's name.
     """
+    storage.clear(*_WRITTEN)
     section = getattr(params, "register_" if name == "register" else name, None)
     shown = flatten(section, f"{name}.") if section is not None else {}
     with tracking.stage(name, {"seed": params.seed, **shown}) as own:
