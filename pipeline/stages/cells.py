@@ -20,7 +20,7 @@ from pipeline.paths import ALPACA, BASE, BENCHMARKS, REPORTS
 from pipeline.results import cells, labels
 from pipeline.results.cells import VARIANT, Cell, Outcome
 from pipeline.search import pareto, search
-from pipeline.stages.recorder import Recorder, log_result, say, steps, study_name, unfinished
+from pipeline.stages.recorder import Recorder, log_result, steps, study_name, told, unfinished
 from pipeline.stages.supplies import KEPT, Supplies, read_json
 from pipeline.tracking import Run
 from pipeline.trial import trial
@@ -100,7 +100,7 @@ class Cells:
         storage.write_text(path_of(key), json.dumps(record, indent=1))
         _log(cell_run, result, study)
         cell_run.finish()
-        say(label, result)
+        console.note(told(label, result))
         return Outcome(cell, result, run_id=cell_run.run_id)
 
     def _open(self, cell: Cell, key: str) -> Run:
@@ -199,7 +199,8 @@ def _searched(supplies: Supplies, cell_run: Run) -> tuple[tuple[int, ...], str]:
     recorder = Recorder(cell_run, name, params, context)
     recorder.agree(study)
     attempt = recorder.attempt(study, supplies.space)
-    search.run(study, settings, supplies.space, supplies.priors, params.seed, attempt, history)
+    with recorder.screen:
+        search.run(study, settings, supplies.space, supplies.priors, params.seed, attempt, history)
     trials = pareto.points(tracking.trials(name), settings.objective)
     members = pareto.judge(pareto.front(trials), trials, supplies.priors.sensitivity)
     return bits.parse(pareto.best(members).bits, len(context.units)), name  # as ``build`` chooses

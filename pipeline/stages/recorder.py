@@ -41,6 +41,7 @@ class Recorder:
 
     def __init__(self, run: Run, study: str, params: Params, context: Any):
         self.run, self.study, self.params, self.context = run, study, params, context
+        self.screen = console.Search(params.search.n_trials)
 
     def agree(self, study: Any) -> None:
         """Give every finished trial its finished run below this search, whatever a killed process left of it."""
@@ -74,10 +75,11 @@ class Recorder:
         context = trial.untouched(self.context, BASE) if name == "dense" else self.context
         width = 8 if name == "uniform8" else 16
         bits = (width,) * len(context.units)
+        self.screen.begin(f"reference {labels.method(name)}")
         own = self._open(name, name, "16" if width == 16 else "8" * len(bits), reference=True)
         try:
             result, _ = trial.run(
-                context, bits, progress=steps(name), trained=name != "dense", keep=unfinished(self.study, name)
+                context, bits, progress=self.screen.steps, trained=name != "dense", keep=unfinished(self.study, name)
             )
         except Exception as error:
             own.finish("FAILED", error)
@@ -94,6 +96,7 @@ class Recorder:
         """
         from pipeline.compress.quantize import write_bits
         from pipeline.trial import trial
+        from pipeline.trial.trial import Result
 
         followed = self._follow(study, space, 0)
 
@@ -104,9 +107,10 @@ class Recorder:
             own = self._open(name, candidate.method, text, reference=False)
             own.tags({"trial": name.removeprefix("trial ")})
             label = f"{name} ({labels.method(candidate.method)})"
+            self.screen.begin(label)
             try:
                 result, _ = trial.run(
-                    self.context, candidate.bits, progress=steps(label), keep=unfinished(self.study, text)
+                    self.context, candidate.bits, progress=self.screen.steps, keep=unfinished(self.study, text)
                 )
                 study.complete(opened, own.run_id, result)
             except Exception as error:
@@ -117,9 +121,13 @@ class Recorder:
             log_result(own, result)  # a store that fails here ends the search; the journal has the trial
             own.finish()
             followed = self._follow(study, space, followed)
-            say(label, result)
+            self.screen.finish(_finished(name, study, result), told(label, result))
             return result
 
+        self.screen.finished = [
+            _finished(trial_name(record["number"]), study, Result.from_json(record["result"]))
+            for record in study.finished()
+        ]
         return run
 
     def _follow(self, study: Any, space: Any, followed: int) -> int:
@@ -145,11 +153,8 @@ def log_result(own: Run, result: Any) -> None:
     own.json(result.record, tracking.ITEMS)
     log_losses(own, result)
     name = tracking.run(own.run_id).name.partition(":")[0]
-    text, gold = result.response_logprob, result.gold_logprob
-    quality = f"response {text:.3f}, gold answer {gold:.3f}, {100 * result.accuracy:.1f} %"
-    figures = f"{quality}, {result.peak_memory_bytes / 2**30:.3f} GiB, {bits.summary(result.bits)}"
     # The UI's default columns show no metric, so the figures stand in the name.
-    own.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {figures}"})
+    own.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {_figures(result)}"})
 
 
 def log_losses(own: Run, result: Any) -> None:
@@ -158,13 +163,19 @@ def log_losses(own: Run, result: Any) -> None:
     own.series("held_out_loss", result.validation_losses)
 
 
-def say(label: str, result: Any) -> None:
-    """Print what a trial measured."""
-    console.note(
-        f"{label}: accuracy {100 * result.accuracy:.1f} ± {100 * result.accuracy_stderr:.1f} %, gold answer "
-        f"{result.gold_logprob:.4f} ± {result.gold_logprob_stderr:.4f} nats, response {result.response_logprob:.4f}, "
-        f"{result.peak_memory_bytes / 2**30:.4f} GiB, {sum(result.seconds.values()):.0f} s, bits {result.bits}"
-    )
+def told(label: str, result: Any) -> str:
+    """Return a line with what a trial measured."""
+    return f"{label}: {_figures(result)}; {sum(result.seconds.values()):.0f} s"
+
+
+def _figures(result: Any) -> str:
+    text, gold = result.response_logprob, result.gold_logprob
+    quality = f"response {text:.3f}, gold answer {gold:.3f}, {100 * result.accuracy:.1f} %"
+    return f"{quality}, {result.peak_memory_bytes / 2**30:.3f} GiB, {bits.summary(result.bits)}"
+
+
+def _finished(name: str, study: Any, result: Any) -> console.Finished:
+    return console.Finished(name, result.score(study.objective)[0], sum(result.seconds.values()))
 
 
 def unfinished(*parts: Any) -> Path:

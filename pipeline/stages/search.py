@@ -17,7 +17,7 @@ from pipeline.compress.importance import Priors
 from pipeline.params import Objective, Params, flatten
 from pipeline.paths import ALPACA, BANK, BENCHMARKS, PRUNED, REPORTS, STUDY
 from pipeline.search import search
-from pipeline.stages.recorder import Recorder, study_name
+from pipeline.stages.recorder import Recorder, study_name, trial_name
 from pipeline.stages.shell import made
 from pipeline.tracking import Run
 from pipeline.trial import trial
@@ -41,8 +41,10 @@ def run(params: Params, run: Run) -> None:
     study = search.Study(STUDY, name, settings.objective)
     recorder = Recorder(run, name, params, context)
     recorder.agree(study)
-    recorder.references(study)
-    ended = search.run(study, settings, space, priors, params.seed, recorder.attempt(study, space), history)
+    attempt = recorder.attempt(study, space)
+    with recorder.screen:
+        recorder.references(study)
+        ended = search.run(study, settings, space, priors, params.seed, attempt, history)
     console.note(f"search ended: {ended.reason}")
     finished = study.finished()
     results = [Result.from_json(record["result"]) for record in finished]
@@ -62,7 +64,8 @@ def run(params: Params, run: Run) -> None:
 def _write_tables(finished: Sequence[Mapping[str, Any]], results: Sequence[Result], history: Any) -> None:
     trials = pd.DataFrame(
         {
-            **{key: record[key] for key in ("number", "run_id", "method")},
+            "trial": trial_name(record["number"]).removeprefix("trial "),
+            **{key: record[key] for key in ("run_id", "method")},
             "bits": result.bits,
             "memory_source": result.memory_source,
             **result.metrics(),
