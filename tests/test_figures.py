@@ -187,9 +187,8 @@ def test_benchmark_fronts_has_a_panel_a_benchmark(tmp_path):
 def drawn(monkeypatch):
     """The figures that were drawn, kept instead of saved."""
     kept = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: kept.append(figure))
-    yield kept
-    pyplot.close("all")
+    monkeypatch.setattr(style, "save", lambda figure, path: kept.append(figure))
+    return kept
 
 
 def test_figure_1_has_a_bar_with_its_error_and_a_marker_of_memory_for_each_method_and_task(drawn):
