@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from pipeline import console, storage
+from pipeline.results import style
 
 MEASURED, BAR, LIMIT = "measured", "a bar", "a limit"
 
@@ -116,26 +117,23 @@ def show(figures: Mapping[str, Figure], folder: Path, machine: str) -> None:
 
 
 def _picture(figures: Mapping[str, Figure], path: Path) -> None:
-    from matplotlib import pyplot
-
-    colors = {MEASURED: "#2f6fbb", BAR: "#9aa5b1", LIMIT: "#c8442c"}
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.28 * len(figures)), dpi=150)
-    for kind, color in colors.items():
-        group = {name: one for name, one in figures.items() if one.against == kind}
-        if group:
-            ratios = [one.ratio or 1 for one in group.values()]
-            widths = [ratio - 1 for ratio in ratios]
-            axes.barh(list(group), widths, left=1, color=color, label=f"theirs: {kind}")
+    colors = {MEASURED: style.BLUE, BAR: style.GREY, LIMIT: style.RED}
+    with style.picture(path, (8, 1 + 0.28 * len(figures))) as (_, grid):
+        axes = grid[0, 0]
+        for kind, color in colors.items():
+            group = {name: measured for name, measured in figures.items() if measured.against == kind}
+            if not group:
+                continue
+            ratios = [measured.ratio or 1 for measured in group.values()]
+            axes.barh(list(group), [ratio - 1 for ratio in ratios], left=1, color=color, label=f"theirs: {kind}")
             for name, ratio in zip(group, ratios, strict=True):
-                axes.annotate(f"{ratio:.3g}", (max(ratio, 1), name), (3, 0), textcoords="offset points", fontsize=7)
-    axes.set_xscale("log")
-    axes.axvline(1, color="black", lw=0.8)
-    axes.set_xlabel("ratio (above 1: ours is better)")
-    axes.tick_params(labelsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+                place = (max(ratio, 1), name)
+                axes.annotate(f"{ratio:.3g}", place, (3, 0), textcoords="offset points", fontsize=style.SMALL)
+        axes.set_xscale("log")
+        axes.axvline(1, color=style.INK, lw=0.8)
+        axes.set_xlabel("ratio (above 1: ours is better)")
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.grid(axis="y", visible=False)
+        if figures:
+            axes.legend()

@@ -33,6 +33,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import create_trial
 
 from pipeline.compress.importance import Priors
+from pipeline.results import style
 from pipeline.search import pareto, surrogate
 from pipeline.search.allocate import Bits, Space, raised_of
 from pipeline.search.history import seeds
@@ -301,23 +302,48 @@ def quartiles(rows: pd.DataFrame) -> pd.DataFrame:
     return grouped.quantile([0.25, 0.5, 0.75]).unstack().reset_index()
 
 
+def label(arm: str) -> str:
+    """Return what readers call an arm, such as ``this project, no sensitivities, 1 random start``."""
+    name, _, rest = arm.partition(":")
+    if name not in _SAMPLER_LABELS:
+        return arm
+    prior, *starts = rest.split(":")
+    parts = [_SAMPLER_LABELS[name], _PRIOR_LABELS[prior]]
+    if starts:
+        parts.append(f"{starts[0]} random start{'' if starts[0] == '1' else 's'}")
+    return ", ".join(filter(None, parts))
+
+
+_SAMPLER_LABELS = {
+    "ours": "this project",
+    "gp": "Gaussian process (Optuna)",
+    "tpe": "TPE (Optuna)",
+    "nsga2": "NSGA-II (Optuna)",
+    "random": "random search",
+}
+_PRIOR_LABELS = {
+    "good": "",
+    "none": "no sensitivities",
+    "shuffled": "shuffled sensitivities",
+    "reversed": "reversed sensitivities",
+}
+
+
 def picture(rows: pd.DataFrame, about: str, path: Path) -> None:
     """Draw the median of each arm with its quartiles."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
-    for arm, part in quartiles(rows).groupby("arm", sort=False):
-        (line,) = axes.plot(part["trial"], part[0.5], label=arm, lw=2 if str(arm).startswith("ours") else 1)
-        axes.fill_between(part["trial"], part[0.25], part[0.75], color=line.get_color(), alpha=0.12, lw=0)
-    axes.axhline(0.95, color="black", lw=0.6, ls=":")
-    axes.set_xlabel("trial")
-    axes.set_ylabel("hypervolume of true qualities / best known")
-    axes.set_title(about, fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
-    axes.grid(alpha=0.25)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    with style.picture(path, (8, 5)) as (_, grid):
+        axes = grid[0, 0]
+        for (arm, part), color in zip(
+            quartiles(rows).groupby("arm", sort=False), itertools.cycle(style.SERIES), strict=False
+        ):
+            width = 2 if str(arm).startswith("ours") else 1
+            axes.plot(part["trial"], part[0.5], label=label(str(arm)), lw=width, color=color)
+            axes.fill_between(part["trial"], part[0.25], part[0.75], color=color, alpha=0.12, lw=0)
+        axes.axhline(0.95, color=style.INK, lw=0.6, ls=":")
+        axes.set_xlabel("trial")
+        axes.set_ylabel("hypervolume of true qualities / best known")
+        axes.set_title(about)
+        axes.legend()
 
 
 def report(rows: pd.DataFrame, trials: int) -> str:
@@ -332,7 +358,9 @@ def report(rows: pd.DataFrame, trials: int) -> str:
         cells = [f"{at.loc[n, 0.5]:.3f} ({at.loc[n, 0.25]:.3f} to {at.loc[n, 0.75]:.3f})" for n in shown]
         reached = at.index[at[0.5] >= 0.95]
         first = str(reached[0]) if len(reached) else f"not in {trials}"
-        lines.append(f"| {arm} | {seeds_of[arm]} | " + " | ".join(cells) + f" | {first} | {longest[arm]:.2f} |")
+        lines.append(
+            f"| {label(str(arm))} | {seeds_of[arm]} | " + " | ".join(cells) + f" | {first} | {longest[arm]:.2f} |"
+        )
     return "\n".join(lines)
 
 

@@ -1,18 +1,22 @@
-"""What a person sees while a stage runs: progress with an ETA, tables, short notes."""
+"""What a person sees while a stage runs: progress with an ETA, the screen of a search, tables, short notes."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from typing import TypeVar
 
 from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 T = TypeVar("T")
-BITS = 32  # the longest bit string that leaves the front's table room for the rest
-WIDTH = 134  # of a log: that table
+WIDTH = 134  # of a table in a log
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
@@ -22,15 +26,118 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
 
 
 def note(text: str) -> None:
-    """Print one line."""
+    """Print one line, above whatever progress is shown."""
     tqdm.write(text)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; columns after the first are figures."""
+    """Print a table; columns after the first are figures. A narrow terminal wraps cells, a log does not."""
     shown = Table(title=title, title_justify="left")
+    terminal = sys.stdout.isatty()
     for index, column in enumerate(columns):
-        shown.add_column(column, justify="right" if index else "left", no_wrap=True)
+        shown.add_column(column, justify="right" if index else "left", no_wrap=not terminal)
     for row in rows:
         shown.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(shown)
+    Console(width=None if terminal else WIDTH).print(shown)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words, such as ``40 s``, ``12 min`` or ``2 h 5 min``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished trial: its name, its score (higher is better) and the seconds that it took."""
+
+    name: str
+    score: float
+    seconds: float
+
+
+class Search:
+    """The screen of a search: the trial at work, how many are finished, the best so far, when the search will end.
+
+    On a terminal it lives while the ``with`` block runs, and finished trials stand as lines above it. Elsewhere, and
+    outside the block, each finished trial is one line that ends with the state of the search.
+
+    Args:
+        wanted: Finished trials that the search should hold.
+        clock: Returns seconds.
+    """
+
+    def __init__(self, wanted: int, clock: Callable[[], float] = time.monotonic):
+        self.wanted, self.label = wanted, ""
+        self.finished: list[Finished] = []
+        self._clock, self._began = clock, clock()
+        self._step = (0, 0)
+        self._live: Live | None = None
+
+    def __enter__(self) -> Search:
+        if sys.stdout.isatty():
+            self._live = Live(get_renderable=self._screen, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def begin(self, label: str) -> None:
+        """Say what is at work now."""
+        self.label, self._began, self._step = label, self._clock(), (0, 0)
+
+    def steps(self, items: Iterable[T]) -> Iterable[T]:
+        """Show progress through the steps of what is at work."""
+        if self._live is None:
+            yield from progress(items, self.label)
+            return
+        yield from self._counted(items)
+
+    def _counted(self, items: Iterable[T]) -> Iterator[T]:
+        total = len(items) if isinstance(items, Sized) else 0
+        for done, item in enumerate(items):
+            self._step = (done, total)
+            yield item
+        self._step = (total, total)
+
+    def finish(self, trial: Finished, line: str) -> None:
+        """Count a finished trial, and print a line with what it measured."""
+        self.finished.append(trial)
+        self._began = self._clock()
+        note(line if self._live is not None else f"{line}; {self.state()}")
+
+    def state(self) -> str:
+        """Return how many trials are finished, the best of them, and the time that the others should take."""
+        parts = [f"{len(self.finished)} of {self.wanted} trials"]
+        if self.finished:
+            best = max(self.finished, key=lambda trial: trial.score)
+            parts.append(f"best score {best.score:.4g} by {best.name}")
+        left = self.seconds_left()
+        if left is not None:
+            parts.append(f"about {duration(left)} left in the search")
+        return ", ".join(parts)
+
+    def seconds_left(self) -> float | None:
+        """Return the seconds that the trials still to come should take: as long as the finished ones; None before them.
+
+        The trial at work counts by what is left of its share.
+        """
+        missing = self.wanted - len(self.finished)
+        if not self.finished or missing <= 0:
+            return None
+        mean = sum(trial.seconds for trial in self.finished) / len(self.finished)
+        return max(0.0, mean - (self._clock() - self._began)) + mean * (missing - 1)
+
+    def _screen(self) -> Table:
+        done, total = self._step
+        bar = ProgressBar(total=max(1, self.wanted), completed=len(self.finished), width=40)
+        step = f", step {done} of {total} of its recovery" if total and done < total else ""
+        rows = Table.grid()
+        for row in (Text(f"{self.label}{step}" if self.label else "starting"), bar, Text(self.state())):
+            rows.add_row(row)
+        return rows

@@ -74,6 +74,18 @@ def test_quartiles_and_report_by_hand():
     assert samplers.report(table, 10).splitlines()[2] == "| a | 3 | 0.950 (0.925 to 0.975) | 1 | 0.50 |"
 
 
+@pytest.mark.parametrize(
+    "arm, name",
+    [
+        ("ours:good", "this project"),
+        ("ours:good:1", "this project, 1 random start"),
+        ("gp:none:5", "Gaussian process (Optuna), no sensitivities, 5 random starts"),
+    ],
+)
+def test_arms_are_named_in_words(arm, name):
+    assert samplers.label(arm) == name
+
+
 def test_arms_replayed_apart_come_together(landscape, tmp_path, capsys):
     samplers.main(landscape, 2, 6, ["random:none"], tmp_path, 1)
     samplers.main(landscape, 1, 6, ["random:good"], tmp_path, 1)

@@ -1,7 +1,4 @@
-import csv
-import json
 import random
-import re
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -10,8 +7,6 @@ import pytest
 
 from pipeline.search import SearchError, pareto
 from pipeline.search.pareto import Point
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def point(score, memory, run_id="a", **changes):
@@ -208,72 +203,3 @@ def test_points_carry_what_the_run_holds(objective, score, stderr, stage):
     assert found == Point(
         "f" * 32, "trial 3", "random", "4488", score, stderr, 10**9, "predicted", stage == "reference", run.metrics
     )
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    every = [
-        point(0.5, 2**30, "aa", method="qpruner1"),
-        point(0.6, 2**31, "bb", method="qpruner2"),
-        point(0.4, 2**31, "cc"),
-        point(0.9, 2**32, "dd", method="dense", reference=True, bits="16"),
-    ]
-    members = pareto.front([one for one in every if not one.reference])
-    members = [replace(one, expected=one.score - 0.25, probability=0.9) for one in members]
-    folder = tmp_path_factory.mktemp("reports") / "new"
-    return every, members, pareto.write(every, members, "accuracy", folder)
-
-
-def test_write_makes_four_files(written):
-    paths = written[2]
-    assert [path.name for path in paths] == ["pareto.csv", "pareto.json", "pareto.png", "pareto.html"]
-    assert all(path.stat().st_size > 100 for path in paths)
-    assert paths[2].read_bytes().startswith(PNG)
-
-
-def test_json_rows_are_the_points_front_first(written):
-    rows = json.loads(written[2][1].read_text())
-    assert [(row["run_id"], row["front"]) for row in rows] == [("aa", True), ("bb", True), ("cc", False), ("dd", False)]
-    assert (rows[2]["expected"], rows[2]["probability"]) == (None, None)
-    assert rows[1] == {
-        "front": True, "name": "trial bb", "method": "qpruner2", "bits": "4484", "score": 0.6, "stderr": 0.05,
-        "paired_stderr": None, "expected": 0.35, "probability": 0.9, "peak_memory_bytes": 2**31,
-        "memory_source": "predicted", "run_id": "bb",
-    }  # fmt: skip
-
-
-def test_csv_holds_the_same_rows_as_json(written):
-    rows = json.loads(written[2][1].read_text())
-    with written[2][0].open() as file:
-        assert list(csv.DictReader(file)) == [
-            {key: "" if value is None else str(value) for key, value in row.items()} for row in rows
-        ]
-
-
-def test_page_is_self_contained(written):
-    page = written[2][3].read_text(encoding="utf-8")
-    assert len(page) > 1_000_000
-    assert "Plotly.newPlot" in page
-    assert not re.search(r"<script[^>]*\ssrc\s*=", page)
-    assert not re.search(r"<(link|img|iframe)[^>]*(href|src)\s*=\s*[\"']?https?:", page)
-    for one in written[0]:
-        assert one.run_id in page
-
-
-@pytest.mark.parametrize(
-    "objective, factor, label",
-    [
-        ("gold_logprob", 1, "log-probability of the gold answer, nats"),
-        ("accuracy", 100, "mean accuracy, %"),
-        ("boolq", 100, "boolq, %"),
-    ],
-)
-def test_scale_of_an_objective(objective, factor, label):
-    assert pareto.scale(objective) == (factor, label)
-
-
-@pytest.mark.parametrize("every", [[], [point(0.9, 10, reference=True)]], ids=["nothing", "reference_only"])
-def test_write_of_an_empty_front(tmp_path, every):
-    for path in pareto.write(every, [], "boolq", tmp_path):
-        assert path.exists()
-    assert len(json.loads((tmp_path / "pareto.json").read_text())) == len(every)

@@ -9,6 +9,7 @@ from pipeline import architecture
 from pipeline.__main__ import main
 from pipeline.params import ParamsError
 from pipeline.results import plan
+from pipeline.results.tables import Table
 
 PRESETS = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
 PARAMETERS = {
@@ -111,14 +112,14 @@ def test_summary_marks_what_fits():
     rows = [(0.2, 5e6, "all 4", 1.5, 0.5, False, True), (0.2, 5e6, "16", 3.0, 2.0, False, False)]
     columns = ["ratio", "parameters", "bits", "training_gib", "inference_gib", "training_fits", "inference_fits"]
     found = pd.DataFrame(rows, columns=columns)
-    assert plan.summary(found, "inference") == (
-        ["pruned", "parameters", "all 4", "16"], [["20%", "5 M", "0.50 *", "2.00"]]
-    )  # fmt: skip
+    assert plan.summary(found, "inference") == Table(
+        "Peak of inference, GiB", ["pruned", "parameters", "all 4", "16"], [["20%", "5 M", "0.50 *", "2.00"]]
+    )
 
 
 def test_files_hold_the_tables(small, tmp_path):
     found = plan.table(small.config, plan.PAPER_SETTING, 0.01, ratios=(0.0, 0.25))
-    sections = [("Peak of training, GiB", plan.summary(found, "training"))]
+    sections = [plan.summary(found, "training")]
     text, rows, picture = plan.write(small, found, sections, tmp_path / "reports")
     assert "## Peak of training, GiB" in text.read_text() and "| 25% |" in text.read_text()
     assert len(pd.read_csv(rows)) == 10

@@ -5,7 +5,7 @@ import pytest
 from pipeline import GIB
 from pipeline.results import cells, table
 from pipeline.results.cells import Cell, Outcome
-from pipeline.results.table import Entry
+from pipeline.results.tables import Entry
 from tests.fixtures.searches import UNITS, result
 
 TASKS = ("piqa", "arc_challenge")
@@ -22,6 +22,7 @@ def outcome(params, row, piqa=0.5, arc=0.25, logprob=-1.0, loss=2.0, memory=GIB,
         validation_loss=loss,
         validation_loss_stderr=0.0,
         peak_memory_bytes=memory,
+        inference_memory_bytes=memory // 4,
     )
     return Outcome(Cell(row, cells.at_ratio(params, ratio), f"{row} title"), found, run_id="r")
 
@@ -45,15 +46,15 @@ def test_table_in_markdown_by_hand(outcomes):
         "- fact",
         "- failed: 20% QPruner2: MemoryError: 20_000 <bytes> & more",
         "",
-        "| ratio | method | PIQA | ARC-c | mean | gold log-prob. | val. loss | memory, GiB | bits |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| 0 % | untouched | 75.0 ± 2.0 | 50.0 ± 4.0 | 62.5 ± 3.0 | -0.500 | 1.000 | - | 16 |",
+        "| ratio | method | PIQA | ARC-c | mean | gold log-prob. | val. loss | training, GiB | inference, MiB | bits |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| 0 % | untouched | 75.0 ± 2.0 | 50.0 ± 4.0 | 62.5 ± 3.0 | -0.500 | 1.000 | - | 256 | 16 |",
         "| 20 % | LLM-Pruner (16-bit) | **50.0** ± 2.0 | **30.0** ± 4.0 | **40.0** ± 3.0 | **-1.250** | 2.500 | 2.000 "
-        "| 16 |",
-        "| 20 % | QPruner1 | **50.0** ± 2.0 | 25.0 ± 4.0 | 37.5 ± 3.0 | -1.500 | **2.250** | 1.000 | all 4 |",
-        "| 20 % | QPruner2 | failed | failed | failed | failed | failed | failed | failed |",
-        "| 20 % | QPruner3 | pending | pending | pending | pending | pending | pending | pending |",
-        "| 50 % | QPruner1 | 40.0 ± 2.0 | 20.0 ± 4.0 | 30.0 ± 3.0 | -3.000 | 4.000 | 1.000 | all 4 |",
+        "| 512 | 16 |",
+        "| 20 % | QPruner1 | **50.0** ± 2.0 | 25.0 ± 4.0 | 37.5 ± 3.0 | -1.500 | **2.250** | 1.000 | 256 | all 4 |",
+        "| 20 % | QPruner2 | failed | failed | failed | failed | failed | failed | failed | failed |",
+        "| 20 % | QPruner3 | pending | pending | pending | pending | pending | pending | pending | pending |",
+        "| 50 % | QPruner1 | 40.0 ± 2.0 | 20.0 ± 4.0 | 30.0 ± 3.0 | -3.000 | 4.000 | 1.000 | 256 | all 4 |",
     ]
 
 
@@ -91,34 +92,20 @@ def test_table_in_latex_by_hand(outcomes):
         r"\caption{100 \% of a\_b \& $\pm$ 1}",
         r"\scriptsize",
         r"\setlength{\tabcolsep}{2pt}",
-        r"\begin{tabular}{llcccccc}",
+        r"\begin{tabular}{llccccccc}",
         r"\hline",
-        r" & Method & PIQA & mean & gold log-prob. & val. loss & memory, GiB & bits \\",
+        r" & Method & PIQA & mean & gold log-prob. & val. loss & training, GiB & inference, MiB & bits \\",
         r"\hline",
-        r"Rate = 0 \% & untouched & 75.0{\tiny$\pm$2.0} & 62.5{\tiny$\pm$3.0} & $-0.500$ & 1.000 & - & 16 \\",
+        r"Rate = 0 \% & untouched & 75.0{\tiny$\pm$2.0} & 62.5{\tiny$\pm$3.0} & $-0.500$ & 1.000 & - & 256 & 16 \\",
         r"\hline",
         r"Rate = 20 \% & LLM-Pruner (16-bit) & $\mathbf{50.0}${\tiny$\pm$2.0} & $\mathbf{40.0}${\tiny$\pm$3.0} "
-        r"& $\mathbf{-1.250}$ & 2.500 & 2.000 & 16 \\",
+        r"& $\mathbf{-1.250}$ & 2.500 & 2.000 & 512 & 16 \\",
         r" & QPruner1 & $\mathbf{50.0}${\tiny$\pm$2.0} & 37.5{\tiny$\pm$3.0} & $-1.500$ & $\mathbf{2.250}$ & 1.000 "
-        r"& all 4 \\",
+        r"& 256 & all 4 \\",
         r"\hline",
         r"\end{tabular}",
         r"\end{table*}",
     ]
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("-", "-"),
-        ("-1.5", "$-1.5$"),
-        ("a-b", "a-b"),
-        ("50 % & #1_{x}", r"50 \% \& \#1\_\{x\}"),
-        ("~^\\$<>±", r"\textasciitilde{}\textasciicircum{}\textbackslash{}\$$<$$>$$\pm$"),
-    ],
-)
-def test_escaped_by_hand(text, expected):
-    assert table.escaped(text) == expected
 
 
 def test_figures_are_plain_and_a_failed_cell_has_none(outcomes):
@@ -158,12 +145,20 @@ def test_ablation_in_markdown_has_benchmarks_as_rows(ablation):
     assert lines[2] == "- failed: 20% 4-bit type FP4: ValueError: no"
     assert lines[4].startswith("| benchmark | 4-bit type: NF4 | 4-bit type: FP4 | initialization: LoftQ |")
     assert lines[6].startswith("| PIQA | 0.0 ± 2.0 | failed | 10.0 ± 2.0 | 15.0 ± 2.0 |")
-    names = [line.split(" | ")[0] for line in lines[6:12]]
-    assert names == ["| PIQA", "| ARC-c", "| mean", "| gold log-prob.", "| val. loss", "| memory, GiB"]
-    assert lines[13] == "Each variant minus the default, item by item:"
+    names = [line.split(" | ")[0] for line in lines[6:13]]
+    assert names == [
+        "| PIQA",
+        "| ARC-c",
+        "| mean",
+        "| gold log-prob.",
+        "| val. loss",
+        "| training, GiB",
+        "| inference, MiB",
+    ]
+    assert lines[14] == "Each variant minus the default, item by item:"
     variants = [(factor.title, title) for factor, title, cell in made if cell.row == cells.VARIANT]
-    assert [tuple(line.strip("| ").split(" | ")[:2]) for line in lines[17:]] == variants[1:]  # the first one failed
-    assert {line.partition("+")[2] for line in lines[17:]} == {"0.0 ± 0.0 | +0.000 ± 0.000 | +0.000 ± 0.000 |"}
+    assert [tuple(line.strip("| ").split(" | ")[:2]) for line in lines[18:]] == variants[1:]  # the first one failed
+    assert {line.partition("+")[2] for line in lines[18:]} == {"0.0 ± 0.0 | +0.000 ± 0.000 | +0.000 ± 0.000 |"}
 
 
 def test_ablation_in_latex_groups_the_variants_below_their_factors(ablation):

@@ -59,8 +59,8 @@ def percent(value: float, error: float) -> Entry:
 
 def markdown(table: Table) -> str:
     """Return a table as Markdown without its title; the best entries are bold, standard errors follow a ±."""
-    lines = [table.columns, ["---"] * len(table.columns), *([_markdown(cell) for cell in row] for row in table.rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
+    return "\n".join("| " + " | ".join(map(_markdown, row)) + " |" for row in rows)
 
 
 def _markdown(cell: Cell) -> str:

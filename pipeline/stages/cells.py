@@ -26,15 +26,15 @@ from pipeline.search import pareto, search
 from pipeline.search.history import import_history
 from pipeline.search.study import Study
 from pipeline.stages import trials
+from pipeline.stages.agreement import verified_runs
 from pipeline.stages.recorder import (
     Recorder,
     log_result,
-    say,
     search_settings,
     steps,
     study_identity,
+    told,
     unfinished,
-    verified_runs,
 )
 from pipeline.stages.supplies import KEPT, Supplies, read_json
 from pipeline.tracking import Run
@@ -115,7 +115,7 @@ class Cells:
         storage.write_text(path_of(key), json.dumps(record, indent=1))
         _log(cell_run, cell, result, study)
         cell_run.finish()
-        say(label, result)
+        console.note(told(label, result))
         return Outcome(cell, result, run_id=cell_run.run_id)
 
     def _open(self, cell: Cell, key: str) -> Run:
@@ -222,7 +222,8 @@ def _searched(supplies: Supplies, cell_run: Run) -> tuple[tuple[int, ...], dict[
     recorder = Recorder(cell_run, study, params, context, supplies.space)
     recorder.announce()
     recorder.agree()
-    search.run(study, settings, search.Problem(supplies.space, supplies.priors, history), recorder.attempt())
+    with recorder.screen:
+        search.run(study, settings, search.Problem(supplies.space, supplies.priors, history), recorder.attempt())
     recorder.catch_up()
     points = pareto.points(verified_runs(study.name, study.journal, study.finished()), settings.objective)
     members = pareto.judge(pareto.front(points), points, supplies.priors.sensitivity)

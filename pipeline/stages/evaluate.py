@@ -39,6 +39,7 @@ def run(params: Params, run: Run) -> None:
         "gold_logprob": scores.gold_logprob,
         "gold_logprob_stderr": scores.gold_logprob_stderr,
         "items": scores.items,
+        "unseen_items": scores.items if skip else 0,  # that no trial was scored on
         **scores.accuracy,
     }
     figures |= {f"{task}_stderr": error for task, error in scores.stderr.items()} | scores.other

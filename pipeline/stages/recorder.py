@@ -76,6 +76,7 @@ class Recorder:
         self, run: Run, study: Study, params: Params, context: Context | None = None, space: Space | None = None
     ):
         self.run, self.study, self.params, self.context, self.space = run, study, params, context, space
+        self.screen = console.Search(params.search.n_trials)
         self._behind = False
         self._followed = 0  # finished trials whose front's hypervolume is logged
 
@@ -153,11 +154,12 @@ class Recorder:
         bits = (8 if name == "uniform8" else bit_text.DENSE,) * len(self.context.units)
         run = self._in_store(lambda: self._open(name, name, bit_text.write(bits), reference=True))
         kept = unfinished(self.study.name, name)
+        self.screen.begin(f"reference {labels.method(name)}")
         try:
             if name == "dense":
                 result = trials.untouched(self.params, self.context)
             else:
-                result, _ = trial.run(self.context, bits, progress=steps(name), keep=kept)
+                result, _ = trial.run(self.context, bits, progress=self.screen.steps, keep=kept)
         except Exception as error:
             self._finish(run, error)
             console.note(f"reference {name} failed: {error}")
@@ -171,6 +173,7 @@ class Recorder:
         The search's own run gets the hypervolume of the front after each trial, those of earlier processes first.
         """
         self._in_store(self._follow)
+        self.screen.finished = [_finished(record, self.study.objective) for record in self.study.finished()]
         return self._attempt
 
     def _attempt(self, opened: Any, candidate: Candidate, done: int) -> Result | BaseException:
@@ -180,10 +183,11 @@ class Recorder:
         self._retry()
         text, name = bit_text.write(candidate.bits), trial_name(opened.number)
         run = self._in_store(lambda: self._open(name, candidate.method, text, reference=False, bits=candidate.bits))
-        label = f"{name} ({labels.method(candidate.method)}; {done} of {self.params.search.n_trials} finished)"
+        label = f"{name} ({labels.method(candidate.method)})"
+        self.screen.begin(label)
         kept = unfinished(self.study.name, text)
         try:
-            result, _ = trial.run(self.context, candidate.bits, progress=steps(label), keep=kept)
+            result, _ = trial.run(self.context, candidate.bits, progress=self.screen.steps, keep=kept)
             self.study.complete(opened, _id(run), result)
         except Exception as error:
             self.study.fail(opened, error)
@@ -192,7 +196,8 @@ class Recorder:
             return error
         self._log(run, name, result)
         self._in_store(self._follow)
-        say(label, result)
+        figures = console.Finished(name, result.score(self.study.objective)[0], sum(result.seconds.values()))
+        self.screen.finish(figures, told(label, result))
         return result
 
     def _retry(self) -> None:
@@ -272,14 +277,8 @@ def log_losses(run: Run, result: Result) -> None:
     run.series("loss", enumerate(result.losses))
     run.series("held_out_loss", result.validation_losses)
 
-
-def say(label: str, result: Result) -> None:
-    """Print what a trial measured."""
-    console.note(
-        f"{label}: accuracy {100 * result.accuracy:.1f} ± {100 * result.accuracy_stderr:.1f} %, gold answer "
-        f"{result.gold_logprob:.4f} ± {result.gold_logprob_stderr:.4f} nats, response {result.response_logprob:.4f}, "
-        f"{training_memory(result, 4)}, {sum(result.seconds.values()):.0f} s, bits {bit_text.summary(result.bits)}"
-    )
+    figures = _figures(result)
+    run.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {figures}"})
 
 
 def training_memory(result: Result, digits: int) -> str:

@@ -45,8 +45,9 @@ def run(params: Params, run: Run) -> None:
     recorder = Recorder(run, study, params, context, space)
     recorder.announce()
     recorder.agree()
-    recorder.references()
-    ended = search.run(study, settings, search.Problem(space, priors, history), recorder.attempt())
+    with recorder.screen:
+        recorder.references()
+        ended = search.run(study, settings, search.Problem(space, priors, history), recorder.attempt())
     console.note(f"search ended: {ended.reason}")
     finished = study.finished()
     figures = {
@@ -87,12 +88,11 @@ def _priors(units: Sequence[Unit]) -> Priors:
 def _write_tables(finished: Sequence[Record], history: Any) -> None:
     trials = pd.DataFrame(
         {
-            "trial": record.name.removeprefix("trial "),
-            "run_id": record.run_id,
-            "method": record.method,
-            "bits": record.result.bits,
-            "memory_source": record.result.memory_source,
-            **record.result.metrics(),
+            "trial": trial_name(record["number"]).removeprefix("trial "),
+            **{key: record[key] for key in ("run_id", "method")},
+            "bits": result.bits,
+            "memory_source": result.memory_source,
+            **result.metrics(),
         }
         for record in finished
     )

@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline import storage, tracking
+from pipeline import console, storage, tracking
 from pipeline.params import Params, flatten
 from pipeline.paths import ALPACA, FINAL, REPORTS
+from pipeline.stages import STAGES
 from pipeline.tracking import Run
 
 # Where files and folders are written; what a killed stage left half-written there goes when the next one starts.
@@ -40,6 +41,8 @@ def start(name: str, params: Params) -> None:
     storage.clear(*_WRITTEN)
     section = getattr(params, "register_" if name == "register" else name, None)
     shown = flatten(section, f"{name}.") if section is not None else {}
+    if name in STAGES:
+        console.note(f"stage {STAGES.index(name) + 1} of {len(STAGES)}: {name}")
     with tracking.stage(name, {"seed": params.seed, **shown}) as own:
         stage(name).run(params, own)
 
