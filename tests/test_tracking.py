@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import platform
@@ -5,7 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import sqlalchemy
 from conftest import ROOT
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from mlflow.tracking import MlflowClient
 
 from pipeline import tracking
 from pipeline.errors import UserError
@@ -49,57 +54,6 @@ def test_interrupted_stage_and_trial_are_killed():
         done.finish()
         raise KeyboardInterrupt
     assert (status(run), status(child), status(done)) == ("KILLED", "KILLED", "FINISHED")
-
-
-def test_second_signal_does_not_cut_short_what_ends_the_runs():
-    code = """
-import os
-import signal
-from pipeline import tracking
-tracking.on_termination_interrupt()
-finish = tracking.Run.finish
-def told_again(run, *arguments):
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGINT)
-    finish(run, *arguments)
-tracking.Run.finish = told_again
-with tracking.stage("search", {}) as run:
-    print(run.run_id, run.child("trial 0", {"stage": "trial"}).run_id, flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
-"""
-    root = str(ROOT)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root}, check=False
-    )
-    assert "Interrupted" in done.stderr
-    assert [tracking.run(run).status for run in done.stdout.split()] == ["KILLED", "KILLED"]
-
-
-def test_an_interrupt_that_is_lost_in_a_destructor_comes_again():
-    code = """
-import os
-import signal
-import time
-from pipeline import signals, tracking
-signals._AGAIN = 0.2
-tracking.on_termination_interrupt()
-class Dies:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.05)
-with tracking.stage("search", {}) as run:
-    print(run.run_id, flush=True)
-    Dies()
-    print("goes on", flush=True)
-    time.sleep(60)
-"""
-    root = str(ROOT)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root}, check=False
-    )
-    run, *said = done.stdout.split("\n")
-    assert said[0] == "goes on" and "Exception ignored" in done.stderr
-    assert tracking.run(run).status == "KILLED"
 
 
 def test_runs_of_dead_processes_are_reaped_and_others_left():
@@ -225,6 +179,152 @@ def test_series_keeps_every_step():
     ]
 
 
+class Away:
+    """A store that can be switched off: every write fails as MLflow fails without its database."""
+
+    def __init__(self, monkeypatch):
+        self.off = False
+        for name in ("log_batch", "create_run", "set_terminated", "log_artifact"):
+            monkeypatch.setattr(MlflowClient, name, self._failing(getattr(MlflowClient, name)))
+
+    def _failing(self, call):
+        def perhaps(*arguments, **named):
+            if self.off:
+                raise MlflowException("could not connect to bob:s3cret://bob:s3cret@db", TEMPORARILY_UNAVAILABLE)
+            return call(*arguments, **named)
+
+        return perhaps
+
+
+def test_outage_is_told_once_and_made_up_for_when_the_store_answers_again(tmp_path, monkeypatch, capsys):
+    away = Away(monkeypatch)
+    with tracking.stage("search", {}) as search:
+        early = search.child("trial 0", {"stage": "trial", "study": "s"})
+        away.off = True
+        late = search.child("trial 1", {"stage": "trial", "study": "s"})
+        for trial in (early, late):
+            trial.params({"bits": "48"})
+            trial.metrics({"accuracy": 0.5})
+            trial.series("loss", [(0, 2.0), (1, 1.5)])
+            trial.json({"by_item": {}}, tracking.ITEMS)
+            trial.finish()
+        known_as = late.run_id
+        assert tracking.trials("s")[0].status == "RUNNING" and len(tracking.trials("s")) == 1
+        away.off = False
+        monkeypatch.setattr(runs._outbox, "_next_attempt", 0)
+        search.metrics({"finished": 2})
+    told = capsys.readouterr().out
+    assert told.count("tracking is behind") == told.count("tracking has caught up") == 1 and "s3cret" not in told
+    first, second = tracking.trials("s")
+    for trial in (first, second):
+        assert trial.status == "FINISHED" and trial.params == {"bits": "48"}
+        assert trial.metrics == {"accuracy": 0.5, "loss": 1.5}
+        assert tracking.items(trial) == {"by_item": {}}
+        assert trial.tags["mlflow.parentRunId"] == search.run_id
+    assert first.run_id == early.run_id and tracking.JOURNAL_ID not in first.tags
+    assert second.tags[tracking.JOURNAL_ID] == known_as and status(search) == "FINISHED"
+
+
+def test_stage_ends_and_says_what_is_lost_if_the_store_stays_away(monkeypatch, capsys):
+    away = Away(monkeypatch)
+    with tracking.stage("search", {}) as search:
+        away.off = True
+        search.metrics({"finished": 2})
+    assert "tracking is still behind: 2 writes are lost" in capsys.readouterr().out
+    runs._outbox.waiting.clear()
+
+
+def test_stage_does_not_start_without_its_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:s3cret@127.0.0.1:9")
+    with pytest.raises(tracking.Unreachable, match="http://127.0.0.1:9 does not answer") as caught:
+        with tracking.stage("search", {}):
+            pass
+    assert "s3cret" not in str(caught.value)
+
+
+def test_write_that_is_refused_is_an_error_and_blocks_no_later_one():
+    with tracking.stage("search", {}) as run:
+        run.params({"bits": "4"})
+        with pytest.raises(tracking.StoreError, match="refuses.*bits"):
+            run.params({"bits": "8"})
+        run.metrics({"accuracy": 0.5})
+    assert tracking.run(run.run_id).metrics["accuracy"] == 0.5
+
+
+def test_damaged_store_says_what_to_do_at_once(tmp_path):
+    (tmp_path / "mlflow.db").write_text("garbage " * 100)
+    with pytest.raises(tracking.StoreError, match="mlflow.db is no SQLite database; move it away"):
+        tracking.reap()
+
+
+def test_deleted_experiment_says_how_to_restore_it():
+    experiment = tracking.experiment_id()
+    tracking.client().delete_experiment(experiment)
+    with pytest.raises(tracking.StoreError, match=f"experiments restore --experiment-id {experiment}"):
+        tracking.experiment_id()
+
+
+def test_deleted_run_says_how_to_restore_it():
+    with tracking.stage("search", {}) as run:
+        pass
+    tracking.client().delete_run(run.run_id)
+    with pytest.raises(tracking.StoreError, match=f"runs restore --run-id {run.run_id}"):
+        run.metrics({"accuracy": 0.5})
+
+
+def test_other_tables_than_known_are_read_by_mlflows_search(monkeypatch):
+    with tracking.stage("search", {}) as run:
+        run.child("trial", {"study": "s"}).finish()
+    engine = tracking.client()._tracking_client.store.engine
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("alter table latest_metrics rename column is_nan to is_none"))
+    address = tracking.address()
+    with pytest.raises(database.OtherTables):
+        database.tagged(address, tracking.experiments(), "study", "s")
+
+
+@pytest.mark.parametrize(
+    "changed, dead",
+    [
+        ({}, True),
+        ({"boot": "other"}, False),
+        ({"pid_namespace": "pid:[1]"}, False),
+        ({"boot": "other", "pid_namespace": "pid:[1]"}, False),
+    ],
+)
+def test_number_of_a_process_means_something_in_its_own_namespace_alone(changed, dead):
+    tags = processes.tags() | {"qpruner.started": "1"}  # a process that died: another one has its number now
+    tags |= {f"qpruner.{key}": value for key, value in changed.items()}
+    assert processes.dead(tags) == dead
+    assert not processes.dead(processes.tags())
+
+
+def test_machine_that_was_started_again_has_none_of_its_old_processes(monkeypatch):
+    here = {"qpruner.boot": "b", "qpruner.pid_namespace": "pid:[4026531836]", "qpruner.machine": "m"}
+    monkeypatch.setattr(processes, "_place", lambda: here)
+    assert processes.dead(processes.tags() | {"qpruner.boot": "a"})
+    assert not processes.dead(processes.tags() | {"qpruner.boot": "a", "qpruner.machine": "n"})
+
+
+def test_view_of_a_study_is_kept_and_its_runs_are_named(monkeypatch, capsys):
+    project = tracking.client().create_run("0", tags={"mlflow.project.entryPoint": "search"})
+    monkeypatch.setenv("MLFLOW_RUN_ID", project.info.run_id)
+    tracking.adopt_project_run()
+    with tracking.stage("search", {}) as run:
+        tracking.show_search(run, "abc", "gold_logprob")
+    tags = tracking.client().get_experiment(run.experiment_id).tags
+    view = json.loads(tags["mlflow.sharedViewState.abc"])
+    assert view["orderByKey"] == "metrics.`gold_logprob`" and "params.`bits`" in view["selectedColumns"]
+    assert [chart["xaxis"]["key"] for chart in view["compareRunCharts"]] == [
+        "peak_memory_gib",
+        "inference_memory_bytes",
+    ]
+    assert {chart["yaxis"]["key"] for chart in view["compareRunCharts"]} == {"gold_logprob"}
+    assert tracking.run(run.run_id).name == "search, study abc"
+    assert tracking.run(project.info.run_id).name == "mlflow run -e search, study abc"
+    assert "viewStateShareKey=abc" in capsys.readouterr().out
+
+
 def test_run_whose_process_died_before_it_said_who_it_was_is_reaped():
     made = tracking.client().create_run("0", tags={"qpruner.host": platform.node()})
     assert tracking.reap() == [made.info.run_id]
@@ -248,13 +348,9 @@ def test_what_opens_the_page_holds_no_password(monkeypatch, store, expected):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     told = tracking.ui_command("7", "study", "gold_logprob")
     assert told.startswith(expected) and "s3cret" not in told
-    assert "#/experiments/7/runs?" in told and "orderByKey=metrics.%60gold_logprob%60" in told
+    assert "#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=study" in told
 
 
 def test_commit_is_unknown_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert tracking.git_commit() == ""
-
-
-def test_registry_has_only_what_was_registered():
-    assert not tracking.registered("nobody", "champion")

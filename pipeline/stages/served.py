@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlflow
+import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
 
@@ -29,13 +30,13 @@ class Compressed(mlflow.pyfunc.PythonModel):
         self.model = checkpoint.load_final(folder, compute.device, compute.dtype)
         self.tokenizer = checkpoint.load_tokenizer(folder)
 
-    # No type hints: by them MLflow would check the inputs itself, and knows no choice of several forms.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    # Of the type hints that MLflow reads, that of a DataFrame alone leaves all inputs as they are, without a warning.
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
         """Answer each prompt.
 
         Args:
             context: Unused.
-            model_input: See ``serving.prompts``.
+            model_input: Any of the forms of ``serving.prompts``.
             params: See ``serving.Settings``. MLflow fills in the defaults, and drops unknown ones with a warning.
 
         Returns:

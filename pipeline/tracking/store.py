@@ -113,7 +113,7 @@ def _in_words(error: Exception) -> StoreError:
     text = _without_password(str(error))
     first = text.strip().partition("\n")[0]
     code = error.error_code if isinstance(error, MlflowException) else "INTERNAL_ERROR"
-    if code == "RESOURCE_DOES_NOT_EXIST":
+    if code == "RESOURCE_DOES_NOT_EXIST" or re.search(r"alias \S+ not found", text):
         return Missing(f"the tracking store {shown_address()}: {first}")
     if deleted := re.search(r"The (experiment|run) (\w+) must be in the 'active' state", text):
         return StoreError(_deleted(*deleted.groups()))
