@@ -9,6 +9,7 @@ from conftest import VOCABULARY, batches, tiny_model, write_jsonl
 
 from pipeline.compress import prune, saliency
 from pipeline.data import alpaca, calibration
+from pipeline.stages import prune as stage
 
 HELD_OUT, SEED = 2, 3
 
@@ -129,6 +130,17 @@ def test_snippets_are_pieces_of_the_first_texts_that_are_long_enough(drawn):
 def test_every_row_that_is_not_held_out_can_be_drawn_and_no_other(text, length, drawn):
     pieces = drawn(text, 100, length)
     assert {int(word[0]) for piece in pieces for word in piece if word[0].isdigit()} == set(TRAIN)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "random"])
+def test_nothing_is_read_where_nothing_is_calibrated(importance, rows, tokenizer, default):
+    def asked(compensate):
+        settings = default.prune.model_copy(update={"importance": importance, "compensate": compensate, "text": "rows"})
+        held_out = default.data.model_copy(update={"validation_rows": HELD_OUT})
+        return default.model_copy(update={"prune": settings, "data": held_out})
+
+    assert stage.calibration_set(asked(True), tokenizer, rows=rows)
+    assert stage.calibration_set(asked(False), tokenizer, rows=rows.with_name("missing.jsonl")) == []
 
 
 def test_noise_replaces_its_share_by_tokens_that_are_all_alike():

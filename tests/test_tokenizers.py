@@ -102,7 +102,8 @@ def with_pieces(model_folder, pieces, folder):
     """Give a model the tokenizer of Vicuna's and LLaMA's repositories: tokenizer.model alone."""
     shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
     shutil.copy(pieces, folder)
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 

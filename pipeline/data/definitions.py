@@ -50,7 +50,7 @@ def folder() -> Path:
 @cache
 def _index() -> dict[str, tuple[str, Path]]:
     """Return name -> (``task`` or ``group``, file) of every definition; a second's reading."""
-    found: dict[str, tuple[str, Path]] = {}
+    index: dict[str, tuple[str, Path]] = {}
     for where, _, names in os.walk(folder()):
         for name in names:
             if name.endswith(".yaml"):
@@ -58,8 +58,8 @@ def _index() -> dict[str, tuple[str, Path]]:
                 keys = {key.decode(): value.decode() for key, value in _NAME.findall(path.read_bytes())}
                 kind = "task" if "task" in keys else "group"  # a group lists its tasks below `task:`, not beside it
                 if kind in keys:
-                    found.setdefault(keys[kind], (kind, path))
-    return found
+                    index.setdefault(keys[kind], (kind, path))
+    return index
 
 
 def path(task: str) -> Path:
@@ -70,14 +70,14 @@ def path(task: str) -> Path:
     """
     if task in _SEVEN:
         return folder() / _SEVEN[task]
-    kind, found = _index().get(task, ("", Path()))
+    kind, file = _index().get(task, ("", Path()))
     if kind == "group":
-        raise DefinitionError(f"{task!r} is a group of lm-eval's tasks; name the tasks in it, see {found}")
+        raise DefinitionError(f"{task!r} is a group of lm-eval's tasks; name the tasks in it, see {file}")
     if not kind:
         close = difflib.get_close_matches(task, [name for name, (kind, _) in _index().items() if kind == "task"])
         meant = f"did you mean {' or '.join(close)}? " if close else ""
         raise DefinitionError(f"lm-eval ships no task {task!r}; {meant}the paper's are {', '.join(_SEVEN)}")
-    return found
+    return file
 
 
 @cache
@@ -95,12 +95,12 @@ def _read(file: Path) -> dict[str, Any]:
         pass
 
     Plain.add_constructor("!function", lambda loader, node: str(node.value))
-    own = yaml.load(file.read_text(encoding="utf-8"), Plain)  # noqa: S506  (a SafeLoader)
-    included = own.pop("include", [])
-    values: dict[str, Any] = {}
-    for name in [included] if isinstance(included, str) else included:
-        values |= _read(file.parent / name)
-    return values | own
+    values = yaml.load(file.read_text(encoding="utf-8"), Plain)  # noqa: S506  (a SafeLoader)
+    names = values.pop("include", [])
+    included: dict[str, Any] = {}
+    for name in [names] if isinstance(names, str) else names:
+        included |= _read(file.parent / name)
+    return included | values
 
 
 def metric(task: str) -> str:
@@ -113,13 +113,13 @@ def metric(task: str) -> str:
         return _PAPER_METRIC.get(task, "acc")
     listed = settings(task).get("metric_list") or [{"metric": "acc"}]
     means = [
-        one["metric"]
-        for one in listed
-        if one.get("higher_is_better", True)
-        and one.get("aggregation", "mean" if one["metric"] in _MEANS else "") == "mean"
+        entry["metric"]
+        for entry in listed
+        if entry.get("higher_is_better", True)
+        and entry.get("aggregation", "mean" if entry["metric"] in _MEANS else "") == "mean"
     ]
     if not means:
-        names = ", ".join(str(one["metric"]) for one in listed)
+        names = ", ".join(str(entry["metric"]) for entry in listed)
         raise DefinitionError(
             f"task {task!r} reports {names}: no accuracy that could be averaged with the others; take it out"
         )

@@ -32,7 +32,7 @@ def alpaca_fault(row: Any) -> str:
             return f"{wanted}; {name} is missing"
         if not isinstance(row[name], str):
             return f"{wanted}; {name} is {_shown(row[name])}"
-        if any("\ud800" <= character <= "\udfff" for character in row[name]):
+        if _has_surrogate(row[name]):
             return f"{name} holds half of a surrogate pair, which is no text"
     for name in ("instruction", "output"):
         if not row[name].strip():

@@ -241,7 +241,9 @@ def check_tokenizer(folder: Path, source: str) -> None:
         tokenizer = checkpoint.load_tokenizer(folder)
         read = tokenizer.encode("Water boils.", add_special_tokens=False)
     except Exception as error:  # the readers of its files raise many types, Rust's panics aside
-        raise FetchError(f"{place}: its tokenizer does not load: {configs.first_line(error)}; {_TOKENIZER}") from error
+        raise FetchError(
+            f"{place}: its tokenizer does not load: {configs.first_line(error).rstrip(':')}; {_TOKENIZER}"
+        ) from error
     if not read or tokenizer.eos_token_id is None:
         raise FetchError(f"{place}: its tokenizer reads no text or ends none; {_TOKENIZER}")
     rows = checkpoint.load_config(folder).vocab_size

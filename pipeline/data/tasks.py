@@ -158,13 +158,13 @@ def _asked(name: str, items: Sequence[Mapping[str, Any]]) -> list[str]:
         (scratch / f"{name}.jsonl").write_text(lines, encoding="utf-8")
         task = load([name], scratch)[name]
     with compiled_templates():
-        found = [_answer_fault(task, document) for document in task.eval_docs]
-        if any(found) and len(found) != len(items):
-            raise _ItemError(next(filter(None, found)))
-        if not any(found):
+        told = [_answer_fault(task, document) for document in task.eval_docs]
+        if any(told) and len(told) != len(items):
+            raise _ItemError(next(filter(None, told)))
+        if not any(told):
             task.build_all_requests(rank=0, world_size=1)
             return [""] * len(items)
-    return found
+    return told
 
 
 def environment_fault(error: BaseException | None) -> OSError | None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline import checkpoint, device, storage
 from pipeline.compress import prune, structures
 from pipeline.compress.prune import Pruned
 from pipeline.data import calibration
+from pipeline.data.alpaca import Batch
 from pipeline.params import Params
 from pipeline.paths import ALPACA, BASE, PRUNED, REPORTS
 from pipeline.results import figures
@@ -36,24 +38,30 @@ def write(params: Params, targets: Mapping[float, Path]) -> Pruned:
     storage.verify(BASE, "fetch")
     compute = device.choose(params.device, params.dtype)
     model, tokenizer = checkpoint.load_base(BASE, compute.device, compute.dtype), checkpoint.load_tokenizer(BASE)
-    settings, parts = params.prune, []
-    if structures.calibrated(settings.importance, settings.compensate):
-        parts = calibration.batches(
-            tokenizer,
-            ALPACA,
-            params.data.validation_rows,
-            params.seed,
-            text=settings.text,
-            samples=settings.samples,
-            max_length=settings.max_length,
-            device=model.device,
-        )
-    at_ratios = prune.at_ratios(model, parts, pruning(settings), list(targets), params.seed)
+    parts = calibration_set(params, tokenizer, model.device)
+    at_ratios = prune.at_ratios(model, parts, pruning(params.prune), list(targets), params.seed)
     for target, pruned in zip(targets.values(), at_ratios, strict=True):
         with storage.writing(target) as folder:
             checkpoint.from_state(pruned.config, checkpoint.stored(pruned.state)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     return pruned
+
+
+def calibration_set(params: Params, tokenizer: Any, device: Any = "cpu", rows: Path = ALPACA) -> list[Batch]:
+    """Return the batches that pruning is calibrated on; none where it reads no text."""
+    settings = params.prune
+    if not structures.calibrated(settings.importance, settings.compensate):
+        return []
+    return calibration.batches(
+        tokenizer,
+        rows,
+        params.data.validation_rows,
+        params.seed,
+        text=settings.text,
+        samples=settings.samples,
+        max_length=settings.max_length,
+        device=device,
+    )
 
 
 def _draw(pruned: Pruned) -> None:

@@ -173,7 +173,9 @@ class Recorder:
         The search's own run gets the hypervolume of the front after each trial, those of earlier processes first.
         """
         self._in_store(self._follow)
-        self.screen.finished = [_finished(record, self.study.objective) for record in self.study.finished()]
+        self.screen.finished = [
+            _finished(record.name, record.result, self.study.objective) for record in self.study.finished()
+        ]
         return self._attempt
 
     def _attempt(self, opened: Any, candidate: Candidate, done: int) -> Result | BaseException:
@@ -196,8 +198,7 @@ class Recorder:
             return error
         self._log(run, name, result)
         self._in_store(self._follow)
-        figures = console.Finished(name, result.score(self.study.objective)[0], sum(result.seconds.values()))
-        self.screen.finish(figures, told(label, result))
+        self.screen.finish(_finished(name, result, self.study.objective), told(label, result))
         return result
 
     def _retry(self) -> None:
@@ -266,10 +267,7 @@ def log_result(run: Run, name: str, result: Result) -> None:
     run.metrics(result.metrics())
     run.json(result.record, tracking.ITEMS)
     log_losses(run, result)
-    text, gold = result.response_logprob, result.gold_logprob
-    quality = f"response {text:.3f}, gold answer {gold:.3f}, {100 * result.accuracy:.1f} %"
-    figures = f"{quality}, {training_memory(result, 3)}, {bit_text.summary(result.bits)}"
-    run.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {figures}"})
+    run.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {_figures(result)}"})
 
 
 def log_losses(run: Run, result: Result) -> None:
@@ -277,8 +275,20 @@ def log_losses(run: Run, result: Result) -> None:
     run.series("loss", enumerate(result.losses))
     run.series("held_out_loss", result.validation_losses)
 
-    figures = _figures(result)
-    run.tags({"memory_source": result.memory_source, "mlflow.runName": f"{name}: {figures}"})
+
+def told(label: str, result: Result) -> str:
+    """Return a line with what a trial measured."""
+    return f"{label}: {_figures(result)}; {sum(result.seconds.values()):.0f} s"
+
+
+def _figures(result: Result) -> str:
+    text, gold = result.response_logprob, result.gold_logprob
+    quality = f"response {text:.3f}, gold answer {gold:.3f}, {100 * result.accuracy:.1f} %"
+    return f"{quality}, {training_memory(result, 3)}, {bit_text.summary(result.bits)}"
+
+
+def _finished(name: str, result: Result, objective: str) -> console.Finished:
+    return console.Finished(name, result.score(objective)[0], sum(result.seconds.values()))
 
 
 def training_memory(result: Result, digits: int) -> str:

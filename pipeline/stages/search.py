@@ -88,11 +88,12 @@ def _priors(units: Sequence[Unit]) -> Priors:
 def _write_tables(finished: Sequence[Record], history: Any) -> None:
     trials = pd.DataFrame(
         {
-            "trial": trial_name(record["number"]).removeprefix("trial "),
-            **{key: record[key] for key in ("run_id", "method")},
-            "bits": result.bits,
-            "memory_source": result.memory_source,
-            **result.metrics(),
+            "trial": record.name.removeprefix("trial "),
+            "run_id": record.run_id,
+            "method": record.method,
+            "bits": record.result.bits,
+            "memory_source": record.result.memory_source,
+            **record.result.metrics(),
         }
         for record in finished
     )
