@@ -130,11 +130,15 @@ def main(folder: Path, setting: Setting, asked: Sequence[Codes]) -> None:
     tokenizer = checkpoint.load_tokenizer(folder)
     text, parts = Path(setting.text).read_text(encoding="utf-8"), calibration_set(tokenizer, setting)
     print(f"{setting}: {linear_grams.count_tokens(parts)} calibration tokens", flush=True)
-    matrices = list(linear_grams.collect(checkpoint.load_model(folder, dtype=torch.float32), parts))
+    shared: list[dict[str, torch.Tensor]] = []  # Gram matrices of the dense model
     for chosen in asked:
         model, start = checkpoint.load_model(folder, dtype=torch.float32), time.perf_counter()
-        inputs = linear_grams.collect(model, parts, sequential=True) if chosen.sequential else matrices
-        lost = 0.0 if chosen.kind == "16" else put(model, inputs, chosen)
+        lost = 0.0
+        if chosen.sequential:
+            lost = put(model, linear_grams.collect(model, parts, sequential=True), chosen)
+        elif chosen.kind != "16":
+            shared = shared or list(linear_grams.collect(model, parts))
+            lost = put(model, shared, chosen)
         seconds = time.perf_counter() - start
         found = perplexity.perplexity(model, tokenizer, text), response_loss(model, tokenizer, setting)
         print(
@@ -148,7 +152,9 @@ if __name__ == "__main__":
     base, *rest = sys.argv[1:]
     names_ = {field.name for field in fields(Setting)}
     given = {key: value for key, sign, value in (item.partition("=") for item in rest) if sign and key in names_}
-    paths = {key: given.pop(key) for key in ("alpaca", "text")}
-    setting_ = Setting(**paths, **{key: yaml.safe_load(value) for key, value in given.items()})
+    if len({"alpaca", "text"} & given.keys()) < 2:
+        raise SystemExit(__doc__)
+    read: dict[str, Any] = {key: yaml.safe_load(value) for key, value in given.items()}
+    setting_ = Setting(**read | {key: given[key] for key in ("alpaca", "text")})
     wanted = [item for item in rest if item.partition("=")[0] not in names_]
     main(Path(base), setting_, [parse(name) for name in wanted or USUAL])

@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline import tracking
 from pipeline.errors import UserError
-from pipeline.tracking import queries
+from pipeline.tracking import database, processes, queries, runs
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,6 @@ from torch import nn
 
 from pipeline.compress.quantize import Stored
 
-DAMPING = 0.01
 _BLOCK = 64  # neighbours in the flattened matrix that share one 4-bit scale
 _SCALES_BLOCK = 256  # scales that share one scale of their own under double quantization
 _INT8_UNIT = 7.874015718698502e-3  # 1 / 127, to the digits that bitsandbytes multiplies by
@@ -39,7 +38,7 @@ class Fit:
         refit: In each pass, fit the 4-bit scales to the codes by least squares.
     """
 
-    damping: float = DAMPING
+    damping: float = 0.3
     factors: tuple[float, ...] = (1.0, 0.967, 0.933, 0.9, 0.867, 0.833, 0.8)
     descending: bool = True
     sweeps: int = 2

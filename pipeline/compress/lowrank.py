@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 
 from pipeline.compress import quantize
-from pipeline.compress.codes import DAMPING, damped
+from pipeline.compress.codes import damped
 from pipeline.compress.quantize import Adapter
 
 
-def weighted(error: torch.Tensor, gram: torch.Tensor, r: int, scale: float, damping: float = DAMPING) -> Adapter:
+def weighted(error: torch.Tensor, gram: torch.Tensor, r: int, scale: float, damping: float = 0.01) -> Adapter:
     """Return the adapter that minimizes ||X (E - scale B A)^T|| over all of rank r.
 
     With H = X^T X = L L^T this norm is ||(E - scale B A) L||. So scale B A L is the best approximation of E L of rank
