@@ -22,16 +22,15 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline import architecture, checkpoint, params
+from pipeline import architecture, checkpoint, checks
 from pipeline.architecture import BlockShape
 from pipeline.compress import quantize
 from pipeline.data.alpaca import Example
 from pipeline.device import Compute
 from pipeline.results import plan
-from pipeline.trial import evaluate, memory, recover, traced, trial
+from pipeline.trial import evaluate, even, memory, recover, traced, trial
 from pipeline.trial.evaluate import Request
 from pipeline.trial.memory import Setting
 
@@ -82,7 +81,7 @@ class Case:
     def config(self) -> Any:
         """Return the model's config, as a pruned one."""
         if self.ratio is not None:
-            return plan.uniform(plan.asked("llama-7b", "24").config, self.ratio, multiple_of=8)
+            return even.pruned(plan.asked("llama-7b", "24").config, self.ratio, multiple_of=8)
         if self.name == "SmolLM2's shapes":
             config = checkpoint.load_config("artifacts/base")
         else:
@@ -138,7 +137,7 @@ def peak_of(work: Callable[[], Any]) -> int:
 
 def context_of(case: Case, folder: Path, device: torch.device = CPU) -> trial.Context:
     """Return what a trial needs: random weights and their layer bank."""
-    raw = params.parse(yaml.safe_load(Path("params.yaml").read_text()))
+    raw = checks.load("params.yaml")
     settings = raw.quantize.model_copy(update={"init": "gaussian", "r": case.r, "double_quant": case.double_quant})
     torch.manual_seed(0)
     config = case.config()

@@ -24,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline import console, params, storage
+from pipeline import checks, console, params, storage
 from pipeline.compress.importance import Priors
 from pipeline.compress.quantize import write_bits
 from pipeline.paths import ALPACA, BANK, BENCHMARKS, PRUNED, REPORTS
@@ -168,7 +168,7 @@ def agreement(table: pd.DataFrame) -> str:
 
 def main(count: int, recovered: int) -> None:
     """Record with ``params.yaml`` and the artifacts."""
-    settings = params.load()
+    settings = checks.load()
     context = trial.load(settings, PRUNED, BANK, ALPACA, BENCHMARKS)
     priors = Priors.from_json(json.loads((REPORTS / "importance.json").read_text()))
     table = record(context, trial.space(context), priors, count, recovered, FOLDER)

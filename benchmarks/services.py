@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.harness import BAR, Figure, LeftOut, interleaved, less_is_better, timed
 from benchmarks.setup import Setup
-from pipeline import params, tracking
+from pipeline import checks, params, tracking
 from pipeline.paths import REPORTS
 from pipeline.search import pareto
 from pipeline.stages import STAGES
@@ -106,7 +106,7 @@ def outcome(generator: random.Random, units: int = 30) -> Result:
 def recorder(study: str) -> Any:
     """Return a search's recorder with its own run in the store."""
     run = tracking._create("search", tracking.experiment_id(), None, {"stage": "search"})
-    return Recorder(run, study, params.load(), SimpleNamespace())
+    return Recorder(run, study, checks.load(), SimpleNamespace())
 
 
 def record(to: Any, number: int, result: Result) -> None:

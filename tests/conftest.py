@@ -7,12 +7,16 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from pipeline import runtime
+
+runtime.prepare()  # before torch is imported
+
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipeline import fits, params
+from pipeline import checks, documents, fits
 from pipeline.data import alpaca
 
 ROOT = Path(__file__).parent.parent
@@ -91,8 +95,8 @@ WHOLE = {"first": 0, "last": -1}
 PLAIN_PRUNING = {"importance": "taylor1", "text": "rows", "samples": 32, "noise": 0, "max_length": 128} | {
     "compensate": False,
     "multiple_of": 1,
-    "attention_blocks": WHOLE,
-    "mlp_blocks": WHOLE,
+    "attention_blocks": dict(WHOLE),
+    "mlp_blocks": dict(WHOLE),  # not the same object, which YAML would write as an alias
 }
 
 
@@ -103,11 +107,9 @@ def raw_params(monkeypatch):
     A unit is a block, so that bit strings can be read. On the CPU, also where there is a GPU (which test_cuda.py is
     for); whatever was fetched is not there.
     """
-    import yaml
-
     os.chdir(ROOT)
     monkeypatch.setattr(fits, "BASE", Path("nothing/fetched"))
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw = documents.read(ROOT / "params.yaml")
     raw["prune"] |= PLAIN_PRUNING
     raw["search"]["granularity"] = "block"
     raw["device"] = "cpu"
@@ -116,7 +118,7 @@ def raw_params(monkeypatch):
 
 @pytest.fixture
 def default(raw_params):
-    return params.parse(raw_params)
+    return checks.parse(raw_params)
 
 
 def batches(count: int = 3, rows: int = 2, length: int = 12, seed: int = 0):

@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT
 from test_pipeline import by_stage, clone, command, environment, runs, tiny_params
 
-from pipeline.params import load
+from pipeline.checks import load
 from pipeline.results.cells import changed
 
 RUN = (sys.executable, "-m", "pipeline", "run")
