@@ -160,7 +160,8 @@ _SCALARS = {  # tag -> (what YAML 1.2's core schema recognizes, the characters t
     ),
 }
 for _name, (_pattern, _first) in _SCALARS.items():
-    _Loader.add_implicit_resolver(_CORE + _name, re.compile(rf"(?:{_pattern})\Z"), _first)
+    for _class in (_Loader, _Dumper):  # what is written is quoted where version 1.1 or 1.2 would read no text
+        _class.add_implicit_resolver(_CORE + _name, re.compile(rf"(?:{_pattern})\Z"), _first)
 _BASE: Any = _Loader  # whose type yaml's stubs do not know as a loader
 for _tag, _constructor in {
     "null": lambda loader, node: None,

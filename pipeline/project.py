@@ -41,11 +41,13 @@ def run(entry: str) -> int:
     checked = checks.load()
     _refuse_unknown_run(checked)
     tracking.on_termination_interrupt()
+    compute = device.choose(checked.device, checked.dtype)
     if entry == "search":
-        console.note(doctor.summary(device.choose(checked.device, checked.dtype), _is_default(checked)))
+        console.note(doctor.summary(compute, _is_default(checked)))
     with lock():
         tracking.reap()
-        tracking.adopt_project_run()
+        if run_id := tracking.adopt_project_run():
+            tracking.Run(run_id, "").params({"compute": str(compute), **overrides.active()})
         if not any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents)):
             dvc("config", "--quiet", "--local", "core.no_scm", "true")  # a copy without its history
         status = _again("fetch") if _changed(checked) else 0

@@ -10,6 +10,10 @@ from pydantic import BaseModel, ValidationError
 from pipeline import checks, documents, overrides, params
 from pipeline.params import ParamsError
 
+PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
+NAMES = ("accuracy", "gold_logprob", "response_logprob")
+GOOD_ROW = {"bits": "4484"} | {f"{name}{ending}": 0.5 for name in NAMES for ending in ("", "_stderr")}
+
 
 def change(raw, **changes):
     for key, value in changes.items():
@@ -158,6 +162,32 @@ def test_papers_preset_fetches_the_model_of_its_appendix(name, model, monkeypatc
         ("pareto__objective", "trivia", ["pareto.objective", "'trivia'", "use one of accuracy, gold_logprob"]),
         ("build__choose", "worst", ["build.choose", "'worst'", "best"]),
         ("register__name", "a/b", ["register.name", "'a/b'", "pattern"]),
+        ("register__name", "a" * 5000, ["register.name", "at most 250 characters", "aaa... (5,002 characters)"]),
+        ("register__alias", "a\n", ["register.alias", "pattern"]),
+        ("evaluate__tasks", ["x" * 5000], ["evaluate.tasks.0", "at most 250 characters"]),
+        ("seed", "9" * 5000, ["seed", "valid integer", "999... (5,002 characters)"]),
+        ("prune__steps", 10**30, ["prune.steps", "less than or equal to 1000000000"]),
+        ("search__n_trials", 1e30, ["search.n_trials", "1e+30", "valid integer"]),
+        ("recover__batch_size", 10**30, ["recover.batch_size", "less than or equal to"]),
+        ("prune__max_length", 1, ["prune.max_length", "greater than or equal to 2"]),
+        ("recover__max_length", 1, ["recover.max_length", "greater than or equal to 2"]),
+        ("prune__structures", ["mlp", "mlp"], ["prune.structures", "once"]),
+        ("search__references", ["dense", "dense"], ["search.references", "once"]),
+        ("search__seed_bits", ["4448", "4448"], ["search.seed_bits", "once"]),
+        ("search__memory_budget_gib", 1e30, ["search.memory_budget_gib", "less than or equal to"]),
+        ("quantize__double_quant", "on", ["quantize.double_quant", "'on'", "boolean"]),
+        ("model__source", "package:-r==1", ["model.source", "must be of the form"]),
+        ("model__source", "package:--no-index==1", ["model.source", "must be of the form"]),
+        ("model__source", "package:a==1\n", ["model.source", "must be of the form"]),
+        ("model__source", "package:a ==1", ["model.source", "must be of the form"]),
+        ("model__source", "package:a==1.*", ["model.source", "must be of the form"]),
+        ("model__source", "package:a==", ["model.source", "must be of the form"]),
+        ("model__source", "package:A_b.c-d==1.0rc1+cpu", None),
+        ("model__source", "hub:a/b@main\n", ["model.source", "must be of the form"]),
+        ("model__source", "hub:../b@main", ["model.source", "must be of the form"]),
+        ("model__source", "hub:-a/b@main", ["model.source", "must be of the form"]),
+        ("build__choose", "484\n", ["build.choose", "pattern"]),
+        ("pareto", {"objective": "accuracy", "x" * 5000: 1}, ["unknown key", "xxx..."]),
     ],
 )
 def test_fault_names_key_value_and_what_is_allowed(raw_params, key, value, wanted):
@@ -178,6 +208,44 @@ def test_refused_form_of_a_source_is_not_called_allowed(raw_params, key, value):
     assert key.replace("__", ".") in message
     assert "path:" in message
     assert value.split(":")[0] + ":" not in message
+
+
+@pytest.mark.parametrize("home", [True, False])
+def test_home_folder_is_written_out(raw_params, tmp_path, monkeypatch, home):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    raw = change(raw_params, data__alpaca="path:~/rows.jsonl" if home else "path:~no-such-user/rows.jsonl")
+    if home:
+        assert checks.parse(raw).data.alpaca == f"path:{tmp_path}/rows.jsonl"
+    else:
+        assert "data.alpaca: the home folder that ~ stands for is not known" in refused(raw)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, json.dumps({"results": [GOOD_ROW | {"accuracy": 10**400}]})])
+def test_history_that_is_an_attack_is_one_fault(raw_params, tmp_path, content):
+    (tmp_path / "history.json").write_text(content)
+    assert "search.history: " in refused(change(raw_params, search__history=str(tmp_path / "history.json")))
+
+
+@pytest.mark.parametrize("name", ["params.yaml", *(f"presets/{path.name}" for path in PRESETS)])
+def test_every_key_of_the_file_has_a_comment(name):
+    sections, before, bare = [], "", []
+    for line in (ROOT / name).read_text().splitlines():
+        key, colon, rest = line.strip().partition(":")
+        if line.strip() and colon and not line.strip().startswith("#"):
+            if not line.startswith(" "):
+                sections.append(key)
+            value = rest.partition(" #")[0].strip()
+            if value and " #" not in rest and not before.strip().startswith("#"):
+                bare.append(f"{sections[-1]}.{key}")
+        before = line
+    assert bare == []
+
+
+def test_preset_file_holds_every_key():
+    for path in PRESETS:
+        flat = set(params.flatten(checks.load(path)))
+        assert flat == {key.replace("register.", "register_.") for key in params.keys()}
 
 
 def test_missing_key_and_section_are_named(raw_params):
@@ -228,22 +296,24 @@ def test_unmeasured_objective_is_refused(raw_params):
         assert text in message
 
 
-NAMES = ("accuracy", "gold_logprob", "response_logprob")
-GOOD = {"bits": "4484"} | {f"{name}{ending}": 0.5 for name in NAMES for ending in ("", "_stderr")}
-
-
 @pytest.mark.parametrize(
     "content, wanted",
     [
-        ({"results": [GOOD]}, None),
+        ({"results": [GOOD_ROW]}, None),
         ({"results": []}, None),
         ({"trials": []}, "KeyError: 'results'"),
-        ([GOOD], "no history"),
-        ({"results": [GOOD | {"bits": "4416"}]}, "'4416' is no string of 4s and 8s"),
-        ({"results": [GOOD, {key: GOOD[key] for key in GOOD if key != "accuracy"}]}, "KeyError: 'accuracy'"),
-        ({"results": [GOOD | {"gold_logprob": None}]}, "gold_logprob None is no number"),
-        ({"results": [GOOD | {"accuracy": "0.5"}]}, "accuracy '0.5' is no number"),
-        ({"results": [GOOD | {"response_logprob_stderr": float("nan")}]}, "response_logprob_stderr nan is no number"),
+        ([GOOD_ROW], "no history"),
+        ({"results": [GOOD_ROW | {"bits": "4416"}]}, "'4416' is no string of 4s and 8s"),
+        (
+            {"results": [GOOD_ROW, {"bits": "4484"}]},
+            "KeyError: 'accuracy'",
+        ),
+        ({"results": [GOOD_ROW | {"gold_logprob": None}]}, "gold_logprob None is no number"),
+        ({"results": [GOOD_ROW | {"accuracy": "0.5"}]}, "accuracy '0.5' is no number"),
+        (
+            {"results": [GOOD_ROW | {"response_logprob_stderr": float("nan")}]},
+            "response_logprob_stderr nan is no number",
+        ),
     ],
 )
 def test_history_is_checked_when_params_are(raw_params, tmp_path, content, wanted):

@@ -50,8 +50,11 @@ def parse(raw: Any, origin: str = overrides.DEFAULT) -> Params:
     try:
         whole = Params.model_validate(raw)
     except ValidationError as error:
-        faults = [_line(fault) for fault in error.errors()]
-        wrong = {tuple(map(str, fault["loc"][:2])) for fault in error.errors()}
+        places = [fault["loc"] for fault in error.errors()]
+        # A list all of whose items are at fault is, to pydantic, also too short.
+        emptied = [place for place in places if any(place == other[: len(place)] != other for other in places)]
+        faults = [_line(fault) for fault in error.errors() if fault["loc"] not in emptied]
+        wrong = {tuple(map(str, place[:2])) for place in places}
     values = _sound_values(raw, wrong)
     faults += [fault for check in _checks(values) for fault in _judge(check, values)]
     if faults:

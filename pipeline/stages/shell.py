@@ -13,6 +13,8 @@ from pipeline.paths import REPORTS
 from pipeline.stages import PAPER
 from pipeline.tracking import Run
 
+_WITHOUT_MODEL = ("fetch", "pareto", "register", "report")  # they need no torch, which takes seconds to import
+
 
 def start(name: str, params: Params) -> None:
     """Run a stage, or one of the paper's commands, as a tracked MLflow run under its name.
@@ -22,6 +24,10 @@ def start(name: str, params: Params) -> None:
     run = getattr(importlib.import_module("pipeline.stages.paper"), name) if name in PAPER else stage(name).run
     section = getattr(params, "register_" if name == "register" else name, None)
     shown = flatten(section, f"{name}.") if section is not None else {}
+    if name not in _WITHOUT_MODEL:
+        from pipeline import device
+
+        shown["compute"] = str(device.choose(params.device, params.dtype))
     with tracking.stage(name, {"seed": params.seed, **shown}) as own:
         run(params, own)
 
