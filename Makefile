@@ -1,15 +1,22 @@
 # Two commands stand between a clone and a result: make search, make test.
-PYTHON ?= python3.11
+PYTHONS := python3.13 python3.12 python3.11
+# The newest that is there, runs (a version manager's stand-in may not) and can make environments.
+PYTHON ?= $(shell for name in $(PYTHONS); do \
+  $$name -c 'import ensurepip, venv' >/dev/null 2>&1 && echo $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 N_TRIALS ?= params.yaml
+PRESET ?= params.yaml
+SET ?= params.yaml
+TORCH_INDEX ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: search test lint fmt ui bench setup clean help
+.PHONY: search test lint fmt ui bench doctor check setup clean help
 .DEFAULT_GOAL := help
 
-search: setup ## the main job: fetch, prune, quantize, search, build, register, report
-	mlflow run . -e search --env-manager=local --experiment-name qpruner -P n_trials=$(N_TRIALS)
+search: setup ## the main job, from the model to the registry; PRESET=llama-7b N_TRIALS=30 SET="prune.ratio=0.3"
+	mlflow run . -e search --env-manager=local --experiment-name qpruner \
+	  -P preset=$(PRESET) -P n_trials=$(N_TRIALS) -P set="$(SET)"
 
 test: setup lint ## lint, types and tests (no network, no GPU)
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
@@ -27,17 +34,39 @@ bench: setup ## what a trial costs beside the plain way; NAMES="evaluation query
 	python -m benchmarks.bench $(NAMES)
 
 ui: setup ## the MLflow UI on http://127.0.0.1:5000
-	mlflow ui --host 127.0.0.1 --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
+	@case "$${MLFLOW_TRACKING_URI:-}" in \
+	  http://*|https://*) echo "the runs are in $$MLFLOW_TRACKING_URI, which has a UI of its own: open that address" ;; \
+	  *) mlflow ui --host 127.0.0.1 --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" ;; \
+	esac
 
-setup: $(VENV)/installed ## the virtual environment with the pinned requirements
+check: setup ## all faults of params.yaml at once; PRESET=llama-7b or SET="prune.ratio=0.3" checks those
+	@python -m pipeline check --preset $(PRESET) --set "$(SET)"
 
-$(VENV)/installed: requirements.txt requirements-dev.txt
+doctor: | python ## what this machine is, and how long make search will take
+	@$$(command -v $(BIN)/python || echo $(PYTHON)) -m pipeline doctor
+
+setup: $(VENV)/installed ## the environment; TORCH_INDEX=<index of CPU builds> saves 5 GB where no GPU is
+
+# 6.1 GB with PyTorch's build for CUDA, of which at least 1.65 GB are downloaded.
+$(VENV)/installed: requirements.txt requirements-dev.txt | python
+	@[ -n "$(TORCH_INDEX)" ] || command -v nvidia-smi >/dev/null || echo "No NVIDIA GPU here: TORCH_INDEX=<address of \
+	PyTorch's index of CPU builds> would save most of 6.1 GB (see README)"
 	$(PYTHON) -m venv $(VENV)
+	@[ -z "$(TORCH_INDEX)" ] || python -m pip install --disable-pip-version-check --index-url "$(TORCH_INDEX)" \
+	  $$(grep '^torch==' requirements.txt)
 	python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch $@
+
+.PHONY: python
+python:
+	@[ -n "$(PYTHON)" ] || { echo "no Python found that can make environments: install one of $(PYTHONS) with its venv \
+	module, or name it: make setup PYTHON=<its path>" >&2; exit 2; }
 
 clean: ## remove what the pipeline made; keeps .venv, DVC's cache and the MLflow store
 	rm -rf artifacts reports data/alpaca.jsonl data/benchmarks
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@echo
+	@echo "Presets: $(basename $(notdir $(wildcard presets/*.yaml)))"
+	@echo "mlflow, dvc and python in $(BIN) need it on the PATH: source $(BIN)/activate"

@@ -29,9 +29,9 @@ from pipeline.compress import quantize
 from pipeline.data import alpaca, tasks
 from pipeline.device import Compute
 from pipeline.results import plan
+from pipeline.settings import settings_of
 from pipeline.stages import trials
-from pipeline.stages.settings import settings_of
-from pipeline.trial import evaluate, loss, recover, trial
+from pipeline.trial import evaluate, even, loss, recover, trial
 from pipeline.trial.assemble import assemble
 from pipeline.trial.context import Context
 from pipeline.trial.recover import Rows
@@ -42,7 +42,7 @@ DEVICE = torch.device("cuda")
 def random_context(asked: plan.Asked, ratio: float, tokenizer: Any, steps: int, limit: int, folder: Path) -> Any:
     """Return a trial's context of a random model, its bank made on the GPU; print how long the bank took."""
     params = asked.params
-    config = plan.uniform(asked.config, ratio, multiple_of=8)
+    config = even.pruned(asked.config, ratio, multiple_of=8)
     config.vocab_size = max(config.vocab_size, len(tokenizer))
     config.max_position_embeddings = max(config.max_position_embeddings, 2048)
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ import pandas as pd
 
 from benchmarks.perplexity import losses
 from pipeline import bits as bit_text
-from pipeline import console, params
+from pipeline import checks, console, params
 from pipeline.paths import PRUNED, REPORTS
 from pipeline.search.allocate import Bits
 from pipeline.stages import importance, trials
@@ -119,7 +119,7 @@ def difference(one: Values, other: Values) -> tuple[float, float]:
 
 def main(granularities: list[str], text: str, limit: int, shares: Sequence[float], fronts: list[Path]) -> None:
     """Measure, write and print."""
-    given, rows, found = params.load(), [], {}
+    given, rows, found = checks.load(), [], {}
     budgets: dict[float, int] = {}
     for index, name in enumerate(granularities):
         front = fronts[index] if fronts else None

@@ -22,18 +22,17 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline import architecture, checkpoint, params
+from pipeline import architecture, checkpoint, checks
 from pipeline.architecture import BlockShape
 from pipeline.compress import quantize
 from pipeline.data.alpaca import Example
 from pipeline.device import Compute
 from pipeline.results import plan
+from pipeline.settings import settings_of
 from pipeline.stages import trials
-from pipeline.stages.settings import settings_of
-from pipeline.trial import kernels, memory, recover, scoring, traced
+from pipeline.trial import even, kernels, memory, recover, scoring, traced
 from pipeline.trial.assemble import assemble
 from pipeline.trial.context import Context
 from pipeline.trial.recover import Rows
@@ -87,7 +86,7 @@ class Case:
     def config(self) -> Any:
         """Return the model's config, as a pruned one."""
         if self.ratio is not None:
-            return plan.uniform(plan.asked("llama-7b", "24").config, self.ratio, multiple_of=8)
+            return even.pruned(plan.asked("llama-7b", "24").config, self.ratio, multiple_of=8)
         if self.name == "SmolLM2's shapes":
             config = checkpoint.load_config("artifacts/base")
         else:
@@ -143,7 +142,7 @@ def peak_of(work: Callable[[], Any]) -> int:
 
 def context_of(case: Case, folder: Path, device: torch.device = CPU) -> Context:
     """Return what a trial needs: random weights and their layer bank."""
-    raw = params.parse(yaml.safe_load(Path("params.yaml").read_text()))
+    raw = checks.load("params.yaml")
     adapters = {"init": "gaussian", "r": case.r, "double_quant": case.double_quant}
     settings = replace(settings_of(quantize.Settings, raw.quantize), **adapters)
     torch.manual_seed(0)

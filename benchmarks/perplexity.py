@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 
-from pipeline import checkpoint, params
+from pipeline import checkpoint, documents, params
 from pipeline.compress import prune, structures
 from pipeline.compress.modules import token_losses
 from pipeline.data import calibration
-from pipeline.stages.settings import pruning
+from pipeline.settings import pruning
 
 WINDOWS, LENGTH = 20, 256
 
@@ -57,7 +56,7 @@ def draw(folder: Path, rows: Path, text: Path, settings: params.Prune, ratios: l
 def main(folder: Path, rows: Path, text: Path, ratios: list[float], changes: dict) -> None:
     """Print a line for each draw and ratio, and one for all draws of a ratio."""
     draws = changes.pop("draws", 1)
-    raw = yaml.safe_load(Path("params.yaml").read_text())["prune"]
+    raw = documents.read("params.yaml")["prune"]
     settings = params.Prune.model_validate(raw | changes)
     found = [draw(folder, rows, text, settings, ratios, seed) for seed in range(draws)]
     for ratio, values in zip(ratios, zip(*found, strict=True), strict=True):
@@ -70,5 +69,5 @@ def main(folder: Path, rows: Path, text: Path, ratios: list[float], changes: dic
 
 if __name__ == "__main__":
     base, data, words, asked, *rest = sys.argv[1:]
-    changes_ = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in rest)}
+    changes_ = {key: documents.parse(value) for key, _, value in (item.partition("=") for item in rest)}
     main(Path(base), Path(data), Path(words), [float(ratio) for ratio in asked.split(",")], changes_)

@@ -19,7 +19,7 @@ import torch
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import cross_val_predict
 
-from pipeline import params
+from pipeline import checks
 from pipeline.compress.importance import Priors
 from pipeline.console import progress
 from pipeline.data import alpaca
@@ -76,7 +76,7 @@ def judged(prior: np.ndarray, true: np.ndarray) -> tuple[float, float]:
 
 def main(count: int) -> None:
     """Measure and print."""
-    settings = params.load()
+    settings = checks.load()
     context = trials.load(settings)
     priors = Priors.from_json(json.loads((REPORTS / "importance.json").read_text()))
     train, _ = alpaca.split(alpaca.read(ALPACA), settings.data.validation_rows, settings.seed)

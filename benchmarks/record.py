@@ -25,7 +25,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline import bits as bit_text
-from pipeline import console, params, storage
+from pipeline import checks, console, params, storage
 from pipeline.compress.importance import Priors
 from pipeline.paths import REPORTS
 from pipeline.search.allocate import Bits, Space
@@ -185,7 +185,7 @@ def agreement(table: pd.DataFrame) -> str:
 
 def main(count: int, recovered: int) -> None:
     """Record with ``params.yaml`` and the artifacts."""
-    settings = params.load()
+    settings = checks.load()
     context = trials.load(settings)
     priors = Priors.from_json(json.loads((REPORTS / "importance.json").read_text()))
     space = trials.space(settings, context)

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.harness import BAR, Figure, LeftOut, interleaved, less_is_better, timed
 from benchmarks.setup import Setup
-from pipeline import params, tracking
+from pipeline import checks, params, tracking
 from pipeline.paths import REPORTS
 from pipeline.search import pareto
 from pipeline.stages import STAGES
@@ -109,7 +109,7 @@ def recorder(study: str) -> Any:
     """Return a search's recorder with its own run in the store."""
     run = tracking.create("search", None, {"stage": "search"})
     named: Any = SimpleNamespace(name=study, journal="journal")
-    return Recorder(run, named, params.load())
+    return Recorder(run, named, checks.load())
 
 
 def record(to: Any, number: int, result: Result) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pipeline import params
+from pipeline import checks
 from pipeline.paths import ALPACA, BANK, BASE, BENCHMARKS, PRUNED
 from pipeline.stages import trials
 from pipeline.trial.context import Context
@@ -54,7 +54,7 @@ class Setup:
         needed = (BASE, PRUNED, BANK, ALPACA, self.options.items)
         if missing := [str(path) for path in needed if not path.exists()]:
             raise FileNotFoundError(f"{', '.join(missing)}: not there; run: dvc repro quantize")
-        given = params.load()
+        given = checks.load()
         recover = given.recover.model_copy(update={"max_length": MAX_LENGTH})
         evaluate = given.evaluate.model_copy(update={"limit": self.options.limit})
         wanted = given.model_copy(update={"recover": recover, "evaluate": evaluate, "device": "cpu"})

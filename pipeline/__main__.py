@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -22,11 +23,53 @@ _LESS_MEMORY = (
     "\nLower recover.micro_batch_size (training), evaluate.batch_tokens (evaluation) or prune.max_length (pruning), or "
     "set device to cpu; `mlflow run . -e plan` tells what fits"
 )
+# Faults of the machine that a user can mend: what to do about each.
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: make room (`dvc gc -w` removes old versions from DVC's cache)",
+    errno.EDQUOT: "your quota is used up: make room (`dvc gc -w` removes old versions from DVC's cache)",
+    errno.EACCES: "you may not read or write it: change its owner or mode, or work in another folder",
+    errno.EPERM: "you may not change it: change its owner or mode, or work in another folder",
+    errno.EROFS: "this file system cannot be written: work in another folder",
+    errno.ENOTDIR: "a part of this path is a file: rename that file",
+    errno.EISDIR: "it is a folder where a file is wanted: rename the folder",
+    errno.ENAMETOOLONG: "the name is too long for this file system: take a shorter one",
+    errno.EMFILE: "too many files are open: raise the limit (`ulimit -n 4096`)",
+    errno.EIO: "the disk cannot be read or written: check it",
+}
+# Short parameters of the entry points -> the keys that they set.
+_SHORT = {"n_trials": "search.n_trials", "memory_budget_gib": "search.memory_budget_gib", "ratio": "prune.ratio"}
+_AS_IT_SAYS = "params.yaml"  # the default of MLproject's parameters
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 (failed), 2 (the user's mistake) or 130 (interrupted)."""
     runtime.prepare()
+    asked = _parser().parse_args(arguments)
+    if asked.command == "doctor":
+        from pipeline import doctor
+
+        return doctor.report()
+    from pipeline.errors import UserError
+    from pipeline.params import ParamsError
+
+    try:
+        return _run(asked)
+    except ParamsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; finished trials and cells are kept, run the same command to go on", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        message = str(error) if isinstance(error, UserError) else _mendable(error)
+        if message is None:
+            raise
+        where = f" in stage {asked.command}" if asked.command in (*STAGES, *PAPER) else ""
+        print(f"error{where}: {message}", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in STAGES:
@@ -37,39 +80,48 @@ def main(arguments: list[str] | None = None) -> int:
         commands.add_parser(name, help=f"run the paper's {name}; `dvc repro fetch` must have run")
     entry = commands.add_parser("run", help="run an entry point and all that is upstream of it")
     entry.add_argument("entry", choices=(*STAGES, *PAPER, "plan"))
-    entry.add_argument("--n-trials", default="params.yaml")
-    entry.add_argument("--config", default="params.yaml", help="plan: params.yaml, a preset, a folder or a config.json")
+    entry.add_argument("--preset", default=_AS_IT_SAYS, help="a preset's name, in place of params.yaml")
+    entry.add_argument("--set", default="", help="changed keys: 'prune.ratio=0.3 evaluate.tasks=[boolq, piqa]'")
+    for name, key in _SHORT.items():
+        entry.add_argument(f"--{name.replace('_', '-')}", default=_AS_IT_SAYS, help=f"the same as --set {key}=...")
+    entry.add_argument("--config", default=_AS_IT_SAYS, help="plan: params.yaml, a preset, a folder or a config.json")
     entry.add_argument("--memory-gib", default="24", help="plan: what must hold the peak")
-    commands.add_parser("check", help="check params.yaml")
-    asked = parser.parse_args(arguments)
+    check = commands.add_parser("check", help="check params.yaml, a preset or another file; nothing is started")
+    check.add_argument("--preset", default=_AS_IT_SAYS, help="a preset's name")
+    check.add_argument("--set", default="", help="changed keys")
+    check.add_argument("file", nargs="?", help="a file of params")
+    commands.add_parser("doctor", help="say what this machine is and how long the main job will take")
+    return parser
+
+
+def _run(asked: argparse.Namespace) -> int:
+    """Run what was asked for; return the exit status."""
+    from pipeline import checks, overrides
+    from pipeline.params import ParamsError
+
+    if asked.command in ("run", "check"):
+        given = overrides.assignments(asked.set)
+        for name, key in _SHORT.items():
+            value = getattr(asked, name, _AS_IT_SAYS)
+            if value == _AS_IT_SAYS:
+                continue
+            if key in given:
+                raise ParamsError(f"{key} is set twice, by set and by {name}; give it once")
+            given[key] = value
+        overrides.adopt(asked.preset, given)
     _quiet_environment()
-    from pipeline.params import ParamsError, load
-
-    try:
-        if asked.command == "check":
-            load()
-            return 0
-        if asked.command == "run":
-            from pipeline import project
-
-            if asked.entry == "plan":
-                return project.plan(asked.config, asked.memory_gib)
-            return project.run(asked.entry, asked.n_trials)
-        _stage(asked.command, load())
+    if asked.command == "check":
+        checks.load(asked.file)
+        print(f"{asked.file or overrides.path()}: no faults")
         return 0
-    except ParamsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; finished trials and cells are kept, run the same command to go on", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if not isinstance(error, expected_errors()):
-            raise
-        where = "" if asked.command in ("check", "run") else f" in stage {asked.command}"
-        advice = _LESS_MEMORY if type(error).__name__ == "OutOfMemoryError" else ""
-        print(f"error{where}: {error}{advice}", file=sys.stderr)
-        return FAILED
+    if asked.command == "run":
+        from pipeline import project
+
+        if asked.entry == "plan":
+            return project.plan(asked.config, asked.memory_gib)
+        return project.run(asked.entry)
+    _stage(asked.command, checks.load())
+    return 0
 
 
 def _stage(name: str, params: Params) -> None:
@@ -80,27 +132,28 @@ def _stage(name: str, params: Params) -> None:
     shell.start(name, params)
 
 
-def expected_errors() -> tuple[type[Exception], ...]:
-    """Return the errors whose message says all that a user needs; any other one shows its traceback."""
+def _mendable(error: Exception) -> str | None:
+    """Return what to tell of an error of the machine or the store that a user can mend; None for any other."""
+    if isinstance(error, OSError):
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy is None:
+            return None
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; {remedy}"
     import torch
 
-    from pipeline.errors import UserError
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{error}{_LESS_MEMORY}"
     from pipeline.tracking import StoreError
 
-    return (
-        UserError,
-        StoreError,
-        torch.OutOfMemoryError,
-        OSError,  # a disk that is full, a folder that cannot be written
-        ValueError,
-    )
+    return str(error) if isinstance(error, StoreError) else None
 
 
 def _quiet_environment() -> None:
     """No remote calls except those that `fetch` makes for a hub source, and no advertisement in the log."""
-    from pipeline.params import uses_hub
+    from pipeline import overrides
 
-    if not uses_hub():
+    if not overrides.uses_hub():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

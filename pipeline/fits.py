@@ -1,30 +1,36 @@
 """What ``params.yaml`` asks of a model, judged by the model's config alone, before weights load.
 
-Each check takes a config, transformers' own or one ``read`` from a folder, and a section of the params. It returns the
+Each check takes a config, transformers' own or one ``read`` from a folder, and values of the params. It returns the
 fault, or None.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline import architecture
+from pipeline import architecture, bits
 from pipeline.architecture import ATTENTION, GRANULARITIES, LINEARS
-from pipeline.compress.structures import block_range, calibrated, fitted, ratio  # noqa: F401  (checks like those here)
+from pipeline.errors import UserError, shown
 from pipeline.paths import BASE
 
-if TYPE_CHECKING:
-    from pipeline.params import Build, Evaluate, Prune, Quantize, Recover, Search
-
 SOURCE = "source.txt"  # in BASE: what was fetched
-_EVEN = 0.95  # of the peak of a model pruned evenly: what no other division of the same ratio was seen to come below
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+          "vocab_size", "max_position_embeddings")  # fmt: skip
+_LARGEST = 2**31  # of a size
+_MOST_BLOCKS = 10_000
 
 
 def at_hand(source: str) -> Any | None:
-    """Return the config of a model that is here: in a folder, or fetched already; None for any other."""
+    """Return the config of a model that is here: in a folder, or fetched already; None for any other.
+
+    Raises:
+        OSError: The folder has none.
+        UserError: It is no config.
+    """
     if source.startswith("path:"):
         return read(Path(source.removeprefix("path:")))
     mark = BASE / SOURCE
@@ -36,35 +42,65 @@ def read(folder: Path) -> Any:
 
     Raises:
         OSError: There is none.
-        ValueError: It is no JSON object.
+        UserError: It is no JSON object.
     """
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{folder / 'config.json'} is no JSON object")
+        raise UserError(f"{path} cannot be read (it is no JSON object)")
     values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
     values.setdefault("tie_word_embeddings", False)
     return SimpleNamespace(**values)
 
 
+def complete(config: Any) -> bool:
+    """Return whether a config has all the sizes that the checks read; transformers has defaults for those it lacks."""
+    return all(getattr(config, size, None) is not None for size in _SIZES)
+
+
+def unusable(config: Any) -> str | None:
+    """Refuse a config whose sizes are no sizes: transformers would fail on it with a traceback, or never end."""
+    for size in (*_SIZES, "head_dim"):
+        value = getattr(config, size, None)
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST:
+            return f"model.source: its config.json has {size} {shown(value)}, which is no whole number above 0"
+    layers = getattr(config, "num_hidden_layers", None) or 1
+    if layers > _MOST_BLOCKS:
+        return f"model.source: its config.json has num_hidden_layers {layers:,}; models have at most {_MOST_BLOCKS:,}"
+    heads, shared = getattr(config, "num_attention_heads", None) or 1, config.num_key_value_heads or 1
+    if heads % shared:
+        return f"model.source: its config.json has {heads} attention heads, no multiple of its {shared} key/value heads"
+    hidden = getattr(config, "hidden_size", None) or heads
+    if getattr(config, "head_dim", None) is None and hidden % heads:
+        return f"model.source: its config.json has hidden_size {hidden}, no multiple of its {heads} attention heads"
+    return None
+
+
 def dense(config: Any) -> str | None:
     """Refuse a model whose weights are quantized: pruning and the layer bank start from dense ones."""
-    found = getattr(config, "quantization_config", None)
-    if not found:
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
         return None
-    method = found.get("quant_method", "unknown") if isinstance(found, dict) else type(found).__name__
+    plain = isinstance(quantization, dict)
+    method = quantization.get("quant_method", "unknown") if plain else type(quantization).__name__
     return (
         f"model.source: the model is already quantized (method {method}); pruning and the layer bank need dense "
         "weights, so name the model it was made from"
     )
 
 
-def rank(config: Any, quantize: Quantize) -> str | None:
+def rank(config: Any, asked: int) -> str | None:
     """Refuse a LoRA rank that a linear cannot have."""
     shape = architecture.shapes(config)[0]
     smallest = min(min(architecture.linear_shape(config, shape, name)) for name in LINEARS)
-    if quantize.r > smallest:
+    if asked > smallest:
         at = ATTENTION[1].split(".")[1]
-        return f"quantize.r: rank {quantize.r} is more than the {smallest} of the smallest linear ({at}); lower it"
+        return f"quantize.r: rank {asked} is more than the {smallest} of the smallest linear ({at}); lower it"
     return None
 
 
@@ -76,60 +112,18 @@ def length(config: Any, section: str, max_length: int) -> str | None:
     return None
 
 
-def budget(
-    config: Any, asked: float | None, prune: Prune, quantize: Quantize, recover: Recover, evaluate: Evaluate
-) -> str | None:
-    """Refuse a budget of memory that not even 4 bits everywhere can meet.
-
-    The shapes of blocks are known after pruning only, and the search then judges exactly. This is the prediction for
-    blocks that all lose the same share, less a margin.
-
-    Args:
-        config: The model's config.
-        asked: The budget in GiB; None: none.
-        prune: Section ``prune``.
-        quantize: Section ``quantize``.
-        recover: Section ``recover``.
-        evaluate: Section ``evaluate``.
-    """
-    if asked is None:
-        return None
-    from pipeline import GIB
-    from pipeline.compress import quantize as quantize_
-    from pipeline.results import plan
-    from pipeline.trial import memory
-    from pipeline.trial import recover as recover_
-    from pipeline.trial.context import memory_setting
-
-    even = plan.uniform(plan.config_of(vars(config), "model.source"), prune.ratio, prune.multiple_of)
-    setting = memory_setting(
-        recover_.Settings(**recover.model_dump()),
-        evaluate.batch_tokens,
-        quantize_.Settings(**quantize.model_dump()),
-    )
-    least = memory.training(even, plan.bits_of(even, 0), setting)[1] / GIB
-    if asked < _EVEN * least:
-        return (
-            f"search.memory_budget_gib: {asked} GiB, but recovery with {prune.ratio} pruned and 4 bits everywhere "
-            f"takes about {least:.2f}; raise it, prune more, or lower recover.micro_batch_size (`mlflow run . -e plan` "
-            "tells what fits)"
-        )
-    return None
-
-
-def seed_bits(config: Any, search: Search) -> str | None:
+def seed_bits(config: Any, seeds: Sequence[str], granularity: str) -> str | None:
     """Refuse bit strings that do not have one digit for each unit."""
-    for bits in search.seed_bits:
-        if len(bits) != _units(config, search.granularity):
-            return f"search.seed_bits: {_miscounted(config, search.granularity, bits)}"
+    for seed in seeds:
+        if len(seed) != _units(config, granularity):
+            return f"search.seed_bits: {_miscounted(config, granularity, seed)}"
     return None
 
 
-def choice(config: Any, build: Build, granularity: str) -> str | None:
+def choice(config: Any, choose: str, granularity: str) -> str | None:
     """Refuse a bit string to build that does not have one digit for each unit; a run's id has 32 digits."""
-    bits = build.choose
-    if set(bits) <= {"4", "8"} and len(bits) not in (32, _units(config, granularity)):
-        return f"build.choose: {_miscounted(config, granularity, bits)}"
+    if bits.is_text(choose) and len(choose) not in (32, _units(config, granularity)):
+        return f"build.choose: {_miscounted(config, granularity, choose)}"
     return None
 
 
@@ -137,9 +131,9 @@ def _units(config: Any, granularity: str) -> int:
     return config.num_hidden_layers * len(GRANULARITIES[granularity])
 
 
-def _miscounted(config: Any, granularity: str, bits: str) -> str:
+def _miscounted(config: Any, granularity: str, text: str) -> str:
     wanted = _units(config, granularity)
     return (
-        f"bits {bits!r} are {len(bits)} digits, but with granularity {granularity} the model has {wanted} units; "
+        f"bits {shown(text)} are {len(text)} digits, but with granularity {granularity} the model has {wanted} units; "
         "give one digit for each, block 0 first"
     )

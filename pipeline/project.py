@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from pipeline import console, params, storage, tracking
+from pipeline import bits, checks, console, device, doctor, overrides, params, storage, tracking
 from pipeline.locks import Lock
 from pipeline.params import Params, ParamsError
 from pipeline.paths import STUDY
@@ -27,30 +27,31 @@ from pipeline.stages.shell import made
 # The main job goes all the way to a registered model; every other entry point is the stage of its name.
 TARGETS = {"search": ("report", "register")}
 _LOCK = Path(".dvc/tmp/qpruner.lock")
+_DVC = "pipeline.repro"
 _SOURCES = Path(".dvc/tmp/qpruner.sources.json")  # what `path:` sources were when they were last fetched
 
 
-def run(entry: str, n_trials: str = "params.yaml") -> int:
-    """Run one entry point; return the exit status.
+def run(entry: str) -> int:
+    """Run one entry point with the params that ``overrides`` holds; return the exit status.
 
     Args:
         entry: A stage's name, ``table`` or ``ablation``.
-        n_trials: Finished trials that the study should hold, or ``params.yaml``: as it says there.
 
     Raises:
-        ParamsError: ``params.yaml`` or ``n_trials`` has faults; nothing was started.
+        ParamsError: The params have faults; nothing was started.
     """
-    if n_trials != "params.yaml":
-        if not n_trials.isdigit() or int(n_trials) == 0:
-            raise ParamsError(f"n_trials: {n_trials!r} is no whole number above 0; give one, or leave it out")
-        os.environ["QPRUNER_OVERRIDES"] = json.dumps({"search.n_trials": int(n_trials)})
-    checked = params.load()
+    checked = checks.load()
+    _refuse_unknown_run(checked)
     tracking.on_termination_interrupt()
+    compute = device.choose(checked.device, checked.dtype)
+    if entry == "search":
+        console.note(doctor.summary(compute, _is_default(checked)))
     with lock():
         for link in STUDY.glob("*.lock*"):  # of versions that let Optuna lock its journal; DVC fails at a dangling one
             link.unlink()
         tracking.reap()
-        tracking.adopt_project_run()
+        if run_id := tracking.adopt_project_run():
+            tracking.Run(run_id, "").params({"compute": str(compute), **overrides.active()})
         if not any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents)):
             dvc("config", "--quiet", "--local", "core.no_scm", "true")  # a copy without its history
         status = _again("fetch") if _changed(checked) else 0
@@ -58,7 +59,7 @@ def run(entry: str, n_trials: str = "params.yaml") -> int:
             return status or dvc("repro", "fetch") or launch("pipeline", entry)
         status = status or dvc("repro", entry)
         if status == 0 and entry == "search":
-            # DVC sees no change in what only the command line asked for, nor a store that lacks what was tracked.
+            # DVC sees neither a trial that failed nor a store that lacks what was tracked.
             if _finished() < checked.search.n_trials or _tracked() < _finished():
                 status = _again("search")
             status = status or dvc("repro", *TARGETS["search"])
@@ -93,6 +94,27 @@ def plan(config: str, memory_gib: str) -> int:
     tracking.adopt_project_run()
     shown.show(asked)
     return 0
+
+
+def _refuse_unknown_run(checked: Params) -> None:
+    """Refuse to build a trial that the store does not have, before anything else runs.
+
+    Raises:
+        ParamsError: ``build.choose`` is the id of no run.
+    """
+    choose = checked.build.choose
+    if choose == "best" or bits.is_text(choose):
+        return
+    if tracking.reopen(choose) is None:
+        raise ParamsError(
+            f"build.choose: no run has the id {choose}; take a trial's run id from the MLflow UI or the column run_id "
+            "of reports/trials.csv, or use best"
+        )
+
+
+def _is_default(checked: Params) -> bool:
+    """Return whether the model is the one that the expected minutes were measured with."""
+    return checked.model.source == checks.load(overrides.PRESETS / "default.yaml").model.source
 
 
 def _changed(checked: Params) -> bool:
@@ -137,20 +159,21 @@ def _search() -> dict[str, Any]:
 
 
 def dvc(*arguments: str) -> int:
-    """Run DVC; see ``launch``."""
-    return launch("dvc", *arguments)
+    """Run DVC on the params that are really used; see ``launch``."""
+    return launch(_DVC, *arguments)
 
 
 def launch(module: str, *arguments: str) -> int:
     """Run a module with this Python first on the PATH; an interrupt is passed on to all it started."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = os.environ | {"PATH": path, "QPRUNER_PYTHON": sys.executable}
     child = subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment, pass_fds=_held)
     try:
         return child.wait()
     except KeyboardInterrupt:
         tracking.ending()
         tracking.kill_project_run()  # first: `mlflow run` marks it FAILED as soon as this process is gone
-        _stop_all(child, itself=module != "dvc")  # DVC ends of its own accord when its stage has
+        _stop_all(child, itself=module != _DVC)  # DVC ends of its own accord when its stage has
         raise
 
 

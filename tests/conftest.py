@@ -12,9 +12,8 @@ runtime.prepare()  # before torch is imported
 
 # ruff: noqa: E402
 import pytest
-import yaml
 
-from pipeline import fits, params
+from pipeline import checks, documents, fits
 from tests.fixtures import models
 from tests.fixtures.models import (  # noqa: F401 (tests import these from here)
     FAMILIES,
@@ -50,7 +49,7 @@ def raw_params(monkeypatch):
     """
     os.chdir(ROOT)
     monkeypatch.setattr(fits, "BASE", Path("nothing/fetched"))
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw = documents.read(ROOT / "params.yaml")
     raw["prune"] |= PLAIN_PRUNING
     raw["search"]["granularity"] = "block"
     raw["device"] = "cpu"
@@ -59,4 +58,4 @@ def raw_params(monkeypatch):
 
 @pytest.fixture
 def default(raw_params):
-    return params.parse(raw_params)
+    return checks.parse(raw_params)

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from benchmarks import evidence, granularity, priors, record, samplers
-from pipeline import architecture, params
+from pipeline import architecture, checks
 from pipeline.data import alpaca, tasks
 from pipeline.device import Compute
 from pipeline.errors import UserError
@@ -178,7 +178,7 @@ def test_recording_a_tiny_model_runs_its_trials(tmp_path, tokenizer, raw_params)
     raw_params["evaluate"] |= {"tasks": ["piqa"], "limit": 2}
     raw_params["recover"] |= {"steps": 1, "batch_size": 2, "micro_batch_size": 2}
     raw_params["search"] |= {"max_8bit_fraction": 0.5, "average_bits": 5.5}
-    settings = params.parse(raw_params)
+    settings = checks.parse(raw_params)
     config, state = banks.pruned()
     rows = alpaca.encode(alpaca.read(ROOT / "data/sample/alpaca.jsonl")[:4], tokenizer, settings.recover.max_length)
     context = Context(

@@ -1,15 +1,18 @@
 """What the command line makes of a stage's failure, and of what MLflow and DVC ask of it."""
 
+import errno
+import json
+import os
 import shlex
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 from mlflow.projects import _project_spec
 
 from pipeline import __main__ as command
-from pipeline import params, project
+from pipeline import checks, documents, overrides, project, tracking
+from pipeline.errors import UserError
 from pipeline.stages import shell
 
 
@@ -17,14 +20,21 @@ from pipeline.stages import shell
 def plain(monkeypatch):
     """Params of no file, and a process whose environment stays."""
     monkeypatch.setattr(command, "_quiet_environment", lambda: None)
-    monkeypatch.setattr(params, "load", lambda: "params")
+    monkeypatch.setattr(checks, "load", lambda path=None: "params")
+    for name in (overrides.PRESET, overrides.OVERRIDES):
+        monkeypatch.setenv(name, "")  # whatever a command line sets is taken back
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.mark.parametrize(
     ("error", "said"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ["2 GiB", "micro_batch_size", "plan"]),
-        (ValueError("prune.ratio: too much"), ["prune.ratio: too much"]),
+        (UserError("prune.ratio: too much"), ["prune.ratio: too much"]),
+        (OSError(errno.ENOSPC, "No space left on device", "artifacts/bank"), ["artifacts/bank", "disk is full", "gc"]),
+        (PermissionError(errno.EACCES, "Permission denied", "reports"), ["reports", "Permission denied", "owner"]),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "artifacts/base"), ["artifacts/base", "rename"]),
+        (tracking.StoreError("the store does not answer"), ["the store does not answer"]),
     ],
 )
 def test_expected_failure_is_one_message_and_no_traceback(error, said, monkeypatch, capsys):
@@ -39,12 +49,21 @@ def test_expected_failure_is_one_message_and_no_traceback(error, said, monkeypat
     assert ("micro_batch_size" in told) == isinstance(error, torch.OutOfMemoryError)
 
 
-def test_any_other_failure_shows_where(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("a bug"),
+        ValueError("shapes do not match"),
+        FileNotFoundError(errno.ENOENT, "No such file", "artifacts/x"),
+        OSError("no errno"),
+    ],
+)
+def test_any_other_failure_shows_where(error, monkeypatch):
     def fails(name, _):
-        raise KeyError("a bug")
+        raise error
 
     monkeypatch.setattr(shell, "start", fails)
-    with pytest.raises(KeyError):
+    with pytest.raises(type(error)):
         command.main(["prune"])
 
 
@@ -60,37 +79,103 @@ def asked(monkeypatch):
 def give(line):
     """Give a command of MLproject or dvc.yaml to the command line."""
     words = shlex.split(line)
+    if words[:2] == ["sh", "pipeline/stage.sh"]:
+        words = ["python", "-m", "pipeline", *words[2:]]
     assert words[:3] == ["python", "-m", "pipeline"]
     assert command.main(words[3:]) == 0
 
 
+def entry_point(name, given):
+    """The command of an entry point, as MLflow makes it."""
+    return _project_spec.load_project(ROOT).get_entry_point(name).compute_command(given, None)
+
+
 def test_entry_points_of_mlproject_are_understood_with_their_defaults(asked):
-    entries = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
+    entries = _project_spec.load_project(ROOT)._entry_points
     assert set(entries) == {"main", *command.STAGES, *command.PAPER, "plan"}
-    found = _project_spec.load_project(ROOT)
     for name in entries:
-        give(found.get_entry_point(name).compute_command({}, None))
-    wanted = {name: ("run", name, "params.yaml") for name in entries}
-    wanted |= {"main": ("run", "search", "params.yaml"), "plan": ("plan", "params.yaml", "24")}
+        give(entry_point(name, {}))
+        assert not os.environ.get(overrides.PRESET) and overrides.active() == {}
+    wanted = {name: ("run", name) for name in entries}
+    wanted |= {"main": ("run", "search"), "plan": ("plan", "params.yaml", "24")}
     assert asked == list(wanted.values())
 
 
 @pytest.mark.parametrize(
-    ("entry", "given", "wanted"),
+    ("entry", "given", "changed"),
     [
-        ("search", {"n_trials": "30"}, ("run", "search", "30")),
-        ("main", {"n_trials": "30"}, ("run", "search", "30")),
-        ("plan", {"config": "llama-7b", "memory_gib": "40"}, ("plan", "llama-7b", "40")),
+        ("search", {"n_trials": "30"}, {"search.n_trials": 30}),
+        ("main", {"memory_budget_gib": "1.5", "ratio": "3e-1"}, {"search.memory_budget_gib": 1.5, "prune.ratio": 0.3}),
+        (
+            "prune",
+            {"set": "prune.ratio=0.3 evaluate.tasks=[boolq, piqa] search.history=null data.alpaca='path:a b'"},
+            {
+                "prune.ratio": 0.3,
+                "evaluate.tasks": ["boolq", "piqa"],
+                "search.history": None,
+                "data.alpaca": "path:a b",
+            },
+        ),
+        ("table", {"set": "table.ratios=[0.2]"}, {"table.ratios": [0.2]}),
     ],
 )
-def test_what_a_user_gives_an_entry_point_arrives(entry, given, wanted, asked):
-    give(_project_spec.load_project(ROOT).get_entry_point(entry).compute_command(given, None))
-    assert asked == [wanted]
+def test_what_a_user_gives_an_entry_point_arrives_typed(entry, given, changed, asked):
+    give(entry_point(entry, given))
+    assert overrides.active() == changed
+    assert asked == [("run", "search" if entry == "main" else entry)]
+
+
+def test_preset_is_chosen_by_name(asked):
+    give(entry_point("search", {"preset": "llama-7b"}))
+    assert overrides.path() == overrides.PRESETS / "llama-7b.yaml"
+    assert overrides.read()["model"]["source"] == "hub:huggyllama/llama-7b@main"
+
+
+def test_plan_gets_its_own_arguments(asked):
+    give(entry_point("plan", {"config": "llama-7b", "memory_gib": "40"}))
+    assert asked == [("plan", "llama-7b", "40")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "prune.ratoi=0.3"], "prune.ratoi: unknown key; did you mean prune.ratio"),
+        (["--set", "ratio=0.3"], "ratio: unknown key; did you mean prune.ratio or ablation.ratio?"),
+        (["--set", "prune=0.3"], "prune: is a section; name a key in it, such as prune.ratio"),
+        (["--set", "0.3"], "set: '0.3' is not of the form key=value"),
+        (["--set", "seed=1 seed=2"], "set: seed stands there twice"),
+        (["--set", "prune.ratio=[0.3"], "prune.ratio: '[0.3' is no YAML value (line 1"),
+        (["--set", "prune.ratio=0.3", "--ratio", "0.4"], "prune.ratio is set twice, by set and by ratio"),
+        (["--preset", "llama"], "preset: 'llama' is no preset; there are default, llama-13b"),
+        (["--preset", "../params"], "preset: '../params' is no preset"),
+    ],
+)
+def test_override_that_means_nothing_is_refused_before_anything_runs(arguments, said, asked, capsys):
+    assert command.main(["run", "search", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert asked == []
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", "", "\u00b2", "9" * 5000, "1" + "0" * 30])
+def test_number_of_trials_that_is_none_is_refused_before_anything_runs(value, monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv(overrides.OVERRIDES, "")
+    assert command.main(["run", "search", "--n-trials", value]) == 2
+    first, line = capsys.readouterr().err.splitlines()
+    assert first == "error: params.yaml has 1 fault:"
+    assert line.startswith("  search.n_trials: Input should be ") and len(line) < 250
+
+
+def test_overrides_set_by_hand_must_be_a_json_object(monkeypatch, capsys):
+    monkeypatch.setenv(overrides.OVERRIDES, json.dumps([1]))
+    with pytest.raises(checks.ParamsError, match="QPRUNER_OVERRIDES: .* is no JSON object"):
+        overrides.active()
 
 
 def test_stages_of_dvc_are_those_of_the_command_line(asked):
-    found = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    assert tuple(found) == command.STAGES
-    for one in found.values():
-        give(one["cmd"])
+    stages = documents.read(ROOT / "dvc.yaml")["stages"]
+    assert tuple(stages) == command.STAGES
+    for stage in stages.values():
+        give(stage["cmd"])
     assert asked == [("_stage", name, "params") for name in command.STAGES]

@@ -14,8 +14,8 @@ from pipeline.compress import grams, importance, prune, quantize, saliency
 from pipeline.data import alpaca, tasks
 from pipeline.device import Compute
 from pipeline.params import TASKS
+from pipeline.settings import pruning, settings_of
 from pipeline.stages import recorder, trials
-from pipeline.stages.settings import pruning, settings_of
 from pipeline.trial import build, evaluate, memory, recover, training, trial
 from pipeline.trial.assemble import assemble
 from pipeline.trial.context import Context

@@ -9,7 +9,7 @@ from conftest import ROOT, tiny_model, write_jsonl
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 
-from pipeline import params
+from pipeline import checks, params
 from pipeline.data import definitions, fetch, tasks
 from pipeline.data.definitions import DefinitionError
 from pipeline.params import ParamsError
@@ -118,7 +118,7 @@ def test_task_that_cannot_be_run_is_refused_with_the_other_faults(raw_params, ta
     raw_params["evaluate"]["tasks"] = ["boolq", task, "sciq"]
     raw_params["data"]["benchmarks"], raw_params["seed"] = "hub", "forty"
     with pytest.raises(ParamsError) as refused:
-        params.parse(raw_params)
+        checks.parse(raw_params)
     lines = str(refused.value).splitlines()
     assert lines[0] == "params.yaml has 2 faults:"
     (line,) = [line for line in lines if line.startswith("  evaluate.tasks.1: ")]
@@ -140,7 +140,7 @@ assert not {"lm_eval", "torch"} & {*sys.modules}
 def test_objective_may_be_any_task_that_is_measured(raw_params):
     raw_params["data"]["benchmarks"] = "hub"
     raw_params["evaluate"]["tasks"], raw_params["pareto"]["objective"] = ["piqa", "sciq"], "sciq"
-    assert params.parse(raw_params).pareto.objective == "sciq"
+    assert checks.parse(raw_params).pareto.objective == "sciq"
 
 
 def test_requests_are_made_of_the_raw_fields(loaded):

@@ -4,14 +4,13 @@ import sys
 import types
 
 import pytest
-import yaml
 from conftest import FAMILIES, ROOT, tiny_config, tiny_model
 
-from pipeline import GIB, architecture, fits, params
+from pipeline import GIB, architecture, checks, documents, fits, params
 from pipeline import __main__ as command
 from pipeline.params import ParamsError
 from pipeline.results import plan
-from pipeline.trial import memory
+from pipeline.trial import even, memory
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def raw(raw_params, folder):
 
 def faults(raw):
     with pytest.raises(ParamsError) as caught:
-        params.parse(raw)
+        checks.parse(raw)
     first, *lines = str(caught.value).splitlines()
     assert first == f"params.yaml has {len(lines)} fault{'s' * (len(lines) > 1)}:"
     return [line.strip() for line in lines]
@@ -108,7 +107,7 @@ def test_nonsense_is_refused_with_what_to_do(raw, changes, wanted):
 
 
 def test_default_values_fit_the_tiny_model(raw):
-    params.parse(raw)
+    checks.parse(raw)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +132,7 @@ def test_limits_themselves_are_allowed(raw, section, values):
     raw[section] |= values
     if section == "prune" and "ratio" in values:
         raw["prune"]["attention_blocks"] = {"first": 0, "last": -1}
-    params.parse(raw)
+    checks.parse(raw)
 
 
 @pytest.mark.parametrize("multiple_of, channels", [(1, 95), (8, 88), (64, 32), (200, 0)])
@@ -150,11 +149,11 @@ def test_most_that_may_go_leaves_a_head_and_a_multiple_of_channels(multiple_of, 
 
 
 def test_budget_is_judged_by_the_prediction_for_an_evenly_pruned_model(raw):
-    even = plan.uniform(tiny_config(), raw["prune"]["ratio"])
-    setting = plan.setting_of(params.parse(raw))
-    least = memory.predict(even, plan.bits_of(even, 0), setting).training / GIB
+    smaller = even.pruned(tiny_config(), raw["prune"]["ratio"])
+    setting = plan.setting_of(checks.parse(raw))
+    least = memory.predict(smaller, even.bits_of(smaller, 0), setting).training / GIB
     raw["search"]["memory_budget_gib"] = least
-    params.parse(raw)
+    checks.parse(raw)
     raw["search"]["memory_budget_gib"] = 0.9 * least
     (line,) = faults(raw)
     assert line.startswith("search.memory_budget_gib") and "raise it, prune more" in line
@@ -164,7 +163,7 @@ def test_a_wrong_value_does_not_hide_that_the_ratios_are_too_large(raw):
     raw["prune"] |= {"importance": "fisher", "ratio": 0.8}
     raw["table"]["ratios"] = [0.2, 0.7]
     with pytest.raises(params.ParamsError) as caught:
-        params.parse(raw)
+        checks.parse(raw)
     lines = str(caught.value).splitlines()
     assert lines[0] == "params.yaml has 3 faults:"
     for key in ("prune.importance", "prune.ratio: 0.8", "table.ratios: 0.7"):
@@ -183,7 +182,7 @@ def test_all_nonsense_is_listed_at_once_and_nothing_is_written(raw, tmp_path, mo
     raw["data"]["benchmarks"] = f"path:{ROOT / 'data/sample/benchmarks'}"
     project = tmp_path / "project"
     project.mkdir()
-    (project / "params.yaml").write_text(yaml.safe_dump(raw))
+    (project / "params.yaml").write_text(documents.write(raw))
     monkeypatch.chdir(project)
     for arguments in (["check"], ["prune"], ["run", "search"]):
         assert command.main(arguments) == 2
@@ -224,9 +223,9 @@ def test_config_that_cannot_be_read_is_a_fault(raw, folder, text):
 def test_fetched_model_is_judged_where_it_is_the_one_asked_for(raw_params, folder, monkeypatch):
     monkeypatch.setattr(fits, "BASE", folder)
     raw_params["search"]["seed_bits"] = ["4484444"]
-    params.parse(raw_params)  # nobody knows what was fetched
+    checks.parse(raw_params)  # nobody knows what was fetched
     (folder / fits.SOURCE).write_text("hub:some/other@main")
-    params.parse(raw_params)
+    checks.parse(raw_params)
     (folder / fits.SOURCE).write_text(raw_params["model"]["source"])
     (line,) = faults(raw_params)
     assert "search.seed_bits: bits '4484444' are 7 digits" in line
@@ -256,11 +255,11 @@ def test_old_config_without_key_value_heads_has_as_many_as_query_heads(tmp_path)
 
 def test_checking_params_imports_neither_torch_nor_transformers(raw, tmp_path):
     path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(raw))
+    path.write_text(documents.write(raw))
     code = f"""
 import sys
-from pipeline import params
-params.load({str(path)!r})
+from pipeline import checks
+checks.load({str(path)!r})
 assert not {{"torch", "transformers", "lm_eval", "mlflow"}} & {{*sys.modules}}
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import FAMILIES, ROOT
 from pydantic import BaseModel, ValidationError
 
-from pipeline import params
+from pipeline import checks, documents, overrides, params
 from pipeline.params import ParamsError
+
+PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
+NAMES = ("accuracy", "gold_logprob", "response_logprob")
+GOOD_ROW = {"bits": "4484"} | {f"{name}{ending}": 0.5 for name in NAMES for ending in ("", "_stderr")}
 
 
 def change(raw, **changes):
@@ -26,7 +29,7 @@ def change(raw, **changes):
 
 def refused(raw):
     with pytest.raises(ParamsError) as caught:
-        params.parse(raw)
+        checks.parse(raw)
     return str(caught.value)
 
 
@@ -46,7 +49,7 @@ def sections(kind=params.Params):
 @pytest.fixture
 def saved(raw_params, tmp_path):
     path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(raw_params))
+    path.write_text(documents.write(raw_params))
     return path
 
 
@@ -61,7 +64,7 @@ def test_default_file_parses(default):
 @pytest.mark.parametrize("path", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda path: path.stem)
 def test_preset_parses(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert params.load(path).search.n_trials > 0
+    assert checks.load(path).search.n_trials > 0
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,7 @@ def test_preset_parses(path, monkeypatch):
 )
 def test_papers_preset_trains_and_searches_as_the_paper_did(name, ratios, monkeypatch):
     monkeypatch.chdir(ROOT)
-    found = params.load(f"presets/{name}.yaml")
+    found = checks.load(f"presets/{name}.yaml")
     assert found.table.ratios == ratios
     assert (found.quantize.four_bit, found.quantize.iterations, found.quantize.r) == ("nf4", 1, 8)  # section 4
     training = found.recover
@@ -83,7 +86,7 @@ def test_papers_preset_trains_and_searches_as_the_paper_did(name, ratios, monkey
 @pytest.mark.parametrize("name, model", [("vicuna-7b", "lmsys/vicuna-7b-v1.5"), ("llama-13b", "yahma/llama-13b-hf")])
 def test_papers_preset_fetches_the_model_of_its_appendix(name, model, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert params.load(f"presets/{name}.yaml").model.source.startswith(f"hub:{model}@")
+    assert checks.load(f"presets/{name}.yaml").model.source.startswith(f"hub:{model}@")
 
 
 @pytest.mark.parametrize(
@@ -151,12 +154,38 @@ def test_papers_preset_fetches_the_model_of_its_appendix(name, model, monkeypatc
         ("pareto__objective", "trivia", ["pareto.objective", "'trivia'", "use one of accuracy, gold_logprob"]),
         ("build__choose", "worst", ["build.choose", "'worst'", "best"]),
         ("register__name", "a/b", ["register.name", "'a/b'", "pattern"]),
+        ("register__name", "a" * 5000, ["register.name", "at most 250 characters", "aaa... (5,002 characters)"]),
+        ("register__alias", "a\n", ["register.alias", "pattern"]),
+        ("evaluate__tasks", ["x" * 5000], ["evaluate.tasks.0", "at most 250 characters"]),
+        ("seed", "9" * 5000, ["seed", "valid integer", "999... (5,002 characters)"]),
+        ("prune__steps", 10**30, ["prune.steps", "less than or equal to 1000000000"]),
+        ("search__n_trials", 1e30, ["search.n_trials", "1e+30", "valid integer"]),
+        ("recover__batch_size", 10**30, ["recover.batch_size", "less than or equal to"]),
+        ("prune__max_length", 1, ["prune.max_length", "greater than or equal to 2"]),
+        ("recover__max_length", 1, ["recover.max_length", "greater than or equal to 2"]),
+        ("prune__structures", ["mlp", "mlp"], ["prune.structures", "once"]),
+        ("search__references", ["dense", "dense"], ["search.references", "once"]),
+        ("search__seed_bits", ["4448", "4448"], ["search.seed_bits", "once"]),
+        ("search__memory_budget_gib", 1e30, ["search.memory_budget_gib", "less than or equal to"]),
+        ("quantize__double_quant", "on", ["quantize.double_quant", "'on'", "boolean"]),
+        ("model__source", "package:-r==1", ["model.source", "must be of the form"]),
+        ("model__source", "package:--no-index==1", ["model.source", "must be of the form"]),
+        ("model__source", "package:a==1\n", ["model.source", "must be of the form"]),
+        ("model__source", "package:a ==1", ["model.source", "must be of the form"]),
+        ("model__source", "package:a==1.*", ["model.source", "must be of the form"]),
+        ("model__source", "package:a==", ["model.source", "must be of the form"]),
+        ("model__source", "package:A_b.c-d==1.0rc1+cpu", None),
+        ("model__source", "hub:a/b@main\n", ["model.source", "must be of the form"]),
+        ("model__source", "hub:../b@main", ["model.source", "must be of the form"]),
+        ("model__source", "hub:-a/b@main", ["model.source", "must be of the form"]),
+        ("build__choose", "484\n", ["build.choose", "pattern"]),
+        ("pareto", {"objective": "accuracy", "x" * 5000: 1}, ["unknown key", "xxx..."]),
     ],
 )
 def test_fault_names_key_value_and_what_is_allowed(raw_params, key, value, wanted):
     raw = change(raw_params, **{key: value})
     if wanted is None:
-        params.parse(raw)
+        checks.parse(raw)
         return
     lines = refused(raw).splitlines()
     assert lines[0] == "params.yaml has 1 fault:"
@@ -171,6 +200,44 @@ def test_refused_form_of_a_source_is_not_called_allowed(raw_params, key, value):
     assert key.replace("__", ".") in message
     assert "path:" in message
     assert value.split(":")[0] + ":" not in message
+
+
+@pytest.mark.parametrize("home", [True, False])
+def test_home_folder_is_written_out(raw_params, tmp_path, monkeypatch, home):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    raw = change(raw_params, data__alpaca="path:~/rows.jsonl" if home else "path:~no-such-user/rows.jsonl")
+    if home:
+        assert checks.parse(raw).data.alpaca == f"path:{tmp_path}/rows.jsonl"
+    else:
+        assert "data.alpaca: the home folder that ~ stands for is not known" in refused(raw)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, json.dumps({"results": [GOOD_ROW | {"accuracy": 10**400}]})])
+def test_history_that_is_an_attack_is_one_fault(raw_params, tmp_path, content):
+    (tmp_path / "history.json").write_text(content)
+    assert "search.history: " in refused(change(raw_params, search__history=str(tmp_path / "history.json")))
+
+
+@pytest.mark.parametrize("name", ["params.yaml", *(f"presets/{path.name}" for path in PRESETS)])
+def test_every_key_of_the_file_has_a_comment(name):
+    sections, before, bare = [], "", []
+    for line in (ROOT / name).read_text().splitlines():
+        key, colon, rest = line.strip().partition(":")
+        if line.strip() and colon and not line.strip().startswith("#"):
+            if not line.startswith(" "):
+                sections.append(key)
+            value = rest.partition(" #")[0].strip()
+            if value and " #" not in rest and not before.strip().startswith("#"):
+                bare.append(f"{sections[-1]}.{key}")
+        before = line
+    assert bare == []
+
+
+def test_preset_file_holds_every_key():
+    for path in PRESETS:
+        flat = set(params.flatten(checks.load(path)))
+        assert flat == {key.replace("register.", "register_.") for key in params.keys()}
 
 
 def test_missing_key_and_section_are_named(raw_params):
@@ -221,22 +288,24 @@ def test_unmeasured_objective_is_refused(raw_params):
         assert text in message
 
 
-NAMES = ("accuracy", "gold_logprob", "response_logprob")
-GOOD = {"bits": "4484"} | {f"{name}{ending}": 0.5 for name in NAMES for ending in ("", "_stderr")}
-
-
 @pytest.mark.parametrize(
     "content, wanted",
     [
-        ({"results": [GOOD]}, None),
+        ({"results": [GOOD_ROW]}, None),
         ({"results": []}, None),
         ({"trials": []}, "KeyError: 'results'"),
-        ([GOOD], "no history"),
-        ({"results": [GOOD | {"bits": "4416"}]}, "'4416' is no string of 4s and 8s"),
-        ({"results": [GOOD, {key: GOOD[key] for key in GOOD if key != "accuracy"}]}, "KeyError: 'accuracy'"),
-        ({"results": [GOOD | {"gold_logprob": None}]}, "gold_logprob None is no number"),
-        ({"results": [GOOD | {"accuracy": "0.5"}]}, "accuracy '0.5' is no number"),
-        ({"results": [GOOD | {"response_logprob_stderr": float("nan")}]}, "response_logprob_stderr nan is no number"),
+        ([GOOD_ROW], "no history"),
+        ({"results": [GOOD_ROW | {"bits": "4416"}]}, "'4416' is no string of 4s and 8s"),
+        (
+            {"results": [GOOD_ROW, {"bits": "4484"}]},
+            "KeyError: 'accuracy'",
+        ),
+        ({"results": [GOOD_ROW | {"gold_logprob": None}]}, "gold_logprob None is no number"),
+        ({"results": [GOOD_ROW | {"accuracy": "0.5"}]}, "accuracy '0.5' is no number"),
+        (
+            {"results": [GOOD_ROW | {"response_logprob_stderr": float("nan")}]},
+            "response_logprob_stderr nan is no number",
+        ),
     ],
 )
 def test_history_is_checked_when_params_are(raw_params, tmp_path, content, wanted):
@@ -244,7 +313,7 @@ def test_history_is_checked_when_params_are(raw_params, tmp_path, content, wante
     path.write_text(json.dumps(content))
     changed = change(raw_params, search__history=str(path))
     if wanted is None:
-        assert params.parse(changed).search.history == str(path)
+        assert checks.parse(changed).search.history == str(path)
         assert params.read_history(str(path)) == content["results"]
     else:
         message = refused(changed)
@@ -261,7 +330,7 @@ def test_unsupported_family_of_a_folder_is_refused(raw_params, tmp_path, family)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_supported_family_of_a_folder_is_accepted(raw_params, tmp_path, family):
     source = model_of(tmp_path, family)
-    assert params.parse(change(raw_params, model__source=source)).model.source == source
+    assert checks.parse(change(raw_params, model__source=source)).model.source == source
 
 
 @pytest.mark.parametrize("raw", [None, [], "text", 3])
@@ -291,26 +360,26 @@ def test_lists_become_tuples(default):
 def test_overrides_replace_values(saved, monkeypatch):
     before = saved.read_text()
     monkeypatch.setenv("QPRUNER_OVERRIDES", json.dumps({"search.n_trials": 77, "seed": 5, "prune.mlp_blocks.first": 1}))
-    found = params.load(saved)
+    found = checks.load(saved)
     assert (found.search.n_trials, found.seed, found.prune.mlp_blocks.first) == (77, 5, 1)
     assert saved.read_text() == before
     monkeypatch.delenv("QPRUNER_OVERRIDES")
-    assert params.load(saved).search.n_trials == 12
+    assert checks.load(saved).search.n_trials == 12
 
 
 @pytest.mark.parametrize("key", ["search.n_trails", "nothing.at.all", "seeds"])
 def test_unknown_override_is_refused(saved, monkeypatch, key):
     monkeypatch.setenv("QPRUNER_OVERRIDES", json.dumps({key: 1}))
-    with pytest.raises(ParamsError, match=rf"{key.split('.')[0]}.*unknown key"):
-        params.load(saved)
+    with pytest.raises(ParamsError, match=f"{key}: unknown key"):
+        checks.load(saved)
 
 
 @pytest.mark.parametrize("value", [None, [1], "text"])
 def test_override_of_a_broken_section_is_refused(raw_params, saved, monkeypatch, value):
-    saved.write_text(yaml.safe_dump(change(raw_params, search=value)))
+    saved.write_text(documents.write(change(raw_params, search=value)))
     monkeypatch.setenv("QPRUNER_OVERRIDES", json.dumps({"search.n_trials": 3}))
     with pytest.raises(ParamsError, match="search"):
-        params.load(saved)
+        checks.load(saved)
 
 
 @pytest.mark.parametrize("section", ["prune", "quantize", "search", "build", "recover", "data"])
@@ -325,22 +394,12 @@ def test_file_that_is_no_text_is_refused(tmp_path, content):
     path = tmp_path / "params.yaml"
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ParamsError, match=r"params\.yaml (is no valid YAML|cannot be read)"):
-        params.load(path)
-    assert params.uses_hub(path) is False
-
-
-def test_hub_is_seen_however_the_file_is_written(tmp_path):
-    path = tmp_path / "params.yaml"
-    for text in ("model:\n  source: hub:a/b@c", "model: {source: 'hub:a/b@c'}", "data: { benchmarks: hub }"):
-        path.write_text(text)
-        assert params.uses_hub(path)
-    path.write_text("model: {source: package:hub==1}")
-    assert not params.uses_hub(path)
+        checks.load(path)
 
 
 def test_missing_file_says_what_to_copy(tmp_path):
     with pytest.raises(ParamsError, match=r"nowhere\.yaml does not exist.*copy presets/default\.yaml"):
-        params.load(tmp_path / "nowhere.yaml")
+        checks.load(tmp_path / "nowhere.yaml")
 
 
 @pytest.mark.parametrize("text", ["seed: [1, 2", "a: b: c", "\t- x"])
@@ -348,13 +407,13 @@ def test_invalid_yaml_is_refused(tmp_path, text):
     path = tmp_path / "params.yaml"
     path.write_text(text)
     with pytest.raises(ParamsError, match="is no valid YAML"):
-        params.load(path)
+        checks.load(path)
 
 
 def test_file_is_named_in_the_message(saved):
     saved.write_text("seed: 1\n")
     with pytest.raises(ParamsError, match=re.escape(f"{saved} has ")):
-        params.load(saved)
+        checks.load(saved)
 
 
 def test_flatten_joins_nested_keys(default):
@@ -376,7 +435,7 @@ def test_digest_is_a_hash_of_the_sorted_json(default):
 
 
 def test_digest_is_equal_for_equal_params(raw_params, default):
-    assert params.digest(params.parse(raw_params)) == params.digest(default)
+    assert params.digest(checks.parse(raw_params)) == params.digest(default)
     assert re.fullmatch("[0-9a-f]{12}", params.digest(default))
 
 
@@ -394,7 +453,7 @@ def test_digest_is_equal_for_equal_params(raw_params, default):
     ],
 )
 def test_digest_changes_with_any_value(raw_params, default, key, value):
-    assert params.digest(params.parse(change(raw_params, **{key: value}))) != params.digest(default)
+    assert params.digest(checks.parse(change(raw_params, **{key: value}))) != params.digest(default)
 
 
 def test_digest_tells_order_and_grouping_apart():
@@ -406,19 +465,25 @@ def test_digest_tells_order_and_grouping_apart():
     "text, expected",
     [
         ("model:\n  source: hub:a/b@main\n", True),
+        ("model: {source: 'hub:a/b@c'}", True),
         ("data:\n  alpaca: 'hub:a/b@main'\n", True),
         ("data:\n  benchmarks: hub # all of them\n", True),
+        ("data: { benchmarks: hub }", True),
         (
             "model:\n  source: path:hub\ndata:\n  alpaca: path:x # or hub:a/b@main\n  benchmarks: path:y # or hub\n",
             False,
         ),
+        ("model: {source: package:hub==1}", False),
+        ("model: 3", False),
         (": : no yaml", False),
+        (None, False),
     ],
 )
-def test_uses_hub_looks_at_the_sources_only(tmp_path, text, expected):
-    path = tmp_path / "params.yaml"
-    path.write_text(text)
-    assert params.uses_hub(path) is expected
+def test_uses_hub_looks_at_the_sources_only(tmp_path, monkeypatch, text, expected):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "params.yaml").write_text(text)
+    assert overrides.uses_hub() is expected
 
 
 def test_missing_file_uses_no_hub():

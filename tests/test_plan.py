@@ -7,9 +7,11 @@ from conftest import ROOT, tiny_config
 
 from pipeline import architecture
 from pipeline.__main__ import main
+from pipeline.errors import UserError
 from pipeline.params import ParamsError
 from pipeline.results import plan
 from pipeline.results.tables import Table
+from pipeline.trial import even
 
 PRESETS = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
 PARAMETERS = {
@@ -36,7 +38,7 @@ def small(tmp_path):
 
 @pytest.mark.parametrize("source", plan.MODELS)
 def test_known_shapes_have_the_published_number_of_parameters(source):
-    assert architecture.parameters(plan.config_of(plan.MODELS[source], source)) == PARAMETERS[source]
+    assert architecture.parameters(even.config_of(plan.MODELS[source], source)) == PARAMETERS[source]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -76,8 +78,8 @@ def test_bad_argument_ends_with_status_2_and_one_line(capsys):
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 0.45])
 @pytest.mark.parametrize("source", ["yahma/llama-13b-hf", "meta-llama/Meta-Llama-3-8B", "Qwen/Qwen2.5-0.5B"])
 def test_uniform_pruning_removes_the_ratio(source, ratio):
-    config = plan.config_of(plan.MODELS[source], source)
-    smaller = plan.uniform(config, ratio)
+    config = even.config_of(plan.MODELS[source], source)
+    smaller = even.pruned(config, ratio)
     assert 1 - architecture.parameters(smaller) / architecture.parameters(config) == pytest.approx(ratio, abs=0.001)
     (shape,) = set(architecture.shapes(smaller))
     before = architecture.shapes(config)[0]
@@ -87,15 +89,15 @@ def test_uniform_pruning_removes_the_ratio(source, ratio):
 
 
 def test_uniform_pruning_rounds_channels_down():
-    config = plan.config_of(plan.MODELS["huggyllama/llama-7b"], "")
-    exact, rounded = (architecture.shapes(plan.uniform(config, 0.2, multiple_of=size))[0] for size in (1, 8))
+    config = even.config_of(plan.MODELS["huggyllama/llama-7b"], "")
+    exact, rounded = (architecture.shapes(even.pruned(config, 0.2, multiple_of=size))[0] for size in (1, 8))
     assert exact.channels % 8 and rounded.channels == exact.channels // 8 * 8
     assert rounded.kv_heads == exact.kv_heads
 
 
 def test_ratio_beyond_the_blocks_is_refused():
-    with pytest.raises(ValueError, match="more than the blocks hold"):
-        plan.uniform(plan.config_of(plan.MODELS["Qwen/Qwen2.5-0.5B"], ""), 0.9)
+    with pytest.raises(UserError, match="more than the blocks hold"):
+        even.pruned(even.config_of(plan.MODELS["Qwen/Qwen2.5-0.5B"], ""), 0.9)
 
 
 def test_table_falls_with_the_ratio_and_says_what_fits(small):

@@ -1,12 +1,11 @@
 """What the entry points ask of DVC, which runs nothing here."""
 
 import json
-import os
 
 import pytest
 from conftest import ROOT
 
-from pipeline import params, paths, project, storage, tracking
+from pipeline import checks, doctor, overrides, params, paths, project, storage, tracking
 from pipeline.stages import report
 
 
@@ -21,6 +20,13 @@ class Asked:
         return 0
 
 
+def overridden(raw):
+    for key, value in overrides.active().items():
+        section, name = key.split(".")
+        raw[section][name] = value
+    return raw
+
+
 @pytest.fixture
 def asked(raw_params, tmp_path, monkeypatch):
     """A finished search of four trials, in a folder of its own under git."""
@@ -29,7 +35,7 @@ def asked(raw_params, tmp_path, monkeypatch):
     items = ROOT / "data/sample/benchmarks"
     raw_params["data"] |= {"alpaca": f"path:{tmp_path / 'rows.jsonl'}", "benchmarks": f"path:{items}"}
     raw_params["search"]["n_trials"] = 4
-    monkeypatch.setattr(params, "load", lambda: params.parse(raw_params))
+    monkeypatch.setattr(checks, "load", lambda path=None: checks.parse(overridden(raw_params)))
     monkeypatch.chdir(tmp_path)
     searched = {"study": "s", "journal": "j", "search_run": "r", "finished": 4}
     storage.write_text(paths.REPORTS / "search.json", json.dumps(searched))
@@ -41,7 +47,8 @@ def asked(raw_params, tmp_path, monkeypatch):
     for module, name in ((tracking, "reap"), (tracking, "adopt_project_run"), (tracking, "on_termination_interrupt")):
         monkeypatch.setattr(module, name, lambda: None)
     monkeypatch.setattr(report, "show", lambda checked: None)
-    monkeypatch.delenv("QPRUNER_OVERRIDES", raising=False)
+    monkeypatch.setattr(doctor, "summary", lambda compute, default: "a machine")
+    monkeypatch.delenv(overrides.OVERRIDES, raising=False)
     return made
 
 
@@ -66,9 +73,9 @@ def test_model_that_the_registry_lacks_is_registered_again(asked):
 
 
 def test_more_trials_than_are_finished_are_run(asked, monkeypatch):
-    monkeypatch.setenv("QPRUNER_OVERRIDES", "")
-    project.run("search", "5")
-    assert json.loads(os.environ["QPRUNER_OVERRIDES"]) == {"search.n_trials": 5}
+    monkeypatch.setenv(overrides.OVERRIDES, json.dumps({"search.n_trials": 5}))
+    project.run("search")
+    assert asked.calls == [WHOLE[0], "repro --force --single-item search", WHOLE[1]]
 
 
 def test_file_of_a_source_that_changed_is_fetched_again_once(asked, tmp_path):
@@ -99,8 +106,9 @@ def test_copy_without_its_history_is_no_matter(asked, tmp_path):
     assert asked.calls == ["config --quiet --local core.no_scm true", "repro fetch"]
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "many", "1.5", ""])
-def test_number_of_trials_that_is_none_is_refused_before_anything_runs(asked, given):
-    with pytest.raises(params.ParamsError, match="n_trials"):
-        project.run("search", given)
+def test_trial_to_build_that_the_store_lacks_is_refused_before_anything_runs(asked, monkeypatch):
+    monkeypatch.setenv(overrides.OVERRIDES, json.dumps({"build.choose": "0" * 32}))
+    monkeypatch.setattr(tracking, "reopen", lambda run_id: None)
+    with pytest.raises(params.ParamsError, match="build.choose: no run has the id 0{32}; take a trial's run id"):
+        project.run("search")
     assert asked.calls == []

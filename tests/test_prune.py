@@ -15,7 +15,7 @@ from pipeline.compress.structures import PruneError, Span
 from pipeline.data import alpaca
 from pipeline.data.alpaca import IGNORED, Batch
 from pipeline.results import plan
-from pipeline.stages.settings import pruning
+from pipeline.settings import pruning
 
 READERS = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 

@@ -17,8 +17,8 @@ from pipeline.compress import quantize
 from pipeline.data.alpaca import Example
 from pipeline.device import Compute
 from pipeline.results.cells import changed
+from pipeline.settings import settings_of
 from pipeline.stages import trials
-from pipeline.stages.settings import settings_of
 from pipeline.trial import adapters, build, recover, training, trial
 from pipeline.trial import context as contexts
 from pipeline.trial.assemble import assemble

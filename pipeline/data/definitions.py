@@ -1,6 +1,6 @@
 """lm-eval's shipped task definitions, read as plain YAML: where one is, what it scores, whether it can be run here.
 
-lm-eval itself is not imported: that and its own index take seconds, and ``params.py`` asks here before anything loads.
+lm-eval itself is not imported: that and its own index take seconds, and ``checks`` asks here before anything loads.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipeline import documents
 from pipeline.errors import UserError
 
 # The paper's seven, so that they need no search.
@@ -91,11 +90,7 @@ def settings(task: str) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    class Plain(yaml.SafeLoader):
-        pass
-
-    Plain.add_constructor("!function", lambda loader, node: str(node.value))
-    values = yaml.load(file.read_text(encoding="utf-8"), Plain)  # noqa: S506  (a SafeLoader)
+    values = documents.read(file, functions=True)
     names = values.pop("include", [])
     included: dict[str, Any] = {}
     for name in [names] if isinstance(names, str) else names:

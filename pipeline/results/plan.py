@@ -16,12 +16,13 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline import GIB, architecture, storage
-from pipeline.architecture import BlockShape
-from pipeline.params import Params, ParamsError, load
+from pipeline import GIB, architecture, checks, overrides, storage
+from pipeline.errors import UserError
+from pipeline.params import Params, ParamsError
 from pipeline.results import figures, tables
 from pipeline.results.tables import Cell, Table
-from pipeline.trial import memory
+from pipeline.settings import memory_setting
+from pipeline.trial import even, memory
 from pipeline.trial.setting import Setting
 
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -103,10 +104,10 @@ def asked(config: str, memory_gib: str) -> Asked:
         budget = math.nan
     if not 0 < budget < math.inf:
         raise ParamsError(f"memory_gib: {memory_gib!r} is no number of GiB above 0; give one, such as 24")
-    preset = Path("presets") / f"{config}.yaml"
-    document = preset if preset.exists() else Path("params.yaml")
-    params = load(document)
-    if config == "params.yaml" or preset.exists():
+    preset = overrides.PRESETS / f"{config}.yaml"
+    document = preset if preset.exists() else overrides.path()
+    params = checks.load(document)
+    if config == overrides.DEFAULT or preset.exists():
         kind, _, place = params.model.source.partition(":")
         source = place.partition("@")[0].partition("==")[0]
         if kind != "path":
@@ -115,107 +116,39 @@ def asked(config: str, memory_gib: str) -> Asked:
                     f"config: the shapes of {source} ({document}, model.source) are not known here "
                     f"(known: {', '.join(MODELS)}); give its config.json: -P config=<file>"
                 )
-            return Asked(config, source, config_of(MODELS[source], source), params, budget)
+            return Asked(config, source, even.config_of(MODELS[source], source), params, budget)
         config = place
-    path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
+    return Asked(config, *_of_file(config), params, budget)
+
+
+def _of_file(config: str) -> tuple[str, Any]:
+    """Return (file, config) of a folder with a ``config.json`` or of such a file.
+
+    Raises:
+        ParamsError: It cannot be used.
+    """
+    path = Path(config).expanduser()
+    path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        presets = ", ".join(sorted(one.stem for one in Path("presets").glob("*.yaml")))
+        presets = ", ".join(sorted(preset.stem for preset in overrides.PRESETS.glob("*.yaml")))
         raise ParamsError(
             f"config: {config!r} is no preset ({presets}), no folder with a config.json and no such file; name one"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise ParamsError(f"config: {path} is no JSON object; name the config.json of a transformers model")
-    return Asked(config, str(path), config_of(values, str(path)), params, budget)
-
-
-def config_of(values: dict[str, Any], origin: str) -> Any:
-    """Return a config of transformers.
-
-    Args:
-        values: What its ``config.json`` holds.
-        origin: What to call it in messages.
-
-    Raises:
-        ParamsError: The family is not supported, or a value is wrong.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    from pipeline import checkpoint  # noqa: F401  (registers the pruned types)
-
-    plain = {key: value for key, value in values.items() if key not in ("model_type", "quantization_config")}
-    kind = str(values.get("model_type"))
-    if kind.removeprefix("pruned_") not in architecture.FAMILIES:
-        families = ", ".join(architecture.FAMILIES)
-        raise ParamsError(f"config: {origin} has model_type {kind!r}; supported families are {families}")
     try:
-        return AutoConfig.for_model(kind, **plain)
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise ParamsError(f"config: {origin} is no valid config of {kind}: {error}") from None
+        return str(path), even.config_of(values, str(path))
+    except UserError as error:
+        raise ParamsError(f"config: {error}") from None
 
 
 def setting_of(params: Params) -> Setting:
     """Return the batch and adapter sizes of the params."""
-    from pipeline.compress import quantize
-    from pipeline.trial import recover
-    from pipeline.trial.context import memory_setting
-
-    return memory_setting(
-        recover.Settings(**params.recover.model_dump()),
-        params.evaluate.batch_tokens,
-        quantize.Settings(**params.quantize.model_dump()),
-    )
-
-
-def uniform(config: Any, ratio: float, multiple_of: int = 1) -> Any:
-    """Return the config of a model whose blocks each lose the same heads and channels.
-
-    Heads go as far as whole key/value heads allow, channels make up the ratio.
-
-    Args:
-        config: The model's config.
-        ratio: Of the whole model's parameters.
-        multiple_of: The channels that stay are rounded down to a multiple of it.
-
-    Raises:
-        ValueError: The blocks do not hold so many parameters.
-    """
-    from pipeline import checkpoint
-
-    before = architecture.shapes(config)
-    share = ratio * architecture.parameters(config) / sum(_removable(config, shape) for shape in before)
-    exact = [_smaller(config, shape, share) for shape in before] if share < 1 else []
-    shapes = [replace(shape, channels=shape.channels // multiple_of * multiple_of) for shape in exact]
-    if not shapes or any(shape.channels < 1 for shape in shapes):
-        raise ValueError(f"ratio {ratio} is more than the blocks hold; give a smaller one")
-    return checkpoint.pruned_config(config, shapes)
-
-
-def _smaller(config: Any, shape: BlockShape, share: float) -> BlockShape:
-    """Return a block without a share of what can be removed from it: whole heads up to it, the rest in channels."""
-    heads = min(int(share * shape.kv_heads + 1e-9), shape.kv_heads - 1)
-    left = share * _removable(config, shape) - heads * architecture.group_parameters(config, shape, "attention")
-    channels = round(left / architecture.group_parameters(config, shape, "mlp"))
-    queries = shape.heads // shape.kv_heads
-    return BlockShape(shape.heads - heads * queries, shape.kv_heads - heads, shape.channels - channels)
-
-
-def _removable(config: Any, shape: BlockShape) -> int:
-    kinds = architecture.COUPLED
-    return sum(
-        architecture.group_parameters(config, shape, kind) * architecture.group_count(shape, kind) for kind in kinds
-    )
-
-
-def bits_of(config: Any, eights: int, rest: int = 4) -> dict[str, int]:
-    """Return the bits of each linear with the last ``eights`` blocks at 8 bits: those cost most by a hair."""
-    first = config.num_hidden_layers - eights
-    units = architecture.units(config, "block")
-    return {name: 8 if unit.block >= first else rest for unit in units for name in unit.linears}
+    return memory_setting(params.recover, params.evaluate, params.quantize)
 
 
 def table(config: Any, setting: Setting, budget_gib: float, ratios: Sequence[float] = RATIOS) -> pd.DataFrame:
@@ -228,8 +161,8 @@ def table(config: Any, setting: Setting, budget_gib: float, ratios: Sequence[flo
     rows = []
     for ratio in ratios:
         try:
-            pruned = uniform(config, ratio)
-        except ValueError:
+            pruned = even.pruned(config, ratio)
+        except even.TooMuch:
             continue  # more than the blocks of a model with large embeddings hold
         count = architecture.parameters(pruned)
         for label, bits in _choices(pruned):
@@ -244,8 +177,8 @@ def table(config: Any, setting: Setting, budget_gib: float, ratios: Sequence[flo
 def _choices(config: Any) -> Iterator[tuple[str, dict[str, int]]]:
     for share in SHARES:
         label = "all 4" if share == 0 else "all 8" if share == 1 else f"{share:.0%} at 8"
-        yield label, bits_of(config, round(share * config.num_hidden_layers))
-    yield "16", bits_of(config, 0, 16)
+        yield label, even.bits_of(config, round(share * config.num_hidden_layers))
+    yield "16", even.bits_of(config, 0, 16)
 
 
 def summary(found: pd.DataFrame, step: str) -> Table:
@@ -278,10 +211,10 @@ def beside_paper(asked_: Asked) -> Table | None:
     body: list[list[Cell]] = []
     for method, peaks in paper.items():
         for ratio, measured in peaks.items():
-            pruned = uniform(asked_.config, ratio)
+            pruned = even.pruned(asked_.config, ratio)
             sixteen = method == "LLM-Pruner"
             eights = 0 if method == "QPruner1" else pruned.num_hidden_layers // 4
-            bits = bits_of(pruned, 0, 16) if sixteen else bits_of(pruned, eights)
+            bits = even.bits_of(pruned, 0, 16) if sixteen else even.bits_of(pruned, eights)
             ours = memory.predict(pruned, bits, PAPER_SETTING)
             plain = plain_peak(pruned) if sixteen else None
             cells = [f"{plain / GB:.2f}", f"{100 * (plain / GB / measured - 1):+.1f} %"] if plain else ["-", "-"]

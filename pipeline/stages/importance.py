@@ -17,7 +17,7 @@ from pipeline.data import alpaca
 from pipeline.params import Params
 from pipeline.paths import ALPACA, PRUNED, REPORTS
 from pipeline.results import figures
-from pipeline.stages.settings import settings_of
+from pipeline.settings import settings_of
 from pipeline.tracking import Run
 
 _ROWS_AT_ONCE = 4  # a pass back through a large model keeps every block's states

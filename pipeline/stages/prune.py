@@ -18,7 +18,7 @@ from pipeline.data.alpaca import Batch
 from pipeline.params import Params
 from pipeline.paths import ALPACA, BASE, PRUNED, REPORTS
 from pipeline.results import figures
-from pipeline.stages.settings import pruning
+from pipeline.settings import pruning
 from pipeline.stages.shell import keep_figures
 from pipeline.tracking import Run
 

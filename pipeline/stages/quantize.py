@@ -11,7 +11,7 @@ from pipeline import checkpoint, device, storage
 from pipeline.compress import quantize
 from pipeline.params import Params
 from pipeline.paths import BANK, PRUNED
-from pipeline.stages.settings import settings_of
+from pipeline.settings import settings_of
 from pipeline.tracking import Run
 
 

@@ -31,6 +31,7 @@ _NEEDS: dict[str, dict[str, type]] = {
     "evaluate": {"accuracy": float, "accuracy_stderr": float, "gold_logprob": float, "items": int},
     "register": {"model": str, "alias": str},
 }
+_WITHOUT_MODEL = ("fetch", "pareto", "register", "report")  # they need no torch, which takes seconds to import
 
 
 def start(name: str, params: Params) -> None:
@@ -43,6 +44,10 @@ def start(name: str, params: Params) -> None:
     shown = flatten(section, f"{name}.") if section is not None else {}
     if name in STAGES:
         console.note(f"stage {STAGES.index(name) + 1} of {len(STAGES)}: {name}")
+    if name not in _WITHOUT_MODEL:
+        from pipeline import device
+
+        shown["compute"] = str(device.choose(params.device, params.dtype))
     with tracking.stage(name, {"seed": params.seed, **shown}) as own:
         stage(name).run(params, own)
 

@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.params import Params, digest
 from pipeline.paths import ALPACA, BANK, BASE, BENCHMARKS, PRUNED, UNTOUCHED
 from pipeline.search.allocate import Space
-from pipeline.stages.settings import settings_of
+from pipeline.settings import settings_of
 from pipeline.trial import context as contexts
 from pipeline.trial import memory, recover, trial
 from pipeline.trial.context import Context, Settings, Sources

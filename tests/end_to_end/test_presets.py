@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT, VOCABULARY, batches
 from mlflow.tracking import MlflowClient
 
-from pipeline import architecture, checkpoint, fits, params, tracking
+from pipeline import architecture, checkpoint, checks, fits, params, tracking
 from pipeline.compress import prune
 from pipeline.results import report
 from pipeline.search import search
@@ -135,7 +135,7 @@ def finished(request, tmp_path_factory, store, tokenizer):
                 lambda folder, compute: build.probe(checkpoint.load_final(folder), checkpoint.load_tokenizer(folder)),
             )
         for stage in STAGES:
-            shell.start(stage, params.load())
+            shell.start(stage, checks.load())
         yield name
 
 
@@ -156,13 +156,13 @@ def test_real_model_has_its_known_parameters_and_the_presets_values_fit_it(name,
     raw = preset(name) | {"model": {"source": f"path:{tmp_path}", "sha256": ""}}
     for ratio in (0.2, 0.3, 0.5) if name in PAPERS else (raw["prune"]["ratio"],):
         raw["prune"]["ratio"] = ratio
-        params.parse(raw)
+        checks.parse(raw)
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_papers_preset_holds_the_papers_values(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    found = params.load(f"presets/{name}.yaml")
+    found = checks.load(f"presets/{name}.yaml")
     assert found.prune.ratio in (0.2, 0.3, 0.5)
     assert (found.quantize.r, found.quantize.lora_alpha, found.quantize.init) == (8, 16, "loftq")
     assert (found.search.granularity, found.search.max_8bit_fraction) == ("block", 0.25)
@@ -174,7 +174,7 @@ def test_papers_preset_holds_the_papers_values(name, monkeypatch):
 @pytest.mark.parametrize("name", PAPERS)
 def test_papers_ratios_are_met_and_blocks_outside_the_ranges_stay(name, ratio, monkeypatch):
     monkeypatch.chdir(ROOT)
-    settings = params.load(f"presets/{name}.yaml").prune
+    settings = checks.load(f"presets/{name}.yaml").prune
     settings = settings.model_copy(update={"ratio": ratio, "multiple_of": 1})  # at toy width 64 would be all
     model = toy_model(name)
     found = prune.run(model, batches(1), settings, 0)
@@ -189,7 +189,7 @@ def test_papers_ratios_are_met_and_blocks_outside_the_ranges_stay(name, ratio, m
 
 
 def test_preset_goes_through_every_stage(finished):
-    real, settings = MODELS[finished][0], params.load()
+    real, settings = MODELS[finished][0], checks.load()
     blocks = real["num_hidden_layers"]
     assert abs(read("prune")["ratio"] - settings.prune.ratio) < 0.01
     config = checkpoint.load_config("artifacts/pruned")
@@ -248,7 +248,7 @@ def test_accuracies_of_both_kinds_are_logged_where_a_task_has_both(finished):
 def test_each_benchmarks_picture_is_made_of_the_scores_on_it(finished, monkeypatch):
     drawn = {}
     monkeypatch.setattr(report, "benchmark_fronts", lambda every, path: drawn.update(every))
-    shell.start("report", params.load())
+    shell.start("report", checks.load())
     assert tuple(drawn) == params.TASKS
     runs = trial_runs()
     for task, points in drawn.items():
@@ -266,7 +266,7 @@ def test_history_of_a_search_is_taken_up_by_the_next_one(finished, monkeypatch):
 
     monkeypatch.setattr(search, "run", noted)
     monkeypatch.setenv("QPRUNER_OVERRIDES", json.dumps({"search.history": "earlier.json"}))
-    settings = params.load()
+    settings = checks.load()
     shell.start("search", settings)
     objective, told = settings.search.objective, {}
     for run in trial_runs().values():

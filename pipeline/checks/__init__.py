@@ -1,0 +1,133 @@
+"""All that is asked of the params before anything starts, every fault in one message.
+
+``pipeline.params`` judges each value alone. Here are the checks that need more: two keys at once, lm-eval's list of
+tasks, files, the machine, and the model's config where that is at hand. A check names the keys that it reads and runs
+only if they are all sound, so that it neither stumbles over another fault nor hides one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from pipeline import overrides, params
+from pipeline.checks import machine, model, pairs
+from pipeline.checks.check import Check
+from pipeline.errors import shown
+from pipeline.params import Params, ParamsError, Section
+
+
+def load(path: str | Path | None = None) -> Params:
+    """Read and check the params.
+
+    Args:
+        path: A file; None: what the entry point was given, else ``params.yaml``.
+
+    Raises:
+        ParamsError: The file is missing, is no YAML, or has faults.
+    """
+    raw = overrides.read(path)
+    return parse(raw, str(overrides.path() if path is None else path))
+
+
+def parse(raw: Any, origin: str = overrides.DEFAULT) -> Params:
+    """Turn a document into params.
+
+    Args:
+        raw: What the YAML file holds.
+        origin: What to call it in messages.
+
+    Raises:
+        ParamsError: With one line for each fault: the key, the value received, what is allowed.
+    """
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{origin} must be a mapping of sections; copy one of presets/ over it")
+    faults, wrong = [], set()
+    try:
+        whole = Params.model_validate(raw)
+    except ValidationError as error:
+        places = [fault["loc"] for fault in error.errors()]
+        # A list all of whose items are at fault is, to pydantic, also too short.
+        emptied = [place for place in places if any(place == other[: len(place)] != other for other in places)]
+        faults = [_line(fault) for fault in error.errors() if fault["loc"] not in emptied]
+        wrong = {tuple(map(str, place[:2])) for place in places}
+    values = _sound_values(raw, wrong)
+    faults += [fault for check in _checks(values) for fault in _judge(check, values)]
+    if faults:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise ParamsError("\n".join([f"{origin} has {count}:", *(f"  {fault}" for fault in faults)]))
+    return whole
+
+
+def _checks(values: dict[str, Any]) -> Iterable[Check]:
+    yield from pairs.CHECKS
+    yield from machine.CHECKS
+    config = model.at_hand(values.get("model.source"))
+    if config is not None:
+        yield from model.checks(config)
+
+
+def _judge(check: Check, values: dict[str, Any]) -> Iterator[str]:
+    """Yield the faults that a check finds; none if a key that it reads is itself at fault."""
+    if not all(key in values for key in check.keys):
+        return
+    given = SimpleNamespace()
+    for key in check.keys:
+        section, _, name = key.partition(".")
+        if not name:
+            setattr(given, section, values[key])
+            continue
+        if not hasattr(given, section):
+            setattr(given, section, SimpleNamespace())
+        setattr(getattr(given, section), name, values[key])
+    yield from check.judge(given)
+
+
+def _sound_values(raw: dict[str, Any], wrong: set[tuple[str, ...]]) -> dict[str, Any]:
+    """Return the typed values without fault by their keys (``seed``, ``prune.ratio``), and each section without any.
+
+    Args:
+        raw: The document.
+        wrong: The places of the faults: (section,), (section, key) or (key,).
+    """
+    values: dict[str, Any] = {}
+    for name, field in Params.model_fields.items():
+        key = field.alias or name
+        kind = field.annotation
+        if (key,) in wrong or (key not in raw and field.is_required()):
+            continue
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
+            values[key] = _typed(field, raw.get(key, field.default))
+            continue
+        sound = {
+            inner: inner_field
+            for inner, inner_field in kind.model_fields.items()
+            if (key, inner) not in wrong and (inner in raw[key] or not inner_field.is_required())
+        }
+        for inner, inner_field in sound.items():
+            values[f"{key}.{inner}"] = _typed(inner_field, raw[key].get(inner, inner_field.default))
+        if len(sound) == len(kind.model_fields):
+            values[key] = kind.model_validate({inner: raw[key][inner] for inner in sound if inner in raw[key]})
+    return values
+
+
+def _typed(field: Any, value: Any) -> Any:
+    return TypeAdapter(field.rebuild_annotation()).validate_python(value)
+
+
+def _line(fault: Any) -> str:
+    key = ".".join(shown(part)[1:-1] if isinstance(part, str) else str(part) for part in fault["loc"])
+    key = key or "(whole file)"
+    message = fault["msg"].removeprefix("Value error, ")
+    received = fault["input"]
+    if fault["type"] == "missing":
+        return f"{key}: missing; add it (see presets/default.yaml)"
+    if fault["type"] == "extra_forbidden":
+        meant = overrides.did_you_mean(key, params.keys()) or "remove it or correct its spelling"
+        return f"{key}: unknown key (value {shown(received)}); {meant}"
+    value = "" if isinstance(received, (dict, BaseModel)) else f" (value {shown(received)})"
+    return f"{key}: {message}{value}"

@@ -1,0 +1,167 @@
+"""Which params are used: ``params.yaml`` or a preset, with what the command line changed.
+
+An entry point keeps both choices in its environment, so that the stages that it starts read the same params.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import documents
+from pipeline.documents import DocumentError
+from pipeline.errors import shown
+from pipeline.params import ParamsError, keys
+
+DEFAULT = "params.yaml"  # also what an entry point is given for "as the file says"
+PRESETS = Path("presets")
+PRESET, OVERRIDES = "QPRUNER_PRESET", "QPRUNER_OVERRIDES"  # variables: a preset's name; a JSON object of dotted keys
+_ASSIGNMENT = re.compile(r"(?:^|\s+)([A-Za-z_][\w.]*)=")
+
+
+def adopt(preset: str, given: Mapping[str, str]) -> None:
+    """Keep a preset and changed values for this process and those that it starts.
+
+    Args:
+        preset: A preset's name, or ``params.yaml``.
+        given: Dotted key -> its value as YAML; ``params.yaml`` stands for the value in the file.
+
+    Raises:
+        ParamsError: There is no such preset or key, or a value is no YAML.
+    """
+    os.environ.pop(PRESET, None)
+    os.environ.pop(OVERRIDES, None)
+    if preset != DEFAULT:
+        _preset_path(preset)
+        os.environ[PRESET] = preset
+    changed = {key: _value(key, text) for key, text in given.items() if text != DEFAULT}
+    if changed:
+        os.environ[OVERRIDES] = json.dumps(changed)
+
+
+def assignments(text: str) -> dict[str, str]:
+    """Split ``prune.ratio=0.3 evaluate.tasks=[boolq, piqa]`` into keys and their values as text.
+
+    Raises:
+        ParamsError: It does not begin with a key, or names a key twice.
+    """
+    if text.strip() in ("", DEFAULT):
+        return {}
+    first, *parts = _ASSIGNMENT.split(text.strip())
+    if first or not parts:
+        raise ParamsError(f"set: {shown(text)} is not of the form key=value; write for example prune.ratio=0.3")
+    names = parts[::2]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ParamsError(f"set: {', '.join(sorted(repeated))} stands there twice; give each key once")
+    return dict(zip(names, parts[1::2], strict=True))
+
+
+def active() -> dict[str, Any]:
+    """Return what the command line changed: dotted key -> value.
+
+    Raises:
+        ParamsError: The variable was set by hand and is no JSON object.
+    """
+    text = os.environ.get(OVERRIDES) or "{}"
+    try:
+        changed = json.loads(text)
+    except ValueError:
+        changed = None
+    if not isinstance(changed, dict):
+        raise ParamsError(f'{OVERRIDES}: {shown(text)} is no JSON object, such as {{"prune.ratio": 0.3}}; unset it')
+    return changed
+
+
+def path() -> Path:
+    """Return the file that the params come from.
+
+    Raises:
+        ParamsError: There is no such preset.
+    """
+    preset = os.environ.get(PRESET)
+    return _preset_path(preset) if preset else Path(DEFAULT)
+
+
+def read(file: str | Path | None = None) -> Any:
+    """Return the document of the params that are used, not yet judged.
+
+    Args:
+        file: Another file than ``path`` returns; it is overridden likewise.
+
+    Raises:
+        ParamsError: The file is missing or no valid YAML, or an unknown key is overridden.
+    """
+    file = path() if file is None else Path(file)
+    if not file.exists():
+        raise ParamsError(
+            f"{file} does not exist here ({Path.cwd()}); run from the project's root or copy presets/default.yaml"
+        )
+    try:
+        raw = documents.read(file)
+    except DocumentError as error:
+        raise ParamsError(str(error)) from None
+    for key, value in active().items():
+        refuse_unknown(key)
+        *sections, name = key.split(".")
+        target = raw
+        for section in sections:
+            target = target.setdefault(section, {}) if isinstance(target, dict) else None
+        if isinstance(target, dict):  # else the section is at fault, and the checks say so
+            target[name] = value
+    return raw
+
+
+def refuse_unknown(key: str) -> None:
+    """Refuse a key that the params do not have.
+
+    Raises:
+        ParamsError: With the keys that are spelled alike.
+    """
+    known = list(keys())
+    if key in known:
+        return
+    inside = [name for name in known if name.startswith(f"{key}.")]
+    if inside:
+        raise ParamsError(f"{key}: is a section; name a key in it, such as {inside[0]}")
+    raise ParamsError(f"{key[:80]}: unknown key; {did_you_mean(key, known) or 'params.yaml has them all'}")
+
+
+def did_you_mean(key: str, known: Iterable[str]) -> str:
+    """Return a question that names the known keys spelled like this one; empty if there are none."""
+    known = list(known)
+    by_name = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = by_name[:3] or difflib.get_close_matches(key[:80], known)
+    return f"did you mean {' or '.join(close)}?" if close else ""
+
+
+def uses_hub() -> bool:
+    """Return whether any source is on a hub, without judging the rest of the params."""
+    try:
+        raw = read()
+    except ParamsError:
+        return False
+    found = []
+    for section, name in (("model", "source"), ("data", "alpaca"), ("data", "benchmarks")):
+        values = raw.get(section) if isinstance(raw, dict) else None
+        found.append(values.get(name) if isinstance(values, dict) else None)
+    return any(isinstance(source, str) and source.partition(":")[0] == "hub" for source in found)
+
+
+def _preset_path(name: str) -> Path:
+    names = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))
+    if name not in names:
+        raise ParamsError(f"preset: {shown(name)} is no preset; there are {', '.join(names)}")
+    return PRESETS / f"{name}.yaml"
+
+
+def _value(key: str, text: str) -> Any:
+    refuse_unknown(key)
+    try:
+        return documents.parse(text)
+    except DocumentError as error:
+        raise ParamsError(f"{key}: {shown(text)} is no YAML value ({error})") from None
