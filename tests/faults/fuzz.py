@@ -100,7 +100,7 @@ def check(name: str, text: str, path: Path) -> Try:
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
     try:
         with _limit(_SECONDS):
-            problems = strange(params.load(path).model_dump())
+            problems = strange(checks.load(path).model_dump())
     except ParamsError as error:
         message = str(error)
         problems = [f"a message of {len(message)} characters"] if len(message) > _LONGEST else []
