@@ -281,7 +281,7 @@ class Cells:
         work = trial.Work(params.table.steps, params.table.limit, params.evaluate.limit)
         if cell.row == pareto.UNTOUCHED:
             return trials.untouched(params, context, work), study
-        result, _ = trial.run(context, bits, work, steps(label), unfinished(self.key(cell)))
+        result, _ = trial.run(context, bits, work, progress=steps(label), keep=unfinished(self.key(cell)))
         return result, study
 
     def _supplied(self, params: Params) -> Supplies:
