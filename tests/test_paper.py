@@ -85,7 +85,7 @@ def trials(monkeypatch):
     monkeypatch.setattr(trial, "run", made.run)
 
     def untouched(params, context, work):
-        return made.run(context, (16,) * UNITS, dataclasses.replace(work, trained=False))[0]
+        return trial.run(context, (16,) * UNITS, dataclasses.replace(work, trained=False), keep="untouched")[0]
 
     monkeypatch.setattr(stage_trials, "untouched", untouched)
     monkeypatch.setattr(

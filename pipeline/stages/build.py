@@ -25,7 +25,7 @@ def run(params: Params, run: Run) -> None:
     run.params({"bits": text, "chosen_run": chosen or ""})
     kept = unfinished(study_identity(params, PRUNED, BANK).name, text, params.build.steps)
     work = trial.Work(steps=params.build.steps)
-    result, model = trial.run(context, bits, work, steps("build: recovery"), kept)
+    result, model = trial.run(context, bits, work, progress=steps("build: recovery"), keep=kept)
     lineage = {
         "chosen_run": chosen or "none: bits given",
         "bits": text,

@@ -69,7 +69,12 @@ class Phases:
 
 
 def run(
-    context: Context, bits: Sequence[int], work: Work | None = None, progress: Steps = iter, keep: Path | None = None
+    context: Context,
+    bits: Sequence[int],
+    work: Work | None = None,
+    *,
+    progress: Steps = iter,
+    keep: Path | None = None,
 ) -> tuple[Result, PeftModel]:
     """Assemble, recover and evaluate one bit vector.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from pipeline import params
+from pipeline import checks
 from pipeline.params import ParamsError
 from tests.faults.tally import Try
 
