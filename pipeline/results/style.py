@@ -157,8 +157,10 @@ def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str]], taken: 
 
 
 def _beside(anchor: Any, size: tuple[float, float], distance: float, angle: float) -> tuple[float, float]:
+    """Return the center of a box whose nearest side, or corner, is at a distance from the anchor."""
     across, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    return anchor[0] + across * (distance + size[0] / 2), anchor[1] + up * (distance + size[1] / 2)
+    sideways, upwards = (max(-1.0, min(1.0, math.sqrt(2) * share)) for share in (across, up))  # a corner at 45 degrees
+    return anchor[0] + across * distance + sideways * size[0] / 2, anchor[1] + up * distance + upwards * size[1] / 2
 
 
 def _around(center: tuple[float, float], size: tuple[float, float]) -> Box:
@@ -181,7 +183,7 @@ def _cost(
         if max(abs(x - anchor[0]), abs(y - anchor[1])) > 12  # its own marker and error bar
         for other in occupied
     )
-    return _OUTSIDE * outside + covered + 20 * crossed
+    return _OUTSIDE * outside + 20 * covered + 5 * crossed
 
 
 _ALONG = tuple(step / 12 for step in range(1, 12))  # places along a leader line
