@@ -171,7 +171,7 @@ def launch(module: str, *arguments: str) -> int:
     try:
         return child.wait()
     except KeyboardInterrupt:
-        tracking.ending()
+        tracking.ending(within=90)  # what it started has 30 seconds to end, and is killed then
         tracking.kill_project_run()  # first: `mlflow run` marks it FAILED as soon as this process is gone
         _stop_all(child, itself=module != _DVC)  # DVC ends of its own accord when its stage has
         raise

@@ -8,6 +8,7 @@ second that an ancestor died, and ends the process when an interrupt has not end
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
@@ -40,11 +41,13 @@ class _State:
         noted: An interrupt came.
         ending: It is being acted upon: no further one is raised.
         held: How many ``held`` blocks the main thread is in.
+        deadline: When this process is ended, by the monotonic clock.
     """
 
     noted: bool = False
     ending: bool = False
     held: int = 0
+    deadline: float = math.inf
 
 
 _state = _State()
@@ -69,9 +72,15 @@ def _raise_noted() -> None:
         raise Interrupted
 
 
-def ending() -> None:
-    """Raise no further interrupt: Ctrl-C reaches every process, and those that wait for this one pass it on."""
+def ending(within: float | None = None) -> None:
+    """Raise no further interrupt: Ctrl-C reaches every process, and those that wait for this one pass it on.
+
+    Args:
+        within: Seconds that the end may take from now on, where it is more than what the process was started with.
+    """
     _state.ending = True
+    if within is not None:
+        _state.deadline = time.monotonic() + within
 
 
 def on_termination_interrupt(grace: float = GRACE) -> None:
@@ -113,15 +122,15 @@ def _watch(woken: int, ancestors: list[psutil.Process], grace: float) -> None:
         ancestors: Processes that this one works for.
         grace: See ``on_termination_interrupt``.
     """
-    deadline = float("inf")
-    while time.monotonic() < deadline:
+    while time.monotonic() < _state.deadline:
         if select.select([woken], [], [], _LOOK)[0]:
             os.read(woken, 64)
-            deadline = min(deadline, time.monotonic() + grace)
-        if deadline == float("inf") and not all(map(_lives, ancestors)):
+            if _state.deadline == math.inf:
+                _state.deadline = time.monotonic() + grace
+        if _state.deadline == math.inf and not all(map(_lives, ancestors)):
             os.kill(os.getpid(), signal.SIGTERM)
     with suppress(OSError):
-        os.write(2, f"interrupted, and not ended within {grace:.0f} s: ended now\n".encode())
+        os.write(2, b"interrupted, and not ended in time: ended now\n")
     os._exit(INTERRUPTED)
 
 

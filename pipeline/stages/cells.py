@@ -155,7 +155,7 @@ class Cells:
         work = trial.Work(params.table.steps, params.table.limit, params.evaluate.limit)
         if cell.row == labels.UNTOUCHED:
             return trials.untouched(params, supplies.context, work), study
-        result, _ = trial.run(supplies.context, vector, work, steps(label), unfinished(self.key(cell)))
+        result, _ = trial.run(supplies.context, vector, work, progress=steps(label), keep=unfinished(self.key(cell)))
         return result, study
 
     def _supplied(self, params: Params) -> Supplies:

@@ -37,7 +37,7 @@ from pipeline.tracking.store import (
     root,
 )
 from pipeline.tracking.tracked import Tracked
-from pipeline.tracking.ui import serve_command, show_search, ui_command
+from pipeline.tracking.ui import serve_command, serve_ui, show_search, ui_command
 
 __all__ = [
     "EXPERIMENT",
@@ -77,6 +77,7 @@ __all__ = [
     "run",
     "set_metric",
     "serve_command",
+    "serve_ui",
     "set_tag",
     "show_search",
     "stage",

@@ -8,6 +8,9 @@ address says ``workflowType=machine_learning``; no tag of the experiment changes
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -109,3 +112,20 @@ def serve_command() -> str:
     """Return the command that serves the UI. A store's address may hold a password: only our own file's is shown."""
     where = f"'{address()}'" if address().startswith("sqlite") else '"$MLFLOW_TRACKING_URI"'
     return f"mlflow ui --host 127.0.0.1 --backend-store-uri {where}"
+
+
+def serve_ui() -> int:
+    """Serve MLflow's UI for this project's store until it is interrupted; of a server, print the address.
+
+    Returns:
+        The exit status.
+    """
+    page = f"#/experiments?{urlencode(_WORKFLOW)}"
+    if is_server():
+        console.note(f"MLflow's UI is served there already: {server_address()}/{page}")
+        return 0
+    console.note(f"MLflow's UI: http://127.0.0.1:5000/{page} (Ctrl-C ends it)")
+    # By the environment, not as an argument: an address may hold a password. Jobs are for agents, a gigabyte of them.
+    settings = {"MLFLOW_BACKEND_STORE_URI": address(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", "5000", "--workers", "1"]
+    return subprocess.call(command, env=os.environ | settings)
