@@ -49,8 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
         from pipeline import doctor
 
         return doctor.report()
-    from pipeline.errors import UserError
-    from pipeline.params import ParamsError
+    try:
+        from pipeline.errors import UserError
+        from pipeline.params import ParamsError
+    except ModuleNotFoundError as error:
+        print(
+            f"error: package {error.name} is missing in {sys.prefix}; run: make setup. An environment that "
+            "`mlflow run` made stays incomplete when its making was interrupted: delete it and run again",
+            file=sys.stderr,
+        )
+        return FAILED
 
     try:
         return _run(asked)

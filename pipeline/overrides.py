@@ -9,14 +9,16 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from pipeline import documents
 from pipeline.documents import DocumentError
 from pipeline.errors import shown
-from pipeline.params import ParamsError, keys
+from pipeline.params import Params, ParamsError
 
 DEFAULT = "params.yaml"  # also what an entry point is given for "as the file says"
 PRESETS = Path("presets")
@@ -116,6 +118,16 @@ def read(file: str | Path | None = None) -> Any:
     return raw
 
 
+def keys(section: type[BaseModel] | None = None, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every value that the params hold, such as ``prune.ratio``."""
+    for name, field in (section or Params).model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{key}.")
+        else:
+            yield key
+
+
 def refuse_unknown(key: str) -> None:
     """Refuse a key that the params do not have.
 
@@ -145,11 +157,11 @@ def uses_hub() -> bool:
         raw = read()
     except ParamsError:
         return False
-    found = []
+    sources = []
     for section, name in (("model", "source"), ("data", "alpaca"), ("data", "benchmarks")):
         values = raw.get(section) if isinstance(raw, dict) else None
-        found.append(values.get(name) if isinstance(values, dict) else None)
-    return any(isinstance(source, str) and source.partition(":")[0] == "hub" for source in found)
+        sources.append(values.get(name) if isinstance(values, dict) else None)
+    return any(isinstance(source, str) and source.partition(":")[0] == "hub" for source in sources)
 
 
 def _preset_path(name: str) -> Path:

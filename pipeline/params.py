@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -334,16 +333,6 @@ def read_history(path: str) -> list[dict[str, Any]]:
             f"{path} is no history of a search ({type(error).__name__}: {error}); name the reports/history.json of one"
         ) from None
     return results
-
-
-def keys(section: type[BaseModel] | None = None, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted name of every value that the params hold, such as ``prune.ratio``."""
-    for name, field in (section or Params).model_fields.items():
-        key = f"{prefix}{field.alias or name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, f"{key}.")
-        else:
-            yield key
 
 
 def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:

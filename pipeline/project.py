@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,6 +47,11 @@ def run(entry: str) -> int:
     compute = device.choose(checked.device, checked.dtype)
     if entry == "search":
         console.note(doctor.summary(compute, _is_default(checked)))
+    if Path.cwd().is_relative_to(tempfile.gettempdir()):  # `mlflow run <git address>` clones there
+        console.note(
+            f"Working in a temporary copy, {Path.cwd()}: artifacts stay there. To keep them and to go on after an "
+            "interruption, clone the repository and run in the clone."
+        )
     with lock():
         for link in STUDY.glob("*.lock*"):  # of versions that let Optuna lock its journal; DVC fails at a dangling one
             link.unlink()

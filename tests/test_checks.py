@@ -6,7 +6,8 @@ from conftest import tiny_config
 from pipeline import checks
 from pipeline.checks import machine, model, pairs
 from pipeline.checks.check import Check
-from pipeline.params import ParamsError, keys
+from pipeline.overrides import keys
+from pipeline.params import ParamsError
 
 ALL = [*pairs.CHECKS, *machine.CHECKS, *model.checks(tiny_config())]
 

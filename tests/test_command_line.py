@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -179,3 +181,14 @@ def test_stages_of_dvc_are_those_of_the_command_line(asked):
     for stage in stages.values():
         give(stage["cmd"])
     assert asked == [("_stage", name, "params") for name in command.STAGES]
+
+
+def test_incomplete_environment_is_one_message(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+         "from pipeline.__main__ import main; sys.exit(main(['check']))"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: package ") and "run: make setup" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from pipeline import overrides, params
+from pipeline import overrides
 from pipeline.checks import machine, model, pairs
 from pipeline.checks.check import Check
 from pipeline.errors import shown
@@ -127,7 +127,7 @@ def _line(fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{key}: missing; add it (see presets/default.yaml)"
     if fault["type"] == "extra_forbidden":
-        meant = overrides.did_you_mean(key, params.keys()) or "remove it or correct its spelling"
+        meant = overrides.did_you_mean(key, overrides.keys()) or "remove it or correct its spelling"
         return f"{key}: unknown key (value {shown(received)}); {meant}"
     value = "" if isinstance(received, (dict, BaseModel)) else f" (value {shown(received)})"
     return f"{key}: {message}{value}"

@@ -1,0 +1,74 @@
+"""DVC reruns what an override changes, and never sees the file changed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from pipeline import documents, overrides
+
+PARAMS = "seed: 42\nprune: # a comment\n  ratio: 0.2\n  noise: 1e-05\n"
+STAGES = (
+    "stages:\n  prune:\n    cmd: echo done >> out\n    params: [seed, prune.ratio]\n    outs: [out: {persist: true}]\n"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    (tmp_path / "dvc.yaml").write_text(STAGES)
+    call(tmp_path, "dvc", "init", "--no-scm", "--quiet")
+    return tmp_path
+
+
+def call(folder, module, *arguments, changed="", **variables):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), overrides.OVERRIDES: changed} | variables
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def state(folder):
+    """How often the stage ran, and the ratio that DVC noted."""
+    locked = documents.read(folder / "dvc.lock")["stages"]["prune"]["params"]["params.yaml"]
+    return len((folder / "out").read_text().split()), locked["prune.ratio"]
+
+
+def test_override_reruns_the_stage_once_and_a_plain_repro_takes_the_file_again(folder):
+    call(folder, "pipeline.repro", "repro")
+    assert state(folder) == (1, 0.2)
+    for _ in range(2):
+        call(folder, "pipeline.repro", "repro", changed='{"prune.ratio": 0.3}')
+        assert state(folder) == (2, 0.3)
+    call(folder, "dvc", "repro")
+    assert state(folder) == (3, 0.2)
+    call(folder, "pipeline.repro", "repro", changed='{"prune.noise": 0.5}')  # which the stage does not read
+    assert state(folder) == (3, 0.2)
+    assert (folder / "params.yaml").read_text() == PARAMS
+
+
+def test_preset_stands_for_the_file(folder):
+    (folder / "presets").mkdir()
+    (folder / "presets/other.yaml").write_text(PARAMS.replace("0.2", "0.4"))
+    call(folder, "pipeline.repro", "repro", QPRUNER_PRESET="other")
+    assert state(folder) == (1, 0.4)
+
+
+@pytest.mark.parametrize("named", ["QPRUNER_PYTHON", ".venv", "PATH"])
+def test_stage_runs_with_the_projects_own_python(tmp_path, named):
+    shown = tmp_path / (".venv/bin" if named == ".venv" else "elsewhere") / "python"
+    shown.parent.mkdir(parents=True)
+    shown.write_text(f'#!/bin/sh\necho {named} "$@"\n')
+    shown.chmod(0o755)
+    path = f"{shown.parent}:/usr/bin:/bin" if named == "PATH" else "/usr/bin:/bin"
+    environment = {"PATH": path} | ({named: str(shown)} if named == "QPRUNER_PYTHON" else {})
+    done = subprocess.run(
+        ["sh", ROOT / "pipeline/stage.sh", "prune"], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout == f"{named} -m pipeline prune\n"
