@@ -42,7 +42,12 @@ NOT_COMPUTING = {
     "pipeline.identity": "names results",
     "pipeline.params": "reads settings, whose values are part of a result's settings",
     "pipeline.checks": "refuses settings",
-    "pipeline.combinations": "refuses settings",
+    "pipeline.fits": "refuses settings",
+    "pipeline.documents": "reads YAML",
+    "pipeline.overrides": "reads settings",
+    "pipeline.doctor": "describes the machine",
+    "pipeline.runtime": "sets up a process",
+    "pipeline.signals": "hears signals",
     "pipeline.results": "shows results",
     "pipeline.stages": "calls what computes; a stage's own file counts where it is a root",
 }

@@ -39,7 +39,7 @@ class MixedBitsConfig(QuantizationConfigMixin):
     def __init__(
         self, linear_bits: Mapping[str, int], four_bit: str = "nf4", double_quant: bool = False, **_: Any
     ) -> None:
-        self.quant_method = "mixed_bits"
+        self.quant_method = "mixed_bits"  # type: ignore[assignment]  # transformers lists its own methods only
         self.linear_bits = dict(linear_bits)
         self.four_bit = four_bit
         self.double_quant = double_quant
@@ -64,7 +64,9 @@ class _Dispatch(ConversionOps):
         self.hf_quantizer = hf_quantizer
         self._four, self._eight = four(hf_quantizer), eight(hf_quantizer)
 
-    def convert(self, input_dict: dict, model: Any = None, full_layer_name: Any = None, **kwargs: Any) -> dict:
+    def convert(  # type: ignore[override]  # as the converters that it hands over to
+        self, input_dict: dict, model: Any = None, full_layer_name: Any = None, **kwargs: Any
+    ) -> dict:
         name = full_layer_name if full_layer_name is not None else next(iter(input_dict))
         module, _ = get_module_from_name(model, name)
         converter = self._eight if isinstance(module, bnb.nn.Linear8bitLt) else self._four
@@ -74,7 +76,7 @@ class _Dispatch(ConversionOps):
 class MixedBitsQuantizer(Bnb4BitHfQuantizer):
     """Loads and saves models whose linears are 4-bit, 8-bit or dense, each as ``MixedBitsConfig`` says."""
 
-    quantization_config: MixedBitsConfig
+    quantization_config: MixedBitsConfig  # type: ignore[assignment]  # not bitsandbytes' single width
     serialized_names = {  # each key may match one converter only, hence one list for both widths
         "weight": [*Bnb4BitHfQuantizer.serialized_names["weight"], *Bnb8BitHfQuantizer.serialized_names["weight"][1:]]
     }
@@ -87,7 +89,7 @@ class MixedBitsQuantizer(Bnb4BitHfQuantizer):
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) and name != "bias"
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         for bits in (4, 8):
@@ -102,8 +104,9 @@ class MixedBitsQuantizer(Bnb4BitHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # PEFT reads both flags to wrap each linear by its own type; save_pretrained refuses kept conversions.
-        model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
-        model._weight_conversions = None
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            setattr(model, flag, True)
+        setattr(model, "_weight_conversions", None)  # noqa: B010  (a name that the class does not declare)
         use_plain_cpu_layout(model)
         return model
 

@@ -124,7 +124,8 @@ def pruned_config(config: PretrainedConfig, block_shapes: list[BlockShape]) -> P
     # Qwen2 has no such field and takes hidden size / heads, which is wrong for a block that has lost heads.
     fields["head_dim"] = head_dim(config)
     fields["block_shapes"] = [[shape.heads, shape.kv_heads, shape.channels] for shape in block_shapes]
-    return _PRUNED[config.model_type.removeprefix("pruned_")].config_class(**fields)
+    config_class: Any = _PRUNED[config.model_type.removeprefix("pruned_")].config_class
+    return config_class(**fields)
 
 
 def from_state(
@@ -159,5 +160,6 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 def register() -> None:
     """Make the pruned model types known to transformers; safe to call again."""
     for model_class in _PRUNED.values():
-        AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
-        AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
+        config_class: Any = model_class.config_class
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)

@@ -161,9 +161,10 @@ def convert_gguf(file: Path, folder: Path) -> int:
     checkpoint.quiet()
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, output_loading_info=True, **where
         )
+        model, told = loaded
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
     except Exception as error:  # of many kinds, all of them from what the file holds
         raise WeightsError(

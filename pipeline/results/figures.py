@@ -166,7 +166,7 @@ class Bars:
 
     label: str
     tasks: Mapping[str, tuple[float, float]]
-    memory: int
+    memory: float
 
 
 def accuracy_and_memory(panels: Mapping[str, Sequence[Bars]], tasks: Sequence[str], path: Path) -> None:

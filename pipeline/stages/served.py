@@ -11,6 +11,7 @@ import mlflow
 import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PythonModel
 
 from pipeline import checkpoint, device, storage
 from pipeline.stages import serving
@@ -19,7 +20,7 @@ from pipeline.stages.serving import RequestError, Settings
 _TOGETHER = 8  # prompts that are answered in one batch
 
 
-class Compressed(mlflow.pyfunc.PythonModel):
+class Compressed(PythonModel):
     """A built checkpoint that answers instructions."""
 
     def load_context(self, context: Any) -> None:

@@ -43,7 +43,7 @@ def _figure1(outcomes: Sequence[Outcome], params: Params) -> list[Path]:
     """Draw figure 1 from the finished cells: 16-bit, uniform 4-bit and mixed, with their memory."""
     panels: dict[str, list[Bars]] = {}
     for outcome in outcomes:
-        if outcome.result and outcome.cell.row in figures.COMPARED:
+        if outcome.result and outcome.result.peak_memory_bytes and outcome.cell.row in figures.COMPARED:
             panels.setdefault(f"{100 * outcome.cell.ratio:g} % pruned", []).append(
                 Bars(labels.method(outcome.cell.row), outcome.result.tasks, outcome.result.peak_memory_bytes)
             )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
-from pipeline import GIB, bits, device, storage, tracking
+from pipeline import GIB, bits, device, identity, storage, tracking
 from pipeline.errors import UserError
 from pipeline.params import Params, digest
 from pipeline.paths import ALPACA, BANK, BASE, BENCHMARKS, PRUNED, UNTOUCHED
@@ -16,7 +15,7 @@ from pipeline.settings import settings_of
 from pipeline.trial import context as contexts
 from pipeline.trial import memory, recover, trial
 from pipeline.trial.context import Context, Settings, Sources
-from pipeline.trial.result import MEASURED, Result
+from pipeline.trial.result import Result
 from pipeline.trial.trial import Work
 
 
@@ -90,19 +89,6 @@ def untouched(params: Params, context: Context, work: Work | None = None) -> Res
         [params.evaluate.tasks, work.limit, work.skip, context.settings.limit, context.settings.batch_tokens],
         asdict(context.memory_setting),
         [params.search.granularity, str(context.compute)],
-        [MEASURED, _code()],
+        identity.code(*identity.TRIAL),
     )
     return trial.untouched_result(context, BASE, UNTOUCHED / f"{name}.json", work)
-
-
-def _code() -> str:
-    """Return a digest of the sources and libraries that a trial's figures come from."""
-    package = Path(trial.__file__).parents[1]
-    rooms = [package / room for room in ("checkpoint", "compress", "data", "trial")]
-    files = [
-        package / "architecture.py",
-        package / "device.py",
-        *(file for room in rooms for file in room.rglob("*.py")),
-    ]
-    libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "lm-eval")]
-    return digest(sorted(storage.sha256(file) for file in files), libraries)

@@ -38,7 +38,7 @@ def tagged(address: str, experiments: Sequence[str], key: str, value: str) -> li
     try:
         from mlflow.store.tracking.dbmodels.models import SqlRun, SqlTag
 
-        chosen = select(SqlTag.run_uuid).where(SqlTag.key == key, SqlTag.value == value)
+        chosen: Any = select(SqlTag.run_uuid).where(SqlTag.key == key, SqlTag.value == value)
         runs = select(SqlRun.__table__).where(
             SqlRun.run_uuid.in_(chosen),
             SqlRun.experiment_id.in_([int(experiment) for experiment in experiments]),

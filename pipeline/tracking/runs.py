@@ -112,7 +112,9 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # mlflow names two equal readings of a local path
             source = resolve_dataset_source(str(path))
-        entity = MetaDataset(source, name=name, digest=digest[:36])._to_mlflow_entity()
+        entity = MetaDataset(  # type: ignore[abstract]  # it has no profile, and needs none
+            source, name=name, digest=digest[:36]
+        )._to_mlflow_entity()
         inputs = DatasetInput(entity, [InputTag("mlflow.data.context", context)])
         self._write(lambda: client().log_inputs(self._stored_as, [inputs]))
         return digest
