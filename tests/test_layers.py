@@ -25,7 +25,7 @@ ROOMS = [
     ("data",),
     ("compress",),
     ("trial",),
-    ("checks",),  # judges the params by a model, its predicted memory included
+    ("settings", "checks"),  # params turned into what algorithms take; params judged by a model
     ("search",),
     ("tracking",),
     ("results",),
