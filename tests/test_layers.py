@@ -20,12 +20,12 @@ GROUND = (
 )  # fmt: skip
 ROOMS = [
     GROUND,
-    ("architecture",),
+    ("architecture", "fits"),
     ("checkpoint",),
     ("data",),
     ("compress",),
     ("trial",),
-    ("checks", "fits"),  # they judge the params by a model, its predicted memory included
+    ("settings", "checks"),  # params turned into what algorithms take; params judged by a model
     ("search",),
     ("tracking",),
     ("results",),
