@@ -46,7 +46,7 @@ def run(entry: str) -> int:
     tracking.on_termination_interrupt()
     compute = device.choose(checked.device, checked.dtype)
     if entry == "search":
-        console.note(doctor.summary(compute, _is_default(checked)))
+        console.note(doctor.summary(compute, checked.model.source == doctor.MEASURED_MODEL))
     if Path.cwd().is_relative_to(tempfile.gettempdir()):  # `mlflow run <git address>` clones there
         console.note(
             f"Working in a temporary copy, {Path.cwd()}: artifacts stay there. To keep them and to go on after an "
@@ -116,11 +116,6 @@ def _refuse_unknown_run(checked: Params) -> None:
             f"build.choose: no run has the id {choose}; take a trial's run id from the MLflow UI or the column run_id "
             "of reports/trials.csv, or use best"
         )
-
-
-def _is_default(checked: Params) -> bool:
-    """Return whether the model is the one that the expected minutes were measured with."""
-    return checked.model.source == checks.load(overrides.PRESETS / "default.yaml").model.source
 
 
 def _changed(checked: Params) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from pipeline import doctor
+from pipeline import doctor, documents
 from pipeline.__main__ import main
 from pipeline.device import Compute
 
@@ -28,6 +28,10 @@ def found():
 def test_minutes_are_those_of_the_two_machines_that_were_measured():
     assert doctor.minutes(115) == pytest.approx(25, abs=0.1)
     assert doctor.minutes(395) == pytest.approx(11, abs=0.1)
+
+
+def test_minutes_are_those_of_the_default_model():
+    assert documents.read("presets/default.yaml")["model"]["source"] == doctor.MEASURED_MODEL
 
 
 def test_speed_is_operations_in_a_second(monkeypatch):
