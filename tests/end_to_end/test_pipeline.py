@@ -130,7 +130,7 @@ def test_front_from_mlflow_equals_the_front_of_the_study(project):
     assert all(0 <= row["paired_stderr"] < row["stderr"] for row in rows)
     tagged = {run.info.run_id for run in by_stage(project, "trial") if run.data.tags["pareto"] == "true"}
     assert tagged == {row["run_id"] for row in rows}
-    chances = {run.info.run_id: float(run.data.tags["pareto_probability"]) for run in by_stage(project, "trial")}
+    chances = {run.info.run_id: float(run.data.metrics["pareto_probability"]) for run in by_stage(project, "trial")}
     assert [chances[row["run_id"]] for row in rows] == [round(row["probability"], 2) for row in rows]
 
 
@@ -177,7 +177,7 @@ print(json.dumps({"answer": answer, "short": short, "logits": logits.flatten().t
     assert load_file(built)["logits"].flatten().tolist() == found["logits"]
     client = MlflowClient(store["MLFLOW_TRACKING_URI"])
     tags = client.get_model_version_by_alias("qpruner", "champion").tags
-    assert {"alpaca_md5", "pruned_checkpoint", "git_commit", "search_run", "accuracy"} <= set(tags)
+    assert {"alpaca_md5", "pruned_checkpoint", "git_commit", "search_run", "bits", "size", "score"} <= set(tags)
 
 
 def start(project: Path, *more: str) -> subprocess.Popen:
