@@ -34,7 +34,7 @@ class Away:
     def _failing(self, call):
         def perhaps(*arguments, **named):
             if self.off:
-                raise MlflowException("could not connect to bob:s3cret://bob:s3cret@db", TEMPORARILY_UNAVAILABLE)
+                raise MlflowException("could not connect to postgresql://bob:s3cret@db", TEMPORARILY_UNAVAILABLE)
             return call(*arguments, **named)
 
         return perhaps

@@ -191,7 +191,7 @@ def test_other_tables_than_known_are_read_by_mlflows_search(monkeypatch):
     "changed, dead",
     [
         ({}, True),
-        ({"boot": "other"}, False),
+        ({"boot": "other", "machine": "other"}, False),
         ({"pid_namespace": "pid:[1]"}, False),
         ({"boot": "other", "pid_namespace": "pid:[1]"}, False),
     ],

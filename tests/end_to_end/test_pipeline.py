@@ -126,7 +126,7 @@ print(json.dumps({"answer": answer, "short": short, "logits": logits.flatten().t
     assert load_file(built)["logits"].flatten().tolist() == found["logits"]
     client = MlflowClient(store["MLFLOW_TRACKING_URI"])
     tags = client.get_model_version_by_alias("qpruner", "champion").tags
-    assert {"alpaca_md5", "pruned_checkpoint", "git_commit", "search_run", "accuracy"} <= set(tags)
+    assert {"alpaca_md5", "pruned_checkpoint", "git_commit", "search_run", "bits", "size", "score"} <= set(tags)
 
 
 def test_asking_for_more_trials_adds_them_and_a_kill_loses_none(project):
