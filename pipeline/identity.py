@@ -47,15 +47,21 @@ NOT_COMPUTING = {
     "pipeline.overrides": "reads settings",
     "pipeline.doctor": "describes the machine",
     "pipeline.runtime": "sets up a process",
+    "pipeline.sources": "reads settings",
+    "pipeline.repro": "starts DVC",
     "pipeline.signals": "hears signals",
     "pipeline.results": "shows results",
     "pipeline.stages": "calls what computes; a stage's own file counts where it is a root",
 }
 
-TRIAL = ("pipeline.trial.trial",)  # what the result of a trial depends on
+TRIAL = ("pipeline.trial.trial", "pipeline.stages.trials")  # what the result of a trial depends on
 
 # The roots of a stage, where they are not its own file alone, and packages that compute its output though no other's.
-_ROOTS = {"register": ("pipeline.stages.register", "pipeline.stages.served")}
+_ROOTS = {
+    "search": ("pipeline.stages.search", *TRIAL),
+    "build": ("pipeline.stages.build", *TRIAL),
+    "register": ("pipeline.stages.register", "pipeline.stages.served"),
+}
 _COMPUTING = {"report": ("pipeline.results",)}
 
 

@@ -20,9 +20,8 @@ from typing import Any
 import datasets
 import lm_eval.tasks
 import lm_eval.utils
-import yaml
 
-from pipeline import storage
+from pipeline import documents, storage
 from pipeline.data import definitions
 from pipeline.data.items import FIELDS, choices_fault
 from pipeline.errors import UserError
@@ -84,7 +83,7 @@ def load(names: Iterable[str], folder: str | Path) -> dict[str, Any]:
             path = (Path(folder) / f"{name}.jsonl").resolve()
             if not path.exists():
                 raise storage.CheckpointError(f"{path} does not exist; run: dvc repro fetch")
-            (scratch / f"{name}.yaml").write_text(yaml.safe_dump(_on_local_items(name, path, scratch)))
+            (scratch / f"{name}.yaml").write_text(documents.write(_on_local_items(name, path, scratch)))
         datasets.disable_progress_bars()  # reading a small file is no progress worth a bar
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         manager = lm_eval.tasks.TaskManager(include_path=str(scratch), include_defaults=False)
