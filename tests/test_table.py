@@ -12,8 +12,8 @@ TASKS = ("piqa", "arc_challenge")
 
 
 def outcome(params, row, piqa=0.5, arc=0.25, logprob=-1.0, loss=2.0, memory=GIB, bits="4484", ratio=0.2):
-    found = dataclasses.replace(
-        result((4,) * UNITS),
+    measured = result(
+        (4,) * UNITS,
         bits=bits,
         accuracy=(piqa + arc) / 2,
         accuracy_stderr=0.03,
@@ -21,10 +21,10 @@ def outcome(params, row, piqa=0.5, arc=0.25, logprob=-1.0, loss=2.0, memory=GIB,
         gold_logprob=logprob,
         validation_loss=loss,
         validation_loss_stderr=0.0,
-        peak_memory_bytes=memory,
+        peak_memory_bytes=None if bits == "16" and row == "dense" else memory,
         inference_memory_bytes=memory // 4,
     )
-    return Outcome(Cell(row, cells.at_ratio(params, ratio), f"{row} title"), found, run_id="r")
+    return Outcome(Cell(row, cells.at_ratio(params, ratio), f"{row} title"), measured, run_id="r")
 
 
 @pytest.fixture
