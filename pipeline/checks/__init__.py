@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from pipeline import overrides
 from pipeline.checks import machine, model, pairs
@@ -34,7 +36,7 @@ def load(path: str | Path | None = None) -> Params:
     return parse(raw, str(overrides.path() if path is None else path))
 
 
-def parse(raw: Any, origin: str = overrides.DEFAULT) -> Params:
+def parse(raw: object, origin: str = overrides.DEFAULT) -> Params:
     """Turn a document into params.
 
     Args:
@@ -63,15 +65,15 @@ def parse(raw: Any, origin: str = overrides.DEFAULT) -> Params:
     return whole
 
 
-def _checks(values: dict[str, Any]) -> Iterable[Check]:
+def _checks(values: dict[str, object]) -> Iterable[Check]:
     yield from pairs.CHECKS
     yield from machine.CHECKS
-    config = model.at_hand(values.get("model.source"))
+    config = model.at_hand(cast("str | None", values.get("model.source")))
     if config is not None:
         yield from model.checks(config)
 
 
-def _judge(check: Check, values: dict[str, Any]) -> Iterator[str]:
+def _judge(check: Check, values: dict[str, object]) -> Iterator[str]:
     """Yield the faults that a check finds; none if a key that it reads is itself at fault."""
     if not all(key in values for key in check.keys):
         return
@@ -87,14 +89,14 @@ def _judge(check: Check, values: dict[str, Any]) -> Iterator[str]:
     yield from check.judge(given)
 
 
-def _sound_values(raw: dict[str, Any], wrong: set[tuple[str, ...]]) -> dict[str, Any]:
+def _sound_values(raw: dict[str, dict[str, object]], wrong: set[tuple[str, ...]]) -> dict[str, object]:
     """Return the typed values without fault by their keys (``seed``, ``prune.ratio``), and each section without any.
 
     Args:
         raw: The document.
         wrong: The places of the faults: (section,), (section, key) or (key,).
     """
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for name, field in Params.model_fields.items():
         key = field.alias or name
         kind = field.annotation
@@ -115,11 +117,11 @@ def _sound_values(raw: dict[str, Any], wrong: set[tuple[str, ...]]) -> dict[str,
     return values
 
 
-def _typed(field: Any, value: Any) -> Any:
+def _typed(field: FieldInfo, value: object) -> object:
     return TypeAdapter(field.rebuild_annotation()).validate_python(value)
 
 
-def _line(fault: Any) -> str:
+def _line(fault: ErrorDetails) -> str:
     key = ".".join(shown(part)[1:-1] if isinstance(part, str) else str(part) for part in fault["loc"])
     key = key or "(whole file)"
     message = fault["msg"].removeprefix("Value error, ")
