@@ -89,7 +89,7 @@ def _judge(check: Check, values: dict[str, object]) -> Iterator[str]:
     yield from check.judge(given)
 
 
-def _sound_values(raw: dict[str, dict[str, object]], wrong: set[tuple[str, ...]]) -> dict[str, object]:
+def _sound_values(raw: dict[str, object], wrong: set[tuple[str, ...]]) -> dict[str, object]:
     """Return the typed values without fault by their keys (``seed``, ``prune.ratio``), and each section without any.
 
     Args:
@@ -105,15 +105,16 @@ def _sound_values(raw: dict[str, dict[str, object]], wrong: set[tuple[str, ...]]
         if not (isinstance(kind, type) and issubclass(kind, Section)):
             values[key] = _typed(field, raw.get(key, field.default))
             continue
+        section = cast("dict[str, object]", raw[key])  # any other has a fault
         sound = {
             inner: inner_field
             for inner, inner_field in kind.model_fields.items()
-            if (key, inner) not in wrong and (inner in raw[key] or not inner_field.is_required())
+            if (key, inner) not in wrong and (inner in section or not inner_field.is_required())
         }
         for inner, inner_field in sound.items():
-            values[f"{key}.{inner}"] = _typed(inner_field, raw[key].get(inner, inner_field.default))
+            values[f"{key}.{inner}"] = _typed(inner_field, section.get(inner, inner_field.default))
         if len(sound) == len(kind.model_fields):
-            values[key] = kind.model_validate({inner: raw[key][inner] for inner in sound if inner in raw[key]})
+            values[key] = kind.model_validate({inner: section[inner] for inner in sound if inner in section})
     return values
 
 
