@@ -10,17 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import TypedDict, cast
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from pipeline import overrides
 from pipeline.checks import machine, model, pairs
 from pipeline.checks.check import Check
 from pipeline.errors import shown
 from pipeline.params import Params, ParamsError, Section
+
+
+class _Fault(TypedDict):
+    """What is read of an entry of pydantic's ``ValidationError.errors()``."""
+
+    loc: tuple[int | str, ...]
+    type: str
+    msg: str
+    input: object
 
 
 def load(path: str | Path | None = None) -> Params:
@@ -122,7 +130,7 @@ def _typed(field: FieldInfo, value: object) -> object:
     return TypeAdapter(field.rebuild_annotation()).validate_python(value)
 
 
-def _line(fault: ErrorDetails) -> str:
+def _line(fault: _Fault) -> str:
     key = ".".join(shown(part)[1:-1] if isinstance(part, str) else str(part) for part in fault["loc"])
     key = key or "(whole file)"
     message = fault["msg"].removeprefix("Value error, ")
