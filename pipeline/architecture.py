@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,23 @@ GRANULARITIES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "group": (("qkv", ATTENTION[:3]), ("o", ATTENTION[3:]), ("gate_up", MLP[:2]), ("down", MLP[2:])),
     "linear": tuple((name.split(".")[1], (name,)) for name in LINEARS),
 }
+
+
+class Config(Protocol):
+    """What is read of a model's config: of transformers' own, pruned or not, or of a ``config.json`` as it is."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+    @property
+    def model_type(self) -> str:
+        """The family, as transformers names it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,7 @@ class Unit:
     linears: tuple[str, ...]
 
 
-def family(config: Any) -> str:
+def family(config: Config) -> str:
     """Return the family of a config, pruned or not.
 
     Raises:
@@ -79,12 +96,12 @@ def family(config: Any) -> str:
     return name
 
 
-def head_dim(config: Any) -> int:
+def head_dim(config: Config) -> int:
     """Return the size of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def shapes(config: Any) -> list[BlockShape]:
+def shapes(config: Config) -> list[BlockShape]:
     """Return the shape of each block of a config, pruned or not."""
     pruned = getattr(config, "block_shapes", None)
     if pruned:
@@ -103,14 +120,14 @@ def linear_name(block: int, name: str) -> str:
     return f"model.layers.{block}.{name}"
 
 
-def linears(config: Any) -> Iterator[str]:
+def linears(config: Config) -> Iterator[str]:
     """Yield the full name of every linear of every block, in the order of the blocks."""
     for block in range(config.num_hidden_layers):
         for name in LINEARS:
             yield linear_name(block, name)
 
 
-def units(config: Any, granularity: str) -> tuple[Unit, ...]:
+def units(config: Config, granularity: str) -> tuple[Unit, ...]:
     """Return the units of a model: block by block, in the order of ``GRANULARITIES``."""
     return tuple(
         Unit(
@@ -128,7 +145,7 @@ def group_count(shape: BlockShape, kind: str) -> int:
     return shape.kv_heads if kind == "attention" else shape.channels
 
 
-def member_indices(config: Any, shape: BlockShape, name: str, groups: torch.Tensor) -> torch.Tensor:
+def member_indices(config: Config, shape: BlockShape, name: str, groups: torch.Tensor) -> torch.Tensor:
     """Return the rows (or columns) of a linear that belong to coupled structures.
 
     Args:
@@ -146,7 +163,7 @@ def member_indices(config: Any, shape: BlockShape, name: str, groups: torch.Tens
     return (groups[:, None] * width + torch.arange(width)).flatten()
 
 
-def group_width(config: Any, shape: BlockShape, name: str) -> int:
+def group_width(config: Config, shape: BlockShape, name: str) -> int:
     """Return how many rows or columns of a linear one coupled structure takes."""
     if name in MLP:
         return 1
@@ -155,7 +172,7 @@ def group_width(config: Any, shape: BlockShape, name: str) -> int:
     return rows * (shape.heads // shape.kv_heads) if queries else rows
 
 
-def group_parameters(config: Any, shape: BlockShape, kind: str) -> int:
+def group_parameters(config: Config, shape: BlockShape, kind: str) -> int:
     """Return the number of parameters that leave with one coupled structure, biases included."""
     total = 0
     for name, side in COUPLED[kind]:
@@ -165,7 +182,7 @@ def group_parameters(config: Any, shape: BlockShape, kind: str) -> int:
     return total
 
 
-def has_bias(config: Any, name: str) -> bool:
+def has_bias(config: Config, name: str) -> bool:
     """Return whether a linear of this family carries a bias."""
     if family(config) == "qwen2":
         return name in ATTENTION[:3]
@@ -174,7 +191,7 @@ def has_bias(config: Any, name: str) -> bool:
     return bool(getattr(config, "attention_bias", False))
 
 
-def linear_shape(config: Any, shape: BlockShape, name: str) -> tuple[int, int]:
+def linear_shape(config: Config, shape: BlockShape, name: str) -> tuple[int, int]:
     """Return (out_features, in_features) of a linear in a block of this shape."""
     hidden, size = config.hidden_size, head_dim(config)
     queries, keys = shape.heads * size, shape.kv_heads * size
@@ -189,7 +206,7 @@ def linear_shape(config: Any, shape: BlockShape, name: str) -> tuple[int, int]:
     }[name]
 
 
-def dense_parameters(config: Any) -> int:
+def dense_parameters(config: Config) -> int:
     """Return the number of parameters outside the linears' weights: embeddings, norms, biases, the head unless tied."""
     hidden = config.hidden_size
     total = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden + hidden
@@ -199,7 +216,7 @@ def dense_parameters(config: Any) -> int:
     return total
 
 
-def parameters(config: Any) -> int:
+def parameters(config: Config) -> int:
     """Return the number of a model's parameters, a tied head counted once."""
     linear = (linear_shape(config, shape, name) for shape in shapes(config) for name in LINEARS)
     return dense_parameters(config) + sum(outputs * inputs for outputs, inputs in linear)
@@ -211,10 +228,10 @@ def block_outputs(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
     Transformers' own ``hidden_states`` end with the state after the last norm, not with the last block's output.
     """
-    found: list[torch.Tensor] = []
-    handles = [block.register_forward_hook(lambda _, inputs, output: found.append(output)) for block in blocks(model)]
+    outputs: list[torch.Tensor] = []
+    handles = [block.register_forward_hook(lambda _, inputs, output: outputs.append(output)) for block in blocks(model)]
     try:
-        yield found
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

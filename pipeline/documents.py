@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 
@@ -66,7 +66,7 @@ def parse(text: str, functions: bool = False) -> Any:
         raise DocumentError(" ".join(str(error).split())[:200]) from None
 
 
-def write(value: Any) -> str:
+def write(value: object) -> str:
     """Return a value as YAML that ``parse`` reads back."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
@@ -74,12 +74,12 @@ def write(value: Any) -> str:
 class _Dumper(yaml.SafeDumper):
     """PyYAML's, without aliases for what stands there twice."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
-def _refuse(problem: str, mark: Any) -> NoReturn:
-    raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+def _refuse(problem: str, at: yaml.Event | yaml.Node) -> NoReturn:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=cast("yaml.Mark", at.start_mark))
 
 
 class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml.composer.Composer,
@@ -97,26 +97,26 @@ class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml
         yaml.resolver.BaseResolver.__init__(self)
         self._depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            _refuse(f"alias *{str(event.anchor)[:40]} is not allowed; write the value out", event.start_mark)
+            _refuse(f"alias *{str(event.anchor)[:40]} is not allowed; write the value out", event)
         if self._depth == _DEEPEST:
-            _refuse(f"nested more than {_DEEPEST} levels deep", event.start_mark)
+            _refuse(f"nested more than {_DEEPEST} levels deep", event)
         self._depth += 1
         try:
             return super().compose_node(parent, index)
         finally:
             self._depth -= 1
 
-    def _mapping(self, node: yaml.MappingNode) -> dict[Any, Any]:
-        values: dict[Any, Any] = {}
+    def _mapping(self, node: yaml.MappingNode) -> dict[object, object]:
+        values: dict[object, object] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                _refuse("a key must be a word", key_node.start_mark)
+                _refuse("a key must be a word", key_node)
             key = self.construct_object(key_node)
             if key in values and not self.repeated_keys:
-                _refuse(f"key {str(key)[:40]!r} stands here twice; remove one", key_node.start_mark)
+                _refuse(f"key {str(key)[:40]!r} stands here twice; remove one", key_node)
             values[key] = self.construct_object(value_node, deep=True)
         return values
 
@@ -139,8 +139,8 @@ class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml
     def _boolean(self, node: yaml.ScalarNode) -> bool:
         return str(self.construct_scalar(node)).lower() == "true"
 
-    def _undefined(self, node: yaml.Node) -> Any:
-        _refuse(f"tag {node.tag[:60]} is not allowed", node.start_mark)
+    def _undefined(self, node: yaml.Node) -> NoReturn:
+        _refuse(f"tag {node.tag[:60]} is not allowed", node)
 
 
 class _WithFunctions(_Loader):

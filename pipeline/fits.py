@@ -10,10 +10,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from pipeline import architecture, bits
-from pipeline.architecture import ATTENTION, GRANULARITIES, LINEARS
+from pipeline.architecture import ATTENTION, GRANULARITIES, LINEARS, Config
 from pipeline.errors import UserError, shown
 from pipeline.paths import BASE
 
@@ -24,7 +23,7 @@ _LARGEST = 2**31  # of a size
 _MOST_BLOCKS = 10_000
 
 
-def at_hand(source: str) -> Any | None:
+def at_hand(source: str) -> SimpleNamespace | None:
     """Return the config of a model that is here: in a folder, or fetched already; None for any other.
 
     Raises:
@@ -37,7 +36,7 @@ def at_hand(source: str) -> Any | None:
     return read(BASE) if mark.exists() and mark.read_text(encoding="utf-8") == source else None
 
 
-def read(folder: Path) -> Any:
+def read(folder: Path) -> SimpleNamespace:
     """Return the config of a model folder; fields that old checkpoints leave out as the families understand that.
 
     Raises:
@@ -56,12 +55,12 @@ def read(folder: Path) -> Any:
     return SimpleNamespace(**values)
 
 
-def complete(config: Any) -> bool:
+def complete(config: Config) -> bool:
     """Return whether a config has all the sizes that the checks read; transformers has defaults for those it lacks."""
     return all(getattr(config, size, None) is not None for size in _SIZES)
 
 
-def unusable(config: Any) -> str | None:
+def unusable(config: Config) -> str | None:
     """Refuse a config whose sizes are no sizes: transformers would fail on it with a traceback, or never end."""
     for size in (*_SIZES, "head_dim"):
         value = getattr(config, size, None)
@@ -81,7 +80,7 @@ def unusable(config: Any) -> str | None:
     return None
 
 
-def dense(config: Any) -> str | None:
+def dense(config: Config) -> str | None:
     """Refuse a model whose weights are quantized: pruning and the layer bank start from dense ones."""
     quantization = getattr(config, "quantization_config", None)
     if not quantization:
@@ -94,7 +93,7 @@ def dense(config: Any) -> str | None:
     )
 
 
-def rank(config: Any, asked: int) -> str | None:
+def rank(config: Config, asked: int) -> str | None:
     """Refuse a LoRA rank that a linear cannot have."""
     shape = architecture.shapes(config)[0]
     smallest = min(min(architecture.linear_shape(config, shape, name)) for name in LINEARS)
@@ -104,7 +103,7 @@ def rank(config: Any, asked: int) -> str | None:
     return None
 
 
-def length(config: Any, section: str, max_length: int) -> str | None:
+def length(config: Config, section: str, max_length: int) -> str | None:
     """Refuse rows longer than what the model was made for."""
     most = config.max_position_embeddings
     if max_length > most:
@@ -112,7 +111,7 @@ def length(config: Any, section: str, max_length: int) -> str | None:
     return None
 
 
-def seed_bits(config: Any, seeds: Sequence[str], granularity: str) -> str | None:
+def seed_bits(config: Config, seeds: Sequence[str], granularity: str) -> str | None:
     """Refuse bit strings that do not have one digit for each unit."""
     for seed in seeds:
         if len(seed) != _units(config, granularity):
@@ -120,18 +119,18 @@ def seed_bits(config: Any, seeds: Sequence[str], granularity: str) -> str | None
     return None
 
 
-def choice(config: Any, choose: str, granularity: str) -> str | None:
+def choice(config: Config, choose: str, granularity: str) -> str | None:
     """Refuse a bit string to build that does not have one digit for each unit; a run's id has 32 digits."""
     if bits.is_text(choose) and len(choose) not in (32, _units(config, granularity)):
         return f"build.choose: {_miscounted(config, granularity, choose)}"
     return None
 
 
-def _units(config: Any, granularity: str) -> int:
+def _units(config: Config, granularity: str) -> int:
     return config.num_hidden_layers * len(GRANULARITIES[granularity])
 
 
-def _miscounted(config: Any, granularity: str, text: str) -> str:
+def _miscounted(config: Config, granularity: str, text: str) -> str:
     wanted = _units(config, granularity)
     return (
         f"bits {shown(text)} are {len(text)} digits, but with granularity {granularity} the model has {wanted} units; "

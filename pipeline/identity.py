@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 PACKAGE = "pipeline"
 ROOT = Path(__file__).parent.parent
@@ -107,15 +106,15 @@ def closure(*roots: str, computing: tuple[str, ...] = (), root: Path = ROOT) -> 
         computing: Packages of ``NOT_COMPUTING`` that count here.
         root: The folder that holds the package.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     waiting = list(roots)
     while waiting:
         name = waiting.pop()
-        if name in found:
+        if name in names:
             continue
-        found.add(name)
+        names.add(name)
         waiting += [other for other in _imported(name, root) if _computes(other, computing)]
-    return sorted(found)
+    return sorted(names)
 
 
 def stage_files(stage: str, root: Path = ROOT) -> list[str]:
@@ -156,11 +155,11 @@ def _within(name: str, packages: tuple[str, ...]) -> bool:
 @cache
 def _imported(name: str, root: Path) -> tuple[str, ...]:
     """Return the modules of the package that a module imports anywhere, with the packages that they lie in."""
-    found: set[str] = set(_parents(name))
+    names: set[str] = set(_parents(name))
     for target in _targets(_tree(_file(name, root))):
         if target.partition(".")[0] == PACKAGE and _exists(target, root):
-            found |= {target, *_parents(target)}
-    return tuple(sorted(found))
+            names |= {target, *_parents(target)}
+    return tuple(sorted(names))
 
 
 def _targets(tree: ast.AST) -> Iterator[str]:
@@ -214,7 +213,7 @@ def _is_empty(file: Path) -> bool:
     return not _tree(file).body
 
 
-def _plain(node: Any) -> str:
+def _plain(node: object) -> str:
     """Return a tree as text that is the same for all versions of Python: ``ast.dump`` differs in empty fields."""
     if isinstance(node, ast.AST):
         fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]

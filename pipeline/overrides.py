@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
@@ -63,7 +62,7 @@ def assignments(text: str) -> dict[str, str]:
     return dict(zip(names, parts[1::2], strict=True))
 
 
-def active() -> dict[str, Any]:
+def active() -> dict[str, object]:
     """Return what the command line changed: dotted key -> value.
 
     Raises:
@@ -89,7 +88,7 @@ def path() -> Path:
     return _preset_path(preset) if preset else Path(DEFAULT)
 
 
-def read(file: str | Path | None = None) -> Any:
+def read(file: str | Path | None = None) -> object:
     """Return the document of the params that are used, not yet judged.
 
     Args:
@@ -171,7 +170,7 @@ def _preset_path(name: str) -> Path:
     return PRESETS / f"{name}.yaml"
 
 
-def _value(key: str, text: str) -> Any:
+def _value(key: str, text: str) -> object:
     refuse_unknown(key)
     try:
         return documents.parse(text)

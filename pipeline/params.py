@@ -27,7 +27,7 @@ _LONGEST_NAME = 250  # characters
 _LONGEST_TEXT = 10_000
 
 
-def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _each_once(values: tuple[object, ...]) -> tuple[object, ...]:
     if len(set(values)) < len(values):
         raise ValueError("each value may be named once; remove the repeated ones")
     return values
@@ -103,9 +103,7 @@ class Prune(Section):
     ratio: float = Field(ge=0, lt=MOST, description="Fraction of the whole model's parameters to remove.")
     importance: Literal[
         "taylor1", "taylor2", "taylor_mix", "magnitude", "random", "activation", "fisher_mask", "surgeon"
-    ] = Field(
-        description="Score of a coupled structure; taylor1 is the paper's Element1, taylor2 its Element2.",
-    )
+    ] = Field(description="Score of a coupled structure; taylor1 is the paper's Element1, taylor2 its Element2.")
     level: Literal["parameter", "vector"] = Field(description="Take absolute values before or after summing a row.")
     aggregate: Literal["sum", "mean", "prod", "max", "last"] = Field(description="From a group's members to its score.")
     scope: Literal["local", "global"] = Field(description="The same share of each block, or one ranking of all groups.")
@@ -159,7 +157,6 @@ class Recover(Section):
     train: Literal["lora", "full"] = Field(
         description="lora: the adapters. full: also all that is not quantized; at 16 bits full-parameter fine-tuning."
     )
-
     steps: Count = Field(description="Optimizer steps of a trial.")
     batch_size: Positive = Field(description="Rows of an optimizer step.")
     micro_batch_size: Positive = Field(description="Rows that are computed at once.")
@@ -335,9 +332,9 @@ def read_history(path: str) -> list[dict[str, Any]]:
     return results
 
 
-def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+def flatten(section: BaseModel, prefix: str = "") -> dict[str, object]:
     """Return a section as dotted keys, for a tracker that knows no nesting."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, value in section:
         if isinstance(value, BaseModel):
             flat |= flatten(value, f"{prefix}{name}.")
@@ -346,7 +343,7 @@ def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def digest(*parts: Any) -> str:
+def digest(*parts: object) -> str:
     """Return twelve hex digits that name ``parts`` (sections, strings, numbers, lists, mappings)."""
     plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]

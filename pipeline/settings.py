@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.compress import structures
 from pipeline.params import BlockRange, Evaluate, Prune, Quantize, Recover, Section
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     S = TypeVar("S", bound=DataclassInstance)
 
 
-def settings_of(kind: type[S], section: Section, **others: Any) -> S:
+def settings_of(kind: type[S], section: Section, **others: object) -> S:
     """Return settings made of a section's fields.
 
     Args:

@@ -223,14 +223,14 @@ def read_json(path: Path, stage: str, needs: Mapping[str, type] | None = None) -
     return values
 
 
-def _mappings(values: Any) -> Iterator[tuple[str, Any]]:
+def _mappings(values: object) -> Iterator[tuple[str, object]]:
     if isinstance(values, list):
         yield from ((f", entry {index}", entry) for index, entry in enumerate(values, 1))
     else:
         yield "", values
 
 
-def check(values: Any, needs: Mapping[str, type], place: str, stage: str) -> None:
+def check(values: object, needs: Mapping[str, type], place: str, stage: str) -> None:
     """Check that a mapping has keys of given types; a float is any finite number.
 
     Args:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -27,20 +26,19 @@ _OPTIONAL = {"num_key_value_heads": 1 << 12, "head_dim": 1 << 12}
 _TYPES = ("float64", "float32", "float16", "bfloat16")
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path) -> PretrainedConfig:
     """Return a folder's config, if a model of a supported family can be built from it.
 
     Raises:
         WeightsError: Its values are missing, senseless or beyond what a model can have.
     """
     values = read_json(folder / "config.json")
-    if not isinstance(values.get("model_type"), str):
-        raise WeightsError(f"config.json: model_type is {values.get('model_type')!r}; name the model's family")
-    if values["model_type"].removeprefix("pruned_") not in architecture.FAMILIES:
+    family = values.get("model_type")
+    if not isinstance(family, str):
+        raise WeightsError(f"config.json: model_type is {family!r}; name the model's family")
+    if family.removeprefix("pruned_") not in architecture.FAMILIES:
         families = ", ".join(architecture.FAMILIES)
-        raise WeightsError(
-            f"config.json: model family {values['model_type']!r} is not supported; use one of {families}"
-        )
+        raise WeightsError(f"config.json: model family {family!r} is not supported; use one of {families}")
     faults = [*_count_faults(values), *_part_faults(values)]
     if faults:
         raise WeightsError("; ".join(f"config.json: {fault}" for fault in faults) + "; take the model's own config")
@@ -52,7 +50,8 @@ def read_config(folder: Path) -> Any:
         ) from error
 
 
-def _count_faults(values: Mapping[str, Any]) -> list[str]:
+def _count_faults(values: Mapping[str, object]) -> list[str]:
+    counts: dict[str, int] = {}
     faults = []
     for key, most in (_REQUIRED | _OPTIONAL).items():
         value = values.get(key)
@@ -62,10 +61,12 @@ def _count_faults(values: Mapping[str, Any]) -> list[str]:
             faults.append(f"{key} is missing")
         elif type(value) is not int or not 1 <= value <= most:
             faults.append(f"{key} is {str(value)[:40]}, not a whole number from 1 to {most:,}")
+        else:
+            counts[key] = value
     if faults:
         return faults
-    hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    kv_heads, width = values.get("num_key_value_heads") or heads, values.get("head_dim")
+    hidden, heads = counts["hidden_size"], counts["num_attention_heads"]
+    kv_heads, width = counts.get("num_key_value_heads", heads), counts.get("head_dim")
     if heads % kv_heads:
         faults.append(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     if width is None and hidden % heads:
@@ -75,7 +76,7 @@ def _count_faults(values: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _part_faults(values: Mapping[str, Any]) -> list[str]:
+def _part_faults(values: Mapping[str, object]) -> list[str]:
     faults = []
     activation = values.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACT2FN:
@@ -104,8 +105,8 @@ def _part_faults(values: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _positive(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 def first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from pipeline.console import note
 from pipeline.errors import UserError
@@ -44,7 +44,15 @@ class Tensor:
     shape: tuple[int, ...]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+class _Entry(TypedDict):
+    """What a header says of a tensor, once ``_span`` has judged it."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+def read_json(path: Path) -> dict[str, object]:
     """Return a JSON object out of a model folder.
 
     Raises:
@@ -143,7 +151,7 @@ def _header(file: Path) -> dict[str, Tensor]:
     return {name: Tensor(file, value["dtype"], tuple(value["shape"])) for name, value in values.items()}
 
 
-def _span(file: Path, name: str, value: Any) -> tuple[int, int]:
+def _span(file: Path, name: str, value: _Entry) -> tuple[int, int]:
     """Return (begin, end) of a tensor's bytes, if type, shape and place agree."""
     try:
         width, shape, (begin, end) = _BYTES[value["dtype"]], value["shape"], value["data_offsets"]

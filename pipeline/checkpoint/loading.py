@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pipeline.checkpoint.pruned import STORED, compute_in
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ADAPTER = "adapter"
 
 
-def load_config(folder: str | Path) -> Any:
+def load_config(folder: str | Path) -> PretrainedConfig:
     """Load a checkpoint's config alone."""
     return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
@@ -58,7 +68,7 @@ def _loaded(
     return model.eval()
 
 
-def load_tokenizer(folder: str | Path) -> Any:
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer: it pads on the right, and ends no text by itself."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if tokenizer.pad_token_id is None:
@@ -68,7 +78,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def _leave_ends_open(tokenizer: Any) -> None:
+def _leave_ends_open(tokenizer: PreTrainedTokenizerBase) -> None:
     """Make a tokenizer add nothing after a text, what it adds before it stays; changes the tokenizer.
 
     Some end each text with a special token. A prompt would then end before its continuation begins, and every choice
@@ -95,7 +105,7 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def load_final(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
+def load_final(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> PeftModel:
     """Load a built model: bitsandbytes' modules of its bit-widths, with its adapter, in evaluation mode."""
     from peft import PeftModel
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import bitsandbytes as bnb
 from torch import nn
@@ -16,6 +15,7 @@ from transformers.integrations.bitsandbytes import (
     Bnb8bitQuantize,
     replace_with_bnb_linear,
 )
+from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
@@ -37,7 +37,7 @@ class MixedBitsConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, linear_bits: Mapping[str, int], four_bit: str = "nf4", double_quant: bool = False, **_: Any
+        self, linear_bits: Mapping[str, int], four_bit: str = "nf4", double_quant: bool = False, **_: object
     ) -> None:
         self.quant_method = "mixed_bits"  # type: ignore[assignment]  # transformers lists its own methods only
         self.linear_bits = dict(linear_bits)
@@ -60,12 +60,12 @@ class MixedBitsConfig(QuantizationConfigMixin):
 class _Dispatch(ConversionOps):
     """Hands a linear's tensors to the converter of its bit-width."""
 
-    def __init__(self, hf_quantizer: Any, four: type, eight: type):
+    def __init__(self, hf_quantizer: HfQuantizer, four: type, eight: type):
         self.hf_quantizer = hf_quantizer
         self._four, self._eight = four(hf_quantizer), eight(hf_quantizer)
 
     def convert(  # type: ignore[override]  # as the converters that it hands over to
-        self, input_dict: dict, model: Any = None, full_layer_name: Any = None, **kwargs: Any
+        self, input_dict: dict, model: nn.Module | None = None, full_layer_name: str | None = None, **kwargs: object
     ) -> dict:
         name = full_layer_name if full_layer_name is not None else next(iter(input_dict))
         module, _ = get_module_from_name(model, name)
@@ -81,15 +81,15 @@ class MixedBitsQuantizer(Bnb4BitHfQuantizer):
         "weight": [*Bnb4BitHfQuantizer.serialized_names["weight"], *Bnb8BitHfQuantizer.serialized_names["weight"][1:]]
     }
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+    def validate_environment(self, *args: object, **kwargs: object) -> None:
         """Bitsandbytes and accelerate are pinned requirements."""
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: object) -> bool:
         """Return whether a parameter is the weight of a bitsandbytes linear."""
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) and name != "bias"
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: object, **kwargs: object) -> None:
         config = self.quantization_config
         linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         for bits in (4, 8):
@@ -102,7 +102,7 @@ class MixedBitsQuantizer(Bnb4BitHfQuantizer):
                     pre_quantized=self.pre_quantized,
                 )
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
         # PEFT reads both flags to wrap each linear by its own type; save_pretrained refuses kept conversions.
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             setattr(model, flag, True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 import bitsandbytes as bnb
 import torch
@@ -35,10 +35,10 @@ class _PrunedConfig:
     def validate_architecture(self) -> None:
         """Accept head counts that do not divide the hidden size: pruning takes whole heads."""
 
-    def block(self, index: int) -> Any:
+    def block(self, index: int) -> PretrainedConfig:
         """Return the config that one block is built from."""
-        shape = shapes(self)[index]
-        config: Any = copy.copy(self)
+        config = cast("PretrainedConfig", copy.copy(self))
+        shape = shapes(config)[index]
         config.num_attention_heads, config.num_key_value_heads = shape.heads, shape.kv_heads
         config.intermediate_size = shape.channels
         return config
@@ -47,7 +47,7 @@ class _PrunedConfig:
 class _PrunedModel:
     """Builds each block at its own shape."""
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+    def __init__(self, config: _PrunedConfig, *args: object, **kwargs: object):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if getattr(config, "block_shapes", None):
             for index, block in enumerate(self.model.layers):  # type: ignore[attr-defined]
@@ -118,14 +118,17 @@ _PRUNED: dict[str, type[PreTrainedModel]] = {
 }
 
 
+def _config_class(model_class: type[PreTrainedModel]) -> type[PretrainedConfig]:
+    return cast("type[PretrainedConfig]", model_class.config_class)  # only the base class may have none
+
+
 def pruned_config(config: PretrainedConfig, block_shapes: list[BlockShape]) -> PretrainedConfig:
     """Return the ``pruned_*`` config of a model whose blocks have these shapes."""
     fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
     # Qwen2 has no such field and takes hidden size / heads, which is wrong for a block that has lost heads.
     fields["head_dim"] = head_dim(config)
     fields["block_shapes"] = [[shape.heads, shape.kv_heads, shape.channels] for shape in block_shapes]
-    config_class: Any = _PRUNED[config.model_type.removeprefix("pruned_")].config_class
-    return config_class(**fields)
+    return _config_class(_PRUNED[config.model_type.removeprefix("pruned_")])(**fields)
 
 
 def from_state(
@@ -160,6 +163,6 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 def register() -> None:
     """Make the pruned model types known to transformers; safe to call again."""
     for model_class in _PRUNED.values():
-        config_class: Any = model_class.config_class
+        config_class = _config_class(model_class)
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)

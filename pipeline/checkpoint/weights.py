@@ -13,12 +13,11 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pipeline.checkpoint.configs import first_line
 from pipeline.checkpoint.headers import DENSE, INDEX, WHOLE, Tensor, WeightsError, tensors, weight_files
@@ -55,7 +54,7 @@ class Weights:
         return any(name != clean for name, clean in self.names.items())
 
 
-def check(folder: Path, config: Any) -> Weights:
+def check(folder: Path, config: PretrainedConfig) -> Weights:
     """Compare the weights of a folder with the model that its config describes, and read each value once.
 
     Raises:
@@ -91,7 +90,7 @@ def copy(weights: Weights, folder: Path) -> None:
         write_text(folder / INDEX, json.dumps({"metadata": {}, "weight_map": places}, indent=1))
 
 
-def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of a model's tensors, without the memory for them."""
     try:
         with torch.device("meta"):
@@ -103,7 +102,7 @@ def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _clean_names(held: Iterable[str], expected: Mapping[str, Any]) -> dict[str, str]:
+def _clean_names(held: Iterable[str], expected: Mapping[str, object]) -> dict[str, str]:
     """Return name in the files -> name in the model; what wrappers put before it is taken off."""
     names: dict[str, str] = {}
     for name in held:
@@ -120,7 +119,7 @@ def _clean_names(held: Iterable[str], expected: Mapping[str, Any]) -> dict[str, 
     return names
 
 
-def _compare(given: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], config: Any) -> None:
+def _compare(given: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], config: PretrainedConfig) -> None:
     if adapters := [name for name in given if "lora_" in name]:
         raise WeightsError(f"the weights hold an adapter ({adapters[0]}); merge it first: model.merge_and_unload()")
     optional = {_HEAD} if config.tie_word_embeddings else set()
@@ -153,7 +152,7 @@ def _compare(given: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]
         )
 
 
-def _read_values(files: Iterable[Path], names: Mapping[str, str], config: Any) -> None:
+def _read_values(files: Iterable[Path], names: Mapping[str, str], config: PretrainedConfig) -> None:
     """Read tensor by tensor; refuse NaN, infinities, and weights that are all zero."""
     compared: dict[str, torch.Tensor] = {}
     for file in files:

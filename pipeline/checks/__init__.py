@@ -10,15 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TypedDict, cast
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from pipeline import overrides
 from pipeline.checks import machine, model, pairs
 from pipeline.checks.check import Check
 from pipeline.errors import shown
 from pipeline.params import Params, ParamsError, Section
+
+
+class _Fault(TypedDict):
+    """What is read of an entry of pydantic's ``ValidationError.errors()``."""
+
+    loc: tuple[int | str, ...]
+    type: str
+    msg: str
+    input: object
 
 
 def load(path: str | Path | None = None) -> Params:
@@ -34,7 +44,7 @@ def load(path: str | Path | None = None) -> Params:
     return parse(raw, str(overrides.path() if path is None else path))
 
 
-def parse(raw: Any, origin: str = overrides.DEFAULT) -> Params:
+def parse(raw: object, origin: str = overrides.DEFAULT) -> Params:
     """Turn a document into params.
 
     Args:
@@ -63,15 +73,15 @@ def parse(raw: Any, origin: str = overrides.DEFAULT) -> Params:
     return whole
 
 
-def _checks(values: dict[str, Any]) -> Iterable[Check]:
+def _checks(values: dict[str, object]) -> Iterable[Check]:
     yield from pairs.CHECKS
     yield from machine.CHECKS
-    config = model.at_hand(values.get("model.source"))
+    config = model.at_hand(cast("str | None", values.get("model.source")))
     if config is not None:
         yield from model.checks(config)
 
 
-def _judge(check: Check, values: dict[str, Any]) -> Iterator[str]:
+def _judge(check: Check, values: dict[str, object]) -> Iterator[str]:
     """Yield the faults that a check finds; none if a key that it reads is itself at fault."""
     if not all(key in values for key in check.keys):
         return
@@ -87,14 +97,14 @@ def _judge(check: Check, values: dict[str, Any]) -> Iterator[str]:
     yield from check.judge(given)
 
 
-def _sound_values(raw: dict[str, Any], wrong: set[tuple[str, ...]]) -> dict[str, Any]:
+def _sound_values(raw: dict[str, object], wrong: set[tuple[str, ...]]) -> dict[str, object]:
     """Return the typed values without fault by their keys (``seed``, ``prune.ratio``), and each section without any.
 
     Args:
         raw: The document.
         wrong: The places of the faults: (section,), (section, key) or (key,).
     """
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for name, field in Params.model_fields.items():
         key = field.alias or name
         kind = field.annotation
@@ -103,23 +113,24 @@ def _sound_values(raw: dict[str, Any], wrong: set[tuple[str, ...]]) -> dict[str,
         if not (isinstance(kind, type) and issubclass(kind, Section)):
             values[key] = _typed(field, raw.get(key, field.default))
             continue
+        section = cast("dict[str, object]", raw[key])  # any other has a fault
         sound = {
             inner: inner_field
             for inner, inner_field in kind.model_fields.items()
-            if (key, inner) not in wrong and (inner in raw[key] or not inner_field.is_required())
+            if (key, inner) not in wrong and (inner in section or not inner_field.is_required())
         }
         for inner, inner_field in sound.items():
-            values[f"{key}.{inner}"] = _typed(inner_field, raw[key].get(inner, inner_field.default))
+            values[f"{key}.{inner}"] = _typed(inner_field, section.get(inner, inner_field.default))
         if len(sound) == len(kind.model_fields):
-            values[key] = kind.model_validate({inner: raw[key][inner] for inner in sound if inner in raw[key]})
+            values[key] = kind.model_validate({inner: section[inner] for inner in sound if inner in section})
     return values
 
 
-def _typed(field: Any, value: Any) -> Any:
+def _typed(field: FieldInfo, value: object) -> object:
     return TypeAdapter(field.rebuild_annotation()).validate_python(value)
 
 
-def _line(fault: Any) -> str:
+def _line(fault: _Fault) -> str:
     key = ".".join(shown(part)[1:-1] if isinstance(part, str) else str(part) for part in fault["loc"])
     key = key or "(whole file)"
     message = fault["msg"].removeprefix("Value error, ")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+
+Judge = Callable[[SimpleNamespace], Iterator[str]]
 
 
 @dataclass(frozen=True)
@@ -17,9 +19,9 @@ class Check:
     """
 
     keys: tuple[str, ...]
-    judge: Callable[[Any], Iterator[str]]
+    judge: Judge
 
 
-def reads(*keys: str) -> Callable[[Callable[[Any], Iterator[str]]], Check]:
+def reads(*keys: str) -> Callable[[Judge], Check]:
     """Make a check of a function that reads these keys."""
     return lambda judge: Check(keys, judge)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
 
 from pipeline.checks.check import Check, reads
 from pipeline.errors import UserError
 
 
 @reads("device", "dtype")
-def _device_is_there(given: Any) -> Iterator[str]:
+def _device_is_there(given: SimpleNamespace) -> Iterator[str]:
     if given.device != "cuda":  # torch, which knows, takes seconds to import
         return
     from pipeline import device

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 
 from pipeline import fits
 from pipeline.architecture import FAMILIES
@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 _PRUNABLE = ("prune.structures", "prune.multiple_of", "prune.attention_blocks", "prune.mlp_blocks")
 
 
-def at_hand(source: str | None) -> Any | None:
+def at_hand(source: str | None) -> SimpleNamespace | None:
     """Return the config of a supported model that is here; None for any other, or if the source is at fault."""
     if source is None:
         return None
@@ -25,7 +25,7 @@ def at_hand(source: str | None) -> Any | None:
     return config if getattr(config, "model_type", None) in FAMILIES else None
 
 
-def checks(config: Any) -> Iterator[Check]:
+def checks(config: SimpleNamespace) -> Iterator[Check]:
     """Yield the checks against a config."""
     yield Check((), lambda given: _some(fits.dense(config)))
     fault = fits.unusable(config)
@@ -56,27 +56,27 @@ def _some(fault: str | None) -> Iterator[str]:
         yield fault
 
 
-def _block_range(config: Any, key: str) -> Check:
+def _block_range(config: SimpleNamespace, key: str) -> Check:
     return Check((f"prune.{key}",), lambda given: _some(structures.block_range(config, key, getattr(given.prune, key))))
 
 
-def _ratio(config: Any, key: str, ratios: Any) -> Check:
+def _ratio(config: SimpleNamespace, key: str, ratios: Callable[[SimpleNamespace], Iterable[float]]) -> Check:
     @reads(*_PRUNABLE, key)
-    def check(given: Any) -> Iterator[str]:
+    def check(given: SimpleNamespace) -> Iterator[str]:
         for ratio in ratios(given):
             yield from _some(structures.ratio(config, given.prune, key, ratio))
 
     return check
 
 
-def _length(config: Any, section: str) -> Check:
+def _length(config: SimpleNamespace, section: str) -> Check:
     return Check(
         (f"{section}.max_length",),
         lambda given: _some(fits.length(config, section, getattr(given, section).max_length)),
     )
 
 
-def _budget(config: Any) -> Check:
+def _budget(config: SimpleNamespace) -> Check:
     """Make the check that the budget of memory can be met by 4 bits everywhere.
 
     The shapes of blocks are known after pruning only, and the search then judges exactly. This judges the prediction
@@ -84,7 +84,7 @@ def _budget(config: Any) -> Check:
     """
 
     @reads("search.memory_budget_gib", "prune.ratio", "prune.multiple_of", "quantize", "recover", "evaluate")
-    def check(given: Any) -> Iterator[str]:
+    def check(given: SimpleNamespace) -> Iterator[str]:
         budget = given.search.memory_budget_gib
         if budget is None:
             return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from types import SimpleNamespace
+from typing import get_args
 
 from pipeline import fits
 from pipeline.architecture import FAMILIES
@@ -16,7 +17,7 @@ from pipeline.params import Objective
 
 
 @reads("prune.samples", "prune.importance", "prune.compensate")
-def _needs_samples(given: Any) -> Iterator[str]:
+def _needs_samples(given: SimpleNamespace) -> Iterator[str]:
     prune = given.prune
     if prune.samples == 0 and structures.calibrated(prune.importance, prune.compensate):
         yield (
@@ -26,7 +27,7 @@ def _needs_samples(given: Any) -> Iterator[str]:
 
 
 @reads("prune.noise", "prune.importance", "prune.compensate")
-def _noise_is_read(given: Any) -> Iterator[str]:
+def _noise_is_read(given: SimpleNamespace) -> Iterator[str]:
     prune = given.prune
     if prune.noise and not structures.fitted(prune.importance, prune.compensate):
         yield (
@@ -36,13 +37,13 @@ def _noise_is_read(given: Any) -> Iterator[str]:
 
 
 @reads("prune.steps", "prune.importance")
-def _random_once(given: Any) -> Iterator[str]:
+def _random_once(given: SimpleNamespace) -> Iterator[str]:
     if given.prune.importance == "random" and given.prune.steps > 1:
         yield f"prune.steps: steps is {given.prune.steps}, but random scores do not get better; set it to 1"
 
 
 @reads("prune.importance", "prune.compensate")
-def _surgeon_refits(given: Any) -> Iterator[str]:
+def _surgeon_refits(given: SimpleNamespace) -> Iterator[str]:
     if given.prune.importance == "surgeon" and not given.prune.compensate:
         yield (
             "prune.importance: 'surgeon' scores what is lost after the rest was refitted, but compensate is false; "
@@ -52,7 +53,7 @@ def _surgeon_refits(given: Any) -> Iterator[str]:
 
 def _ordered(key: str) -> Check:
     @reads(f"prune.{key}")
-    def check(given: Any) -> Iterator[str]:
+    def check(given: SimpleNamespace) -> Iterator[str]:
         span = getattr(given.prune, key)
         if 0 <= span.last < span.first:
             yield f"prune.{key}: first {span.first} comes after last {span.last}; swap them (-1 is the last block)"
@@ -61,14 +62,14 @@ def _ordered(key: str) -> Check:
 
 
 @reads("recover.batch_size", "recover.micro_batch_size")
-def _micro_batches(given: Any) -> Iterator[str]:
+def _micro_batches(given: SimpleNamespace) -> Iterator[str]:
     whole, part = given.recover.batch_size, given.recover.micro_batch_size
     if whole % part:
         yield f"recover.batch_size: batch_size {whole} is no multiple of micro_batch_size {part}; set one so that it is"
 
 
 @reads("recover.patience", "recover.validate_every")
-def _patience_has_losses(given: Any) -> Iterator[str]:
+def _patience_has_losses(given: SimpleNamespace) -> Iterator[str]:
     if given.recover.patience and not given.recover.validate_every:
         yield (
             f"recover.patience: patience {given.recover.patience} counts validation losses, but validate_every is 0; "
@@ -80,7 +81,7 @@ def _warmup_ends(key: str) -> Check:
     section = key.partition(".")[0]
 
     @reads("recover.warmup_steps", key)
-    def check(given: Any) -> Iterator[str]:
+    def check(given: SimpleNamespace) -> Iterator[str]:
         warmup, steps = given.recover.warmup_steps, getattr(given, section).steps
         if warmup > steps > 0:
             yield (
@@ -92,7 +93,7 @@ def _warmup_ends(key: str) -> Check:
 
 
 @reads("importance.samples", "importance.max_length", "importance.clusters")
-def _enough_tokens(given: Any) -> Iterator[str]:
+def _enough_tokens(given: SimpleNamespace) -> Iterator[str]:
     tokens = given.importance.samples * given.importance.max_length
     if tokens < given.importance.clusters:
         yield (
@@ -102,7 +103,7 @@ def _enough_tokens(given: Any) -> Iterator[str]:
 
 
 @reads("search.seed_bits", "search.max_8bit_fraction")
-def _seeds_within_limit(given: Any) -> Iterator[str]:
+def _seeds_within_limit(given: SimpleNamespace) -> Iterator[str]:
     limit = given.search.max_8bit_fraction
     for seed in given.search.seed_bits:
         share = seed.count("8") / len(seed)
@@ -115,7 +116,7 @@ def _seeds_within_limit(given: Any) -> Iterator[str]:
 
 
 @reads("search.average_bits", "search.max_8bit_fraction")
-def _average_leaves_room(given: Any) -> Iterator[str]:
+def _average_leaves_room(given: SimpleNamespace) -> Iterator[str]:
     average, share = given.search.average_bits, given.search.max_8bit_fraction
     if average == 4 and share > 0:
         yield (
@@ -125,7 +126,7 @@ def _average_leaves_room(given: Any) -> Iterator[str]:
 
 
 @reads("model.source")
-def _supported_family(given: Any) -> Iterator[str]:
+def _supported_family(given: SimpleNamespace) -> Iterator[str]:
     source = given.model.source
     folder = Path(source.removeprefix("path:"))
     if not source.startswith("path:"):
@@ -146,14 +147,14 @@ def _supported_family(given: Any) -> Iterator[str]:
 
 
 @reads("evaluate.tasks")
-def _tasks_can_be_run(given: Any) -> Iterator[str]:
+def _tasks_can_be_run(given: SimpleNamespace) -> Iterator[str]:
     for index, task in enumerate(given.evaluate.tasks):
         if fault := _fault_of_task(task):
             yield f"evaluate.tasks.{index}: {fault} (value {shown(task)})"
 
 
 @reads("evaluate.tasks", "data.benchmarks")
-def _items_are_there(given: Any) -> Iterator[str]:
+def _items_are_there(given: SimpleNamespace) -> Iterator[str]:
     if given.data.benchmarks == "hub":
         return
     folder = Path(given.data.benchmarks.removeprefix("path:"))
@@ -175,7 +176,7 @@ def _fault_of_task(task: str) -> str | None:
 
 
 @reads("pareto.objective", "evaluate.tasks")
-def _objective_is_measured(given: Any) -> Iterator[str]:
+def _objective_is_measured(given: SimpleNamespace) -> Iterator[str]:
     measured = (*get_args(Objective), *given.evaluate.tasks)
     if given.pareto.objective not in measured:
         yield (

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
@@ -147,7 +146,7 @@ def calibrated(
     order = problem.gram.diagonal().argsort(descending=True) if fit.descending else None
     index, scales = feed_back(problem, fit.factors, order)
     index, scales = descend(problem, index, scales, fit.sweeps, fit.refit)
-    nested: dict[str, Any] = {}
+    nested: dict[str, object] = {}
     absmax = scales
     if bits == 4 and double_quant:
         absmax, nested, scales = _nested(scales)
@@ -219,12 +218,12 @@ def feed_back(
             column, row, real = problem.members(new)
             scales[new] = best_scales(rest[place[column], row] * real, diagonal[column] * real, grid, factors)
             known[new] = True
-        part, used, own = rest[here], scales[blocks], factor[here, here]
+        part, used, within = rest[here], scales[blocks], factor[here, here]
         errors = torch.empty_like(part)
         for j in range(len(part)):
             chosen = grid.nearest(part[j], used[j])
-            errors[j] = (part[j] - grid.values(chosen, used[j])) / own[j, j]
-            part[j + 1 :].addr_(own[j, j + 1 :], errors[j], alpha=-1)
+            errors[j] = (part[j] - grid.values(chosen, used[j])) / within[j, j]
+            part[j + 1 :].addr_(within[j, j + 1 :], errors[j], alpha=-1)
             index[here.start + j] = chosen
         rest[here.stop :].addmm_(factor[here, here.stop :].T, errors, alpha=-1)
     return index[place], scales
@@ -279,21 +278,21 @@ def descend(
         left[here] = dense[here] - grid.values(index[here], scales[problem.block_of(columns[here])])
     for _ in range(sweeps):
         for here in problem.tiles():
-            blocks, part, own = problem.block_of(columns[here]), left[here], gram[here, here]
+            blocks, part, within = problem.block_of(columns[here]), left[here], gram[here, here]
             pull = gram[here] @ left
             if refit:
                 levels = grid.levels[index[here].long()]
-                bend = (levels * (own @ levels)).sum(0)
+                bend = (levels * (within @ levels)).sum(0)
                 scales[blocks[0]] += torch.where(bend > 0, (levels * pull).sum(0) / bend, 0.0)
                 fresh = dense[here] - grid.values(index[here], scales[blocks])
-                pull += own @ (fresh - part)
+                pull += within @ (fresh - part)
                 part.copy_(fresh)
             used = scales[blocks]
             for j in range(len(part)):
                 column = here.start + j
-                chosen = grid.nearest(dense[column] - part[j] + pull[j] / own[j, j], used[j])
+                chosen = grid.nearest(dense[column] - part[j] + pull[j] / within[j, j], used[j])
                 error = dense[column] - grid.values(chosen, used[j])
-                pull[j + 1 :].addr_(own[j, j + 1 :], error - part[j])
+                pull[j + 1 :].addr_(within[j, j + 1 :], error - part[j])
                 part[j] = error
                 index[column] = chosen
     return index, scales
@@ -315,7 +314,7 @@ def _packed(codes: torch.Tensor) -> torch.Tensor:
     return (pairs[:, :1] << 4) | pairs[:, 1:]
 
 
-def _nested(scales: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any], torch.Tensor]:
+def _nested(scales: torch.Tensor) -> tuple[torch.Tensor, dict[str, object], torch.Tensor]:
     """Quantize scales as ``bnb.quantize_4bit`` does; return their codes, how to undo it, and what comes back."""
     offset = scales.mean()
     codes, state = bnb.quantize_blockwise(scales - offset, blocksize=_SCALES_BLOCK)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from pipeline import architecture
 from pipeline.data.alpaca import IGNORED, Batch
@@ -35,7 +35,9 @@ def count_tokens(batches: Sequence[Batch]) -> int:
 
 
 @torch.no_grad()
-def collect(model: Any, batches: Sequence[Batch], sequential: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+def collect(
+    model: PreTrainedModel, batches: Sequence[Batch], sequential: bool = False
+) -> Iterator[dict[str, torch.Tensor]]:
     """Yield, block by block, X^T X / tokens of every linear's inputs X: full name -> [in, in] fp32, in CPU memory.
 
     Linears with the same inputs (q, k, v; gate, up) share one tensor. Memory holds the matrices of one block, and the
@@ -101,12 +103,12 @@ def _inputs(block: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         yield seen
 
 
-def _start(model: Any, part: Batch) -> tuple[torch.Tensor, list[Mapping[str, Any]]]:
+def _start(model: PreTrainedModel, part: Batch) -> tuple[torch.Tensor, list[Mapping[str, object]]]:
     """Return the hidden states that enter the first block and what else each block is called with."""
     states: list[torch.Tensor] = []
-    calls: list[Mapping[str, Any]] = []
+    calls: list[Mapping[str, object]] = []
 
-    def skip(hidden: torch.Tensor, **others: Any) -> torch.Tensor:
+    def skip(hidden: torch.Tensor, **others: object) -> torch.Tensor:
         states.append(hidden)
         calls.append(others)
         return hidden
@@ -115,5 +117,5 @@ def _start(model: Any, part: Batch) -> tuple[torch.Tensor, list[Mapping[str, Any
         for block in architecture.blocks(model):
             block.forward = skip
             mended.callback(delattr, block, "forward")
-        model.model(input_ids=part.tokens.to(model.device), use_cache=False)
+        model.get_submodule("model")(input_ids=part.tokens.to(model.device), use_cache=False)
     return states[0].cpu(), calls

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from pipeline import architecture
-from pipeline.architecture import BlockShape
+from pipeline.architecture import BlockShape, Config
 from pipeline.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 
 class PruneError(UserError):
@@ -91,7 +88,7 @@ class Settings:
     compensate: bool
 
 
-def block_range(config: PretrainedConfig, key: str, span: Range) -> str | None:
+def block_range(config: Config, key: str, span: Range) -> str | None:
     """Return what is wrong with a range of blocks that lies outside the model, or None."""
     layers = len(architecture.shapes(config))
     if not span.first <= counted(span, layers) < layers:
@@ -99,7 +96,7 @@ def block_range(config: PretrainedConfig, key: str, span: Range) -> str | None:
     return None
 
 
-def ratio(config: PretrainedConfig, limits: Limits, key: str, asked: float) -> str | None:
+def ratio(config: Config, limits: Limits, key: str, asked: float) -> str | None:
     """Return what is wrong with a ratio that would empty a block, or None: each keeps a head and some channels.
 
     Args:
@@ -148,7 +145,7 @@ def span_of(limits: Limits, kind: str) -> Range:
     return limits.attention_blocks if kind == "attention" else limits.mlp_blocks
 
 
-def prunable(config: PretrainedConfig, limits: Limits, block: int, kind: str) -> bool:
+def prunable(config: Config, limits: Limits, block: int, kind: str) -> bool:
     """Return whether structures of a kind may go from a block."""
     return kind in limits.structures and inside(block, span_of(limits, kind), len(architecture.shapes(config)))
 

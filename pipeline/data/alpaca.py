@@ -8,12 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from pipeline.data.prompts import prompt
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 ROUND = 32  # lengths are padded to a multiple: few distinct shapes let matrix kernels be reused
 IGNORED = -100  # label of a position that the loss leaves out
@@ -46,7 +51,7 @@ class Batch:
     labels: torch.Tensor
     length: int = 0
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device."""
         return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device))
 
@@ -57,19 +62,19 @@ def read(path: str | Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
 
 
-def split(rows: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], list[Any]]:
+def split(rows: Sequence[T], held_out: int, seed: int) -> tuple[list[T], list[T]]:
     """Return (rows for training, ``held_out`` rows for validation), shuffled by the seed."""
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)
     return shuffled[held_out:], shuffled[:held_out]
 
 
-def encode(rows: Iterable[dict[str, str]], tokenizer: Any, max_length: int) -> list[Example]:
+def encode(rows: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
     """Tokenize rows; those whose prompt alone fills ``max_length`` are left out."""
     return list(_encoded(rows, tokenizer, max_length))
 
 
-def _encoded(rows: Iterable[dict[str, str]], tokenizer: Any, max_length: int) -> Iterator[Example]:
+def _encoded(rows: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[Example]:
     for row in rows:
         start = tokenizer.encode(prompt(row["instruction"], row["input"]))
         answer = tokenizer.encode(row["output"], add_special_tokens=False) + [tokenizer.eos_token_id]
@@ -108,7 +113,9 @@ def batches(examples: Sequence[Example], size: int, padding: int, whole: bool) -
         yield batch(ordered[start : start + size], padding, whole)
 
 
-def rows(path: str | Path, tokenizer: Any, held_out: int, samples: int, max_length: int, seed: int) -> list[Example]:
+def rows(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, held_out: int, samples: int, max_length: int, seed: int
+) -> list[Example]:
     """Return the first ``samples`` training rows, tokenized, for calibration.
 
     Raises:
@@ -121,7 +128,9 @@ def rows(path: str | Path, tokenizer: Any, held_out: int, samples: int, max_leng
     return examples
 
 
-def packed(path: str | Path, tokenizer: Any, held_out: int, samples: int, length: int, seed: int) -> list[Example]:
+def packed(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, held_out: int, samples: int, length: int, seed: int
+) -> list[Example]:
     """Return up to ``samples`` windows of ``length`` tokens from the training rows' texts, end to end, without prompts.
 
     The prompt's fixed words are nearly half of a short row's tokens; calibration on them fits little else.
@@ -130,7 +139,9 @@ def packed(path: str | Path, tokenizer: Any, held_out: int, samples: int, length
     return _windows(map(_text, train), tokenizer, samples, length)
 
 
-def snippets(path: str | Path, tokenizer: Any, held_out: int, samples: int, length: int, seed: int) -> list[Example]:
+def snippets(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, held_out: int, samples: int, length: int, seed: int
+) -> list[Example]:
     """Return up to ``samples`` windows of ``length`` tokens, each from a random place of one row's text.
 
     How LLM-Pruner draws its calibration samples: shorter texts are passed over, prompts are left out.
@@ -153,7 +164,9 @@ def snippets(path: str | Path, tokenizer: Any, held_out: int, samples: int, leng
     return pieces
 
 
-def responses(path: str | Path, tokenizer: Any, held_out: int, samples: int, length: int, seed: int) -> list[Example]:
+def responses(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, held_out: int, samples: int, length: int, seed: int
+) -> list[Example]:
     """Return windows as ``packed`` does, of the training rows' longest responses.
 
     They are running prose; the short ones are names, numbers and lists, and most instructions are alike.
@@ -166,7 +179,7 @@ def _text(row: Mapping[str, str]) -> str:
     return "\n".join(part for part in (row["instruction"], row["input"], row["output"]) if part)
 
 
-def _windows(texts: Iterable[str], tokenizer: Any, samples: int, length: int) -> list[Example]:
+def _windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int) -> list[Example]:
     tokens: list[int] = []
     for text in texts:
         if len(tokens) >= samples * length:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from pipeline.data import alpaca
 from pipeline.data.alpaca import Batch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def batches(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     rows: str | Path,
     held_out: int,
     seed: int,
@@ -25,7 +28,7 @@ def batches(
     text: str,
     samples: int,
     max_length: int,
-    device: Any = "cpu",
+    device: torch.device | str = "cpu",
     size: int = 8,
 ) -> list[Batch]:
     """Return calibration batches, every position labelled.

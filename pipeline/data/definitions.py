@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Required, TypedDict
 
 from pipeline import documents
 from pipeline.errors import UserError
@@ -32,6 +32,27 @@ _PAPER_METRIC = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "openbook
 _TYPES = ("multiple_choice", "loglikelihood")
 _MEANS = ("acc", "acc_norm", "acc_bytes", "exact_match")  # lm-eval takes their mean over items unless told otherwise
 _NAME = re.compile(rb"""^["']?(task|group)["']?:[ \t]*["']?([^\s"'#\[\]]+)""", re.M)
+
+
+class Metric(TypedDict, total=False):
+    """A metric of a definition, as far as it is read here."""
+
+    metric: Required[str]
+    aggregation: str
+    higher_is_better: bool
+
+
+class Definition(TypedDict, total=False):
+    """A task's definition, as far as it is read here."""
+
+    include: str | list[str]
+    dataset_path: str
+    dataset_name: str | None
+    dataset_kwargs: dict[str, object] | None
+    test_split: str | None
+    validation_split: str | None
+    metric_list: list[Metric]
+    output_type: str
 
 
 class DefinitionError(UserError, ValueError):
@@ -80,7 +101,7 @@ def path(task: str) -> Path:
 
 
 @cache
-def settings(task: str) -> dict[str, Any]:
+def settings(task: str) -> Definition:
     """Return the plain values of a task's definition, what it includes among them; functions read as their names.
 
     Raises:
@@ -89,10 +110,10 @@ def settings(task: str) -> dict[str, Any]:
     return _read(path(task))
 
 
-def _read(file: Path) -> dict[str, Any]:
-    values = documents.read(file, functions=True)
+def _read(file: Path) -> Definition:
+    values: Definition = documents.read(file, functions=True)
     names = values.pop("include", [])
-    included: dict[str, Any] = {}
+    included: Definition = {}
     for name in [names] if isinstance(names, str) else names:
         included |= _read(file.parent / name)
     return included | values

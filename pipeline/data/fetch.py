@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from pipeline import checkpoint, storage
 from pipeline.data import items, models, rows, tasks
@@ -19,7 +19,13 @@ from pipeline.data.alpaca import prompt
 from pipeline.data.rows import FetchError, usable
 from pipeline.paths import ALPACA, BASE, BENCHMARKS
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = ["ALPACA", "BASE", "BENCHMARKS", "FetchError", "Sources", "alpaca", "benchmark", "run"]
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def run(sources: Sources) -> dict[str, float]:
     """
     faults: list[str] = []
 
-    def read(kind: Callable[..., tuple[list[Any], int]], *arguments: Any) -> tuple[list[Any], int]:
+    def read(kind: Callable[..., tuple[list[T], int]], *arguments: str) -> tuple[list[T], int]:
         try:
             return kind(*arguments, sources.max_skipped)
         except FetchError as error:
@@ -88,11 +94,13 @@ def run(sources: Sources) -> dict[str, float]:
     }
 
 
-def _lines(values: Iterable[Any]) -> str:
+def _lines(values: Iterable[object]) -> str:
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
-def _refuse_long_prompts(texts: Iterable[Mapping[str, str]], tokenizer: Any, sources: Sources) -> None:
+def _refuse_long_prompts(
+    texts: Iterable[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, sources: Sources
+) -> None:
     """Refuse rows of which none leaves room for its response; the stages that read them come late."""
     asked = sorted((prompt(row["instruction"], row["input"]) for row in texts), key=len)
     for name, most in sources.prompts.items():
@@ -118,10 +126,11 @@ def alpaca(source: str, max_skipped: float = 0.0) -> tuple[list[dict[str, str]],
     else:
         raw = rows.read(Path(name), what)
     kept = usable(raw, [items.alpaca_fault(row) for row in raw], what, "row", max_skipped)
-    return [{name: row[name] for name in items.ALPACA_FIELDS} for row in kept], len(raw) - len(kept)
+    sound = cast("list[dict[str, str]]", kept)  # `alpaca_fault` passes no others
+    return [{name: row[name] for name in items.ALPACA_FIELDS} for row in sound], len(raw) - len(kept)
 
 
-def benchmark(source: str, task: str, max_skipped: float = 0.0) -> tuple[list[dict[str, Any]], int]:
+def benchmark(source: str, task: str, max_skipped: float = 0.0) -> tuple[list[items.Item], int]:
     """Return a benchmark's items in the raw fields that lm-eval's task reads, and the number of those left out.
 
     Raises:
@@ -144,14 +153,15 @@ def benchmark(source: str, task: str, max_skipped: float = 0.0) -> tuple[list[di
     faults = items.raw_faults(task, raw)
     sound = [number for number, fault in enumerate(faults) if not fault]
     if sound:
-        asked = _asked_faults(task, [raw[number] for number in sound], what)
+        objects = cast("list[items.Item]", [raw[number] for number in sound])  # `raw_faults` passes no others
+        asked = _asked_faults(task, objects, what)
         for number, fault in zip(sound, asked, strict=True):
             faults[number] = fault
     kept = usable(raw, faults, what, "item", max_skipped)
-    return kept, len(raw) - len(kept)
+    return cast("list[items.Item]", kept), len(raw) - len(kept)
 
 
-def _asked_faults(task: str, questions: list[dict[str, Any]], what: str) -> list[str]:
+def _asked_faults(task: str, questions: Sequence[items.Item], what: str) -> list[str]:
     try:
         return tasks.faults(task, questions)
     except Exception as error:  # the definition's templates and functions raise whatever they stumble on
@@ -169,7 +179,7 @@ def _refused(error: OSError) -> str:
     return f"{error.strerror}: {error.filename or 'a file'}"
 
 
-def _hub_rows(path: str, split: str, name: str | None = None, **options: Any) -> list[dict[str, Any]]:
+def _hub_rows(path: str, split: str, name: str | None = None, **options: object) -> list[object]:
     from datasets import load_dataset
 
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+
+Item = Mapping[str, object]  # of a benchmark, in the raw fields of its data set
 
 ALPACA_FIELDS = ("instruction", "input", "output")
 
@@ -22,7 +23,7 @@ _MAY_BE_BLANK = ("ctx_b", "activity_label")
 _DEEPEST = 8  # objects within objects that are told apart
 
 
-def alpaca_fault(row: Any) -> str:
+def alpaca_fault(row: object) -> str:
     """Return why a row of Alpaca teaches nothing; an empty text if it does."""
     wanted = f"needs the texts {', '.join(ALPACA_FIELDS)}"
     if not isinstance(row, dict):
@@ -40,7 +41,7 @@ def alpaca_fault(row: Any) -> str:
     return ""
 
 
-def raw_faults(task: str, items: Sequence[Any]) -> list[str]:
+def raw_faults(task: str, items: Sequence[object]) -> list[str]:
     """Return the fault of each of a benchmark's items in its own fields; an empty text is none."""
     faults = [_fields_fault(task, item) for item in items]
     sound = [_kinds(item) for item, fault in zip(items, faults, strict=True) if not fault]
@@ -52,7 +53,7 @@ def raw_faults(task: str, items: Sequence[Any]) -> list[str]:
     return [fault or _odd_kind(_kinds(item), common) for item, fault in zip(items, faults, strict=True)]
 
 
-def choices_fault(choices: Sequence[Any]) -> str:
+def choices_fault(choices: Sequence[object]) -> str:
     """Return why an item cannot be decided among these choices; an empty text if it can."""
     if len(choices) < 2:
         return f"it has {len(choices)} choice{'' if len(choices) == 1 else 's'}, and needs two at least"
@@ -67,7 +68,7 @@ def choices_fault(choices: Sequence[Any]) -> str:
     return ""
 
 
-def _fields_fault(task: str, item: Any) -> str:
+def _fields_fault(task: str, item: object) -> str:
     if not isinstance(item, dict):
         return f"needs an object, not {_shown(item)}"
     missing = [name for name in FIELDS.get(task, ()) if name not in item]
@@ -79,26 +80,27 @@ def _fields_fault(task: str, item: Any) -> str:
     return _CHECKS[task](item) if task in _CHECKS else ""
 
 
-def _texts_fault(item: Mapping[str, Any], names: Iterable[str]) -> str:
+def _texts_fault(item: Item, names: Iterable[str]) -> str:
     for name in names:
-        if not isinstance(item[name], str):
-            return f"{name} is {_shown(item[name])}, not a text"
-        if not item[name].strip() and name not in _MAY_BE_BLANK:
+        text = item[name]
+        if not isinstance(text, str):
+            return f"{name} is {_shown(text)}, not a text"
+        if not text.strip() and name not in _MAY_BE_BLANK:
             return f"{name} is empty"
     return ""
 
 
-def _number_fault(answer: Any, count: int) -> str:
+def _number_fault(answer: object, count: int) -> str:
     if type(answer) is int and 0 <= answer < count:
         return ""
     return f"its answer {_shown(answer)} is none of its {count} choices (0 to {count - 1})"
 
 
-def _boolq(item: Mapping[str, Any]) -> str:
+def _boolq(item: Item) -> str:
     return _texts_fault(item, ("question", "passage")) or _number_fault(item["label"], 2)
 
 
-def _piqa(item: Mapping[str, Any]) -> str:
+def _piqa(item: Item) -> str:
     return (
         _texts_fault(item, ("goal", "sol1", "sol2"))
         or choices_fault([item["sol1"], item["sol2"]])
@@ -106,7 +108,7 @@ def _piqa(item: Mapping[str, Any]) -> str:
     )
 
 
-def _hellaswag(item: Mapping[str, Any]) -> str:
+def _hellaswag(item: Item) -> str:
     fault = _texts_fault(item, ("activity_label", "ctx_a", "ctx_b"))
     if fault:
         return fault
@@ -117,19 +119,19 @@ def _hellaswag(item: Mapping[str, Any]) -> str:
     return choices_fault(item["endings"]) or _number_fault(number, count)
 
 
-def _winogrande(item: Mapping[str, Any]) -> str:
+def _winogrande(item: Item) -> str:
     fault = _texts_fault(item, ("sentence", "option1", "option2"))
     if fault:
         return fault
-    if "_" not in item["sentence"]:
+    if "_" not in str(item["sentence"]):
         return "sentence has no gap (_)"
     if item["answer"] not in ("1", "2"):
         return f"its answer {_shown(item['answer'])} is none of its 2 choices ('1' or '2')"
     return choices_fault([item["option1"], item["option2"]])
 
 
-def _labelled(question: str) -> Callable[[Mapping[str, Any]], str]:
-    def fault(item: Mapping[str, Any]) -> str:
+def _labelled(question: str) -> Callable[[Item], str]:
+    def fault(item: Item) -> str:
         wrong = _texts_fault(item, (question,))
         if wrong:
             return wrong
@@ -151,7 +153,7 @@ def _labelled(question: str) -> Callable[[Mapping[str, Any]], str]:
     return fault
 
 
-_CHECKS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+_CHECKS: Mapping[str, Callable[[Item], str]] = {
     "boolq": _boolq,
     "piqa": _piqa,
     "hellaswag": _hellaswag,
@@ -162,7 +164,7 @@ _CHECKS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
-def _kinds(item: Any, prefix: str = "", depth: int = 0) -> dict[str, str]:
+def _kinds(item: object, prefix: str = "", depth: int = 0) -> dict[str, str]:
     """Return field -> kind of its value, in dotted names; what is null or empty has none."""
     if not isinstance(item, dict):
         return {}
@@ -176,7 +178,7 @@ def _kinds(item: Any, prefix: str = "", depth: int = 0) -> dict[str, str]:
     return kinds
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, list):
@@ -196,10 +198,10 @@ def _odd_kind(kinds: Mapping[str, str], common: Mapping[str, str]) -> str:
     return ""
 
 
-def _has_surrogate(value: Any) -> bool:
+def _has_surrogate(value: object) -> bool:
     return isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = "null" if value is None else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from pipeline.checkpoint.headers import WeightsError
 from pipeline.console import note
 from pipeline.data.rows import FetchError
 from pipeline.paths import BASE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _OTHER_FILES = (  # beside the weights
     "config.json",
@@ -159,7 +162,7 @@ def convert_gguf(file: Path, folder: Path) -> int:
     gguf_header.check(file)
     note(f"converting {file.name} to safetensors")
     checkpoint.quiet()
-    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    where = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, output_loading_info=True, **where
@@ -259,7 +262,7 @@ def check_tokenizer(folder: Path, source: str) -> None:
     _refuse_merged_ends(tokenizer, place)
 
 
-def _refuse_merged_ends(tokenizer: Any, place: str) -> None:
+def _refuse_merged_ends(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
     """Refuse a tokenizer that reads a prompt with its continuation otherwise than the prompt, then the continuation."""
     prompt = tokenizer.encode("Question: is ice cold?\nAnswer:")
     ends = []

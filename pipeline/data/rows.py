@@ -9,7 +9,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.console import note
 from pipeline.errors import UserError
@@ -35,11 +35,14 @@ _MARKS = (  # longest first: UTF-32's begins with UTF-16's
 )
 
 
+T = TypeVar("T")
+
+
 class FetchError(UserError):
     """Something that could not be had: what was asked, why it failed, what to do."""
 
 
-def read(path: Path, what: str) -> list[Any]:
+def read(path: Path, what: str) -> list[object]:
     """Return the rows of a file.
 
     Args:
@@ -66,7 +69,7 @@ def read(path: Path, what: str) -> list[Any]:
     return rows
 
 
-def usable(rows: Sequence[Any], faults: Sequence[str], what: str, place: str, most: float) -> list[Any]:
+def usable(rows: Sequence[T], faults: Sequence[str], what: str, place: str, most: float) -> list[T]:
     """Return the rows that have no fault; tell how many were left out and why.
 
     Args:
@@ -107,7 +110,7 @@ def _decoded(content: bytes, what: str) -> str:
         ) from None
 
 
-def _json(text: str, what: str) -> list[Any]:
+def _json(text: str, what: str) -> list[object]:
     if text.lstrip().startswith("["):
         return _parsed(text, what)
     # Not splitlines: JSON strings may hold other line separators, such as U+2028.
@@ -124,7 +127,7 @@ def _parsed(text: str, what: str) -> Any:
         raise FetchError(f"{what} cannot be read as JSON: {error}; it needs {_FORMS}") from None
 
 
-def _parquet(content: bytes, what: str) -> list[Any]:
+def _parquet(content: bytes, what: str) -> list[object]:
     import pyarrow
     import pyarrow.parquet
 

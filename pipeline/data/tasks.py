@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import datasets
 import lm_eval.tasks
 import lm_eval.utils
+from lm_eval.api.task import Task
 
 from pipeline import documents, storage
 from pipeline.data import definitions
-from pipeline.data.items import FIELDS, choices_fault
+from pipeline.data.items import FIELDS, Item, choices_fault
 from pipeline.errors import UserError
 
 __all__ = ["CHANCE", "FIELDS", "HubSource", "compiled_templates", "faults", "gold", "hub_source", "load"]
@@ -48,7 +48,7 @@ class HubSource:
     path: str
     name: str | None
     split: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 def hub_source(task: str) -> HubSource:
@@ -71,7 +71,7 @@ def hub_source(task: str) -> HubSource:
     return HubSource(settings["dataset_path"], settings.get("dataset_name"), split, options)
 
 
-def load(names: Iterable[str], folder: str | Path) -> dict[str, Any]:
+def load(names: Iterable[str], folder: str | Path) -> dict[str, Task]:
     """Return lm-eval's task objects on the items of ``<folder>/<task>.jsonl``, by name.
 
     Raises:
@@ -115,7 +115,7 @@ def _scratch() -> Iterator[Path]:
         raise UserError(f"no folder for temporary files can be written: {error}; set TMPDIR to one that can") from None
 
 
-def faults(name: str, items: Sequence[Mapping[str, Any]]) -> list[str]:
+def faults(name: str, items: Sequence[Item]) -> list[str]:
     """Return why lm-eval cannot ask or score each of a task's items; an empty text if it can.
 
     Raises:
@@ -138,7 +138,7 @@ class _ItemError(Exception):
     """An item's fault, where the definition leaves items out and so hides which one it is."""
 
 
-def _hopeless(name: str, items: Sequence[Mapping[str, Any]]) -> bool:
+def _hopeless(name: str, items: Sequence[Item]) -> bool:
     """Return whether the first, the last and the middle item fail by themselves, so that the file is at fault."""
     for item in (items[0], items[-1], items[len(items) // 2]):
         try:
@@ -151,7 +151,7 @@ def _hopeless(name: str, items: Sequence[Mapping[str, Any]]) -> bool:
     return True
 
 
-def _asked(name: str, items: Sequence[Mapping[str, Any]]) -> list[str]:
+def _asked(name: str, items: Sequence[Item]) -> list[str]:
     with _scratch() as scratch:
         lines = "".join(json.dumps(item) + "\n" for item in items)
         (scratch / f"{name}.jsonl").write_text(lines, encoding="utf-8")
@@ -179,7 +179,7 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def gold(task: Any, document: Mapping[str, Any]) -> list[int]:
+def gold(task: Task, document: Item) -> list[int]:
     """Return the indices of an item's right choices."""
     choices = task.doc_to_choice(document)
     right = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
@@ -187,7 +187,7 @@ def gold(task: Any, document: Mapping[str, Any]) -> list[int]:
     return [choices.index(answer) if isinstance(answer, str) else int(answer) for answer in answers]
 
 
-def _answer_fault(task: Any, document: Mapping[str, Any]) -> str:
+def _answer_fault(task: Task, document: Item) -> str:
     if task.OUTPUT_TYPE != "multiple_choice":
         return ""
     choices = task.doc_to_choice(document)
@@ -203,8 +203,8 @@ def _answer_fault(task: Any, document: Mapping[str, Any]) -> str:
     return ""
 
 
-def _on_local_items(name: str, path: Path, cache: Path) -> dict[str, Any]:
-    overridden: dict[str, Any] = {
+def _on_local_items(name: str, path: Path, cache: Path) -> dict[str, object]:
+    overridden: dict[str, object] = {
         "include": str(definitions.path(name)),
         "task": name,
         "dataset_path": "json",

@@ -85,7 +85,7 @@ class Compressed(PythonModel):
         return [self._text(row, settings.stop) for row in out[:, length:]]
 
     def _text(self, tokens: torch.Tensor, stop: list[str]) -> str:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
         ends = [text.find(mark) for mark in stop if mark in text]
         return text[: min(ends)] if ends else text
 

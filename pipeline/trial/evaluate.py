@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from statistics import fmean, variance
-from typing import Any
+from typing import TypedDict
 
 import torch
 from lm_eval import evaluator
@@ -28,9 +28,16 @@ from pipeline.trial.scores import Scores
 from pipeline.trial.scoring import score
 from pipeline.trial.trees import Request, Row, batches, trees
 
-Tokens = tuple[Any, list[int], list[int]]  # texts, context and continuation, as lm-eval hands them over
+Tokens = tuple[object, list[int], list[int]]  # texts, context and continuation, as lm-eval hands them over
 Pass = tuple[int, list[Row]]  # length and rows of one forward pass
 Passes = Callable[[Sequence[Pass]], Iterable[Pass]]  # shows the progress of forward passes
+
+
+class Sample(TypedDict):
+    """What lm-eval tells of an item that it scored."""
+
+    doc: Mapping[str, object]  # the item
+    filtered_resps: Sequence[tuple[float, bool]]  # of each choice its log-likelihood, and whether it is the likeliest
 
 
 def run(
@@ -112,7 +119,7 @@ def squared_error(values: Sequence[float]) -> float:
 _LENGTHS: Mapping[str, Callable[[str], int]] = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
 
 
-def gold_logprob(task: Task, sample: Mapping[str, Any], metric: str) -> float:
+def gold_logprob(task: Task, sample: Sample, metric: str) -> float:
     """Return the log-probability of the gold choice, normalized over the choices of one question, in nats.
 
     Of several gold choices together; of a task without choices, the log-likelihood of its target.

@@ -5,14 +5,18 @@ A real pruning gives blocks their own shapes, and the search predicts those.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline import GIB, architecture, checkpoint
-from pipeline.architecture import BlockShape
+from pipeline.architecture import BlockShape, Config
 from pipeline.errors import UserError
 from pipeline.trial import memory
 from pipeline.trial.setting import Setting
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _MARGIN = 0.95  # no pruning of the same ratio was seen to need less than this share of the even one's peak
 
@@ -21,7 +25,7 @@ class TooMuch(UserError):
     """A ratio that a model's blocks do not hold."""
 
 
-def config_of(values: dict[str, Any], origin: str) -> Any:
+def config_of(values: Mapping[str, object], origin: str) -> PretrainedConfig:
     """Return a config of transformers.
 
     Args:
@@ -45,7 +49,7 @@ def config_of(values: dict[str, Any], origin: str) -> Any:
         raise UserError(f"{origin} is no valid config of {kind}: {error}") from None
 
 
-def pruned(config: Any, ratio: float, multiple_of: int = 1) -> Any:
+def pruned(config: PretrainedConfig, ratio: float, multiple_of: int = 1) -> PretrainedConfig:
     """Return the config of a model whose blocks each lose the same heads and channels.
 
     Heads go as far as whole key/value heads allow, channels make up the ratio.
@@ -67,7 +71,7 @@ def pruned(config: Any, ratio: float, multiple_of: int = 1) -> Any:
     return checkpoint.pruned_config(config, shapes)
 
 
-def _smaller(config: Any, shape: BlockShape, share: float) -> BlockShape:
+def _smaller(config: Config, shape: BlockShape, share: float) -> BlockShape:
     """Return a block without a share of what can be removed from it: whole heads up to it, the rest in channels."""
     heads = min(int(share * shape.kv_heads + 1e-9), shape.kv_heads - 1)
     left = share * _removable(config, shape) - heads * architecture.group_parameters(config, shape, "attention")
@@ -76,21 +80,21 @@ def _smaller(config: Any, shape: BlockShape, share: float) -> BlockShape:
     return BlockShape(shape.heads - heads * queries, shape.kv_heads - heads, shape.channels - channels)
 
 
-def _removable(config: Any, shape: BlockShape) -> int:
+def _removable(config: Config, shape: BlockShape) -> int:
     kinds = architecture.COUPLED
     return sum(
         architecture.group_parameters(config, shape, kind) * architecture.group_count(shape, kind) for kind in kinds
     )
 
 
-def bits_of(config: Any, eights: int, rest: int = 4) -> dict[str, int]:
+def bits_of(config: Config, eights: int, rest: int = 4) -> dict[str, int]:
     """Return the bits of each linear with the last ``eights`` blocks at 8 bits: those cost most by a hair."""
     first = config.num_hidden_layers - eights
     units = architecture.units(config, "block")
     return {name: 8 if unit.block >= first else rest for unit in units for name in unit.linears}
 
 
-def least_training_gib(config: Any, ratio: float, multiple_of: int, setting: Setting) -> float:
+def least_training_gib(config: Config, ratio: float, multiple_of: int, setting: Setting) -> float:
     """Return the least peak memory of recovery that a ratio allows: all units at 4 bits, less a margin.
 
     Args:

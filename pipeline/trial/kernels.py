@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-Kernels = Mapping[Any, Callable[..., Any]]
+Operation = Callable[..., object]
+Kernels = Mapping[object, Operation]  # a function or an operation of torch -> what stands for it
 META = torch.device("meta")
 
 
 class Fused(TorchFunctionMode):
     """Calls the kernels that CUDA chooses, which ``meta`` has but would not choose."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Operation, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
         return _FUSED.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -51,9 +53,17 @@ def _attention(
 _FUSED: Kernels = {nn.functional.dropout: _dropout, nn.functional.scaled_dot_product_attention: _attention}
 
 
-def _gemm_4bit(x: torch.Tensor, codes: torch.Tensor, shape: Any, *rest: Any) -> torch.Tensor:
+def _gemm_4bit(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    shape: Sequence[int],
+    absmax: torch.Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: torch.Tensor | None = None,
+    *nested: torch.Tensor | None,
+) -> torch.Tensor:
     """Dequantize the whole matrix, then multiply: what bitsandbytes does for more than a few rows."""
-    bias = rest[3] if len(rest) > 3 else None
     return nn.functional.linear(x, torch.empty(shape, dtype=x.dtype, device=META), bias)
 
 

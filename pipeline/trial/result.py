@@ -193,11 +193,11 @@ class Result:
         return getattr(self, objective), getattr(self, f"{objective}_stderr")
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Return what it measured item by item, as ``paired`` reads it."""
         return {"by_item": self.by_item, "by_row": list(self.recovered.validation_rows)}
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Return plain values, one for each of ``MEASURED``."""
         return {
             "bits": self.bits,

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import bitsandbytes
 import torch
@@ -26,7 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pipeline import architecture
 from pipeline.trial import adapters, loss
-from pipeline.trial.kernels import CUDA, META, Kernels, Machine
+from pipeline.trial.kernels import CUDA, META, Kernels, Machine, Operation
 from pipeline.trial.scoring import Chunk, choose
 from pipeline.trial.setting import LOSS_CHUNK, Setting
 
@@ -64,7 +63,9 @@ class Ledger(TorchDispatchMode):
         self._known.discard(key)
         self.live -= size
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Operation, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
         kernel = self._kernels.get(func)
         if kernel is not None:
             with self:  # what it is made of counts
@@ -120,7 +121,6 @@ def model_of(
 def _quantized(linear: nn.Linear, bits: int, double_quant: bool) -> nn.Module:
     """Return bitsandbytes' module in place of a linear."""
     outputs, inputs = linear.weight.shape
-    module: Any
     if bits == 8:
         module = bitsandbytes.nn.Linear8bitLt(inputs, outputs, has_fp16_weights=False, threshold=0.0)
         codes = torch.empty(outputs, inputs, dtype=torch.int8)
