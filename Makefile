@@ -34,10 +34,7 @@ bench: setup ## what a trial costs beside the plain way; NAMES="evaluation query
 	python -m benchmarks.bench $(NAMES)
 
 ui: setup ## the MLflow UI on http://127.0.0.1:5000
-	@case "$${MLFLOW_TRACKING_URI:-}" in \
-	  http://*|https://*) echo "the runs are in $$MLFLOW_TRACKING_URI, which has a UI of its own: open that address" ;; \
-	  *) mlflow ui --host 127.0.0.1 --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" ;; \
-	esac
+	@python -m pipeline ui
 
 check: setup ## all faults of params.yaml at once; PRESET=llama-7b or SET="prune.ratio=0.3" checks those
 	@python -m pipeline check --preset $(PRESET) --set "$(SET)"

@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--set", default="", help="changed keys")
     check.add_argument("file", nargs="?", help="a file of params")
     commands.add_parser("doctor", help="say what this machine is and how long the main job will take")
+    commands.add_parser("ui", help="serve MLflow's UI on this machine, or say where a server has it")
     return parser
 
 
@@ -117,6 +118,10 @@ def _run(asked: argparse.Namespace) -> int:
                 raise ParamsError(f"{key} is set twice, by set and by {name}; give it once")
             given[key] = value
         overrides.adopt(asked.preset, given)
+    if asked.command == "ui":
+        from pipeline import tracking
+
+        return tracking.serve_ui()
     _quiet_environment()
     if asked.command == "check":
         checks.load(asked.file)

@@ -60,7 +60,7 @@ TRIAL = ("pipeline.trial.trial", "pipeline.stages.trials")  # what the result of
 _ROOTS = {
     "search": ("pipeline.stages.search", *TRIAL),
     "build": ("pipeline.stages.build", *TRIAL),
-    "register": ("pipeline.stages.register", "pipeline.stages.served"),
+    "register": ("pipeline.stages.register", "pipeline.stages.served", "pipeline.stages.serving"),
 }
 _COMPUTING = {"report": ("pipeline.results",)}
 

@@ -4,6 +4,7 @@ from conftest import FAMILIES, batches, tiny_config, tiny_model
 
 from pipeline import architecture, checkpoint
 from pipeline.architecture import COUPLED, LINEARS, BlockShape
+from pipeline.checkpoint import pruned
 
 SHAPES = [BlockShape(4, 2, 96), BlockShape(2, 1, 40), BlockShape(4, 2, 7), BlockShape(2, 1, 1)]
 
@@ -14,7 +15,7 @@ def count(model):
 
 def pruned_model(family, **changes):
     config = checkpoint.pruned_config(tiny_config(family, **changes), SHAPES)
-    return checkpoint._PRUNED[family](config)
+    return pruned._PRUNED[family](config)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,8 +53,7 @@ def test_group_parameters_is_what_a_real_model_loses(family, changes, kind, less
     config = tiny_config(family, **changes)
     whole = BlockShape(4, 2, 96)
     models = [
-        checkpoint._PRUNED[family](checkpoint.pruned_config(config, [one, whole, whole, whole]))
-        for one in (whole, less)
+        pruned._PRUNED[family](checkpoint.pruned_config(config, [one, whole, whole, whole])) for one in (whole, less)
     ]
     assert count(models[0]) - count(models[1]) == architecture.group_parameters(config, whole, kind)
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import VOCABULARY, batches, tiny_model, write_jsonl
 
-from pipeline.compress import prune, saliency
+from pipeline.compress import prune, saliency, surgeon
 from pipeline.data import alpaca, calibration
+from pipeline.settings import pruning
 from pipeline.stages import prune as stage
 
 HELD_OUT, SEED = 2, 3
@@ -174,19 +175,22 @@ def test_noise_is_seeded_leaves_labels_and_0_changes_nothing():
 @pytest.mark.parametrize("importance", ["surgeon", "taylor1"])
 def test_noise_is_for_what_layers_receive_not_for_gradients(importance, default, monkeypatch):
     seen = {"grams": [], "gradients": []}
-    for name, kept in (("input_grams", "grams"), ("gradient_energy", "gradients"), ("gradients", "gradients")):
-        real = getattr(saliency, name)
+    spied = [
+        (prune, "input_grams", "grams"),
+        (surgeon, "gradient_energy", "gradients"),
+        (saliency, "gradients", "gradients"),
+    ]
+    for module, name, kept in spied:
+        real = getattr(module, name)
 
         def spy(model, parts, *rest, real=real, kept=kept):
             seen[kept] += list(parts)
             return real(model, parts, *rest)
 
-        monkeypatch.setattr(saliency, name, spy)
-        if name == "input_grams":
-            monkeypatch.setattr(prune, name, spy)
+        monkeypatch.setattr(module, name, spy)
     text, model = batches(2), tiny_model()
     asked = {"importance": importance, "compensate": True, "noise": 0.5, "scope": "global", "ratio": 0.2}
-    prune.run(model, text, default.prune.model_copy(update=asked), SEED)
+    prune.run(model, text, pruning(default.prune.model_copy(update=asked)), SEED)
     whole = {part.tokens.numpy().tobytes() for part in text}
     assert {part.tokens.numpy().tobytes() for part in seen["gradients"]} <= whole and seen["gradients"]
     assert len(seen["grams"]) == len(text)

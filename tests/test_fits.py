@@ -8,6 +8,7 @@ from conftest import FAMILIES, ROOT, tiny_config, tiny_model
 
 from pipeline import GIB, architecture, checks, documents, fits, params
 from pipeline import __main__ as command
+from pipeline.compress import structures
 from pipeline.params import ParamsError
 from pipeline.results import plan
 from pipeline.trial import even, memory
@@ -144,8 +145,8 @@ def test_most_that_may_go_leaves_a_head_and_a_multiple_of_channels(multiple_of, 
     settings = types.SimpleNamespace(
         structures=("attention", "mlp"), attention_blocks=span, mlp_blocks=span, multiple_of=multiple_of
     )
-    assert fits.ratio(tiny_config(), settings, "prune.ratio", most / whole - 1e-9) is None
-    assert fits.ratio(tiny_config(), settings, "prune.ratio", most / whole + 1e-6).startswith("prune.ratio: ")
+    assert structures.ratio(tiny_config(), settings, "prune.ratio", most / whole - 1e-9) is None
+    assert structures.ratio(tiny_config(), settings, "prune.ratio", most / whole + 1e-6).startswith("prune.ratio: ")
 
 
 def test_budget_is_judged_by_the_prediction_for_an_evenly_pruned_model(raw):

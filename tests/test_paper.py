@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, tiny_model
+from mlflow.tracking import MlflowClient
 
 from pipeline import architecture, checkpoint, paths, storage, tracking
 from pipeline.bits import write as write_bits
+from pipeline.checks import load
 from pipeline.identity import Identity
-from pipeline.params import ParamsError, load
+from pipeline.params import ParamsError
 from pipeline.results.cells import at_ratio, changed, qpruner3
 from pipeline.search import search
 from pipeline.search.history import export_history
@@ -30,7 +32,7 @@ TASK = "piqa"
 def empty_store(tmp_path_factory):
     """A store with no run; making its tables takes longer than copying it."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracking.MlflowClient(f"sqlite:///{path}").search_experiments()
+    MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
 
 

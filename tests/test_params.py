@@ -486,8 +486,9 @@ def test_uses_hub_looks_at_the_sources_only(tmp_path, monkeypatch, text, expecte
     assert overrides.uses_hub() is expected
 
 
-def test_missing_file_uses_no_hub():
-    assert params.uses_hub(Path("no/such/params.yaml")) is False
+def test_missing_file_uses_no_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert overrides.uses_hub() is False
 
 
 def test_every_field_is_read_outside_the_params():

@@ -6,14 +6,15 @@ from pipeline import GIB
 from pipeline.results import cells, table
 from pipeline.results.cells import Cell, Outcome
 from pipeline.results.tables import Entry
+from pipeline.trial.result import Result
 from tests.fixtures.searches import UNITS, result
 
 TASKS = ("piqa", "arc_challenge")
 
 
 def outcome(params, row, piqa=0.5, arc=0.25, logprob=-1.0, loss=2.0, memory=GIB, bits="4484", ratio=0.2):
-    found = dataclasses.replace(
-        result((4,) * UNITS),
+    measured = result(
+        (4,) * UNITS,
         bits=bits,
         accuracy=(piqa + arc) / 2,
         accuracy_stderr=0.03,
@@ -21,10 +22,10 @@ def outcome(params, row, piqa=0.5, arc=0.25, logprob=-1.0, loss=2.0, memory=GIB,
         gold_logprob=logprob,
         validation_loss=loss,
         validation_loss_stderr=0.0,
-        peak_memory_bytes=memory,
+        peak_memory_bytes=None if bits == "16" and row == "dense" else memory,
         inference_memory_bytes=memory // 4,
     )
-    return Outcome(Cell(row, cells.at_ratio(params, ratio), f"{row} title"), found, run_id="r")
+    return Outcome(Cell(row, cells.at_ratio(params, ratio), f"{row} title"), measured, run_id="r")
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_task_beyond_the_papers_seven_is_headed_by_its_own_name():
 def test_table_ends_with_the_differences_of_qpruner3_item_by_item(outcomes, default):
     best = outcome(default, "qpruner3")
     record = {"by_item": {"piqa": [(1.0, -0.25), (1.0, -1.25)]}, "by_row": [(10.0, 10), (18.0, 12)]}
-    best = dataclasses.replace(best, result=dataclasses.replace(best.result, **record))
+    best = dataclasses.replace(best, result=Result.from_json(best.result.as_json() | record))
     lines = table.table_markdown([*outcomes[:4], best], TASKS, []).splitlines()
     assert lines[-7:-3] == [
         "QPruner3 minus each other row, item by item:",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pipeline.data.prompts import prompt
 from pipeline.errors import UserError
 
 ROUND = 32  # lengths are padded to a multiple: few distinct shapes let matrix kernels be reused
@@ -48,20 +49,6 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
         return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device))
-
-
-def prompt(instruction: str, context: str = "") -> str:
-    """Return Alpaca's prompt for an instruction, with or without an input."""
-    if context:
-        return (
-            "Below is an instruction that describes a task, paired with an input that provides further context. "
-            "Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
-        )
-    return (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{instruction}\n\n### Response:\n"
-    )
 
 
 def read(path: str | Path) -> list[dict[str, str]]:

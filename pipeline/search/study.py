@@ -23,6 +23,7 @@ from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline import bits as bit_text
+from pipeline import signals
 from pipeline.identity import Identity
 from pipeline.locks import Lock
 from pipeline.params import Objective
@@ -174,7 +175,9 @@ class Study:
 
     def record_reference(self, name: str, run_id: str, result: Result) -> None:
         """Keep a reference row; it stands outside the trials."""
-        self._study.set_user_attr(f"{_REFERENCE}{name}", {"run_id": run_id, "method": name, "result": result.as_json()})
+        values = {"run_id": run_id, "method": name, "result": result.as_json()}
+        with signals.held():
+            self._study.set_user_attr(f"{_REFERENCE}{name}", values)
 
     def abandoned(self) -> list[Candidate]:
         """End the trials that a killed process left running; return them to be tried again."""
@@ -191,9 +194,10 @@ class Study:
 
     def start(self, candidate: Candidate) -> Trial:
         """Open a trial of a bit vector."""
-        trial = self._study.ask()
-        trial.set_user_attr("method", candidate.method)
-        trial.set_user_attr("bits", bit_text.write(candidate.bits))
+        with signals.held():
+            trial = self._study.ask()
+            trial.set_user_attr("method", candidate.method)
+            trial.set_user_attr("bits", bit_text.write(candidate.bits))
         return trial
 
     def complete(self, trial: Trial, run_id: str, result: Result) -> None:
@@ -205,17 +209,19 @@ class Study:
         for name in get_args(Objective):
             if not math.isfinite(result.score(name)[0]):
                 raise SearchError(f"{name} is {result.score(name)[0]}; lower recover.learning_rate")
-        trial.set_user_attr("run_id", run_id)
-        trial.set_user_attr("result", result.as_json())
-        self._tell(trial, result)
+        with signals.held():  # an interrupt waits until the trial has ended
+            trial.set_user_attr("run_id", run_id)
+            trial.set_user_attr("result", result.as_json())
+            self._tell(trial, result)
 
     def _tell(self, trial: Trial | int, result: Result) -> None:
         self._study.tell(trial, [result.score(self.objective)[0], float(result.peak_memory_bytes or 0)])
 
     def fail(self, trial: Trial, error: BaseException) -> None:
         """Record a trial that did not finish, with its cause and no score."""
-        trial.set_user_attr("error", f"{type(error).__name__}: {error}")
-        self._study.tell(trial, state=TrialState.FAIL)
+        with signals.held():
+            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+            self._study.tell(trial, state=TrialState.FAIL)
 
 
 def _names(stored: JournalStorage) -> list[str]:

@@ -65,7 +65,7 @@ def _standing(
     objective = params.search.objective
     items = digest(
         [lineage["alpaca_md5"], lineage["benchmarks_md5"], lineage["base_model"]],
-        [params.evaluate, params.data.validation_rows, params.recover.max_length, params.seed],
+        [params.evaluate.model_dump(mode="json"), params.data.validation_rows, params.recover.max_length, params.seed],
     )
     return Standing(objective, float(judged[objective] if objective in judged else built[objective]), items)
 

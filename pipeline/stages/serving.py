@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.data import alpaca
+from pipeline.data.prompts import prompt
 from pipeline.errors import UserError
 
 _FORMS = (
@@ -94,7 +94,7 @@ def prompts(asked: object) -> list[str]:
         raise RequestError(f"the input is {_short(asked)}; {_FORMS}")
     if isinstance(asked[0], Mapping):
         return [_conversation(asked, "messages")]
-    return [alpaca.prompt(_text(text, f"instruction {number}")) for number, text in enumerate(asked)]
+    return [prompt(_text(text, f"instruction {number}")) for number, text in enumerate(asked)]
 
 
 def _of_frame(frame: pd.DataFrame) -> list[str]:
@@ -107,7 +107,7 @@ def _of_frame(frame: pd.DataFrame) -> list[str]:
     texts = [_text(text, f"instruction {number}") for number, text in enumerate(frame["instruction"])]
     inputs: Iterable[object] = frame["input"] if "input" in columns else [""] * len(texts)
     return [
-        alpaca.prompt(text, "" if _absent(context) else _string(context, f"input {number}"))
+        prompt(text, "" if _absent(context) else _string(context, f"input {number}"))
         for number, (text, context) in enumerate(zip(texts, inputs, strict=True))
     ]
 
@@ -134,9 +134,7 @@ def _conversation(messages: object, where: str) -> str:
             "one user; one system message may come first"
         )
     texts[0] = "\n".join([*system, texts[0]])
-    return "".join(
-        alpaca.prompt(text) if role == "user" else f"{text}\n\n" for role, text in zip(turns, texts, strict=True)
-    )
+    return "".join(prompt(text) if role == "user" else f"{text}\n\n" for role, text in zip(turns, texts, strict=True))
 
 
 def _text(value: object, where: str) -> str:
