@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -75,7 +74,7 @@ def run(entry: str) -> int:
             from pipeline.stages import report
 
             report.show(checked)
-        if status == 0 and entry in ("search", "register"):
+        if status == 0 and entry == "register":
             registered = made("register")
             alias = f"alias {registered['alias']}" if registered["alias"] else f"no alias: {registered['reason']}"
             console.note(f"In the registry: {registered['model']}, {alias}")
@@ -132,13 +131,13 @@ def _changed(checked: Params) -> bool:
     except ValueError:  # damaged: whatever it said, fetch again
         before = dict.fromkeys(now)
     storage.write_text(_SOURCES, json.dumps(before | now))
-    return any(before.get(source, found) != found for source, found in now.items())
+    return any(before.get(source, signature) != signature for source, signature in now.items())
 
 
 def _signature(path: Path) -> str:
     """Return what changes with a file or any file of a folder: names, sizes and times; contents may be gigabytes."""
-    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
-    return params.digest([[str(one), one.stat().st_size, one.stat().st_mtime_ns] for one in files])
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return params.digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
 
 
 def _again(stage: str) -> int:
@@ -146,17 +145,13 @@ def _again(stage: str) -> int:
 
 
 def _finished() -> int:
-    return int(_search()["finished"])
+    return int(made("search")["finished"])
 
 
 def _tracked() -> int:
     """Return how many finished trials of the search the store has."""
-    searched = _search()
+    searched = made("search")
     return sum(run.tags["stage"] == "trial" for run in tracked(searched["study"], searched["journal"]))
-
-
-def _search() -> dict[str, Any]:
-    return made("search")
 
 
 def dvc(*arguments: str) -> int:
@@ -204,13 +199,13 @@ def lock() -> Iterator[None]:
     """Wait for any other run in this folder: DVC itself would fail at once. Stages that outlive this process count."""
     global _held
     _LOCK.parent.mkdir(parents=True, exist_ok=True)
-    own = Lock(_LOCK)
+    folder_lock = Lock(_LOCK)
     try:
-        if not own.take():
+        if not folder_lock.take():
             console.note("another run is at work in this folder; waiting for it to end (Ctrl-C to give up)")
-            own.take(wait=True)
-        _held = (own.descriptor,)
+            folder_lock.take(wait=True)
+        _held = (folder_lock.descriptor,)
         yield
     finally:
         _held = ()
-        own.release()
+        folder_lock.release()

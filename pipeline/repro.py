@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from dvc.cli import main
 from dvc.dependency import param
@@ -18,11 +17,11 @@ from dvc.dependency import param
 from pipeline import overrides
 
 
-def show(document: Any) -> None:
+def show(document: object) -> None:
     """Let DVC read a document wherever it would read ``params.yaml`` of this folder."""
     file, read = Path(overrides.DEFAULT).resolve(), param.load_path
 
-    def load_path(path: str, *arguments: Any, **named: Any) -> Any:
+    def load_path(path: str, *arguments: object, **named: object) -> object:
         return document if Path(path).resolve() == file else read(path, *arguments, **named)
 
     param.load_path = load_path

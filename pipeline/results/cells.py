@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.params import Params, digest
 from pipeline.results import labels
@@ -61,7 +60,7 @@ def at_ratio(params: Params, ratio: float) -> Params:
     return changed(params, "prune", ratio=ratio)
 
 
-def changed(params: Params, section: str, **values: Any) -> Params:
+def changed(params: Params, section: str, **values: object) -> Params:
     """Return the params with values of one section replaced."""
     return params.model_copy(update={section: getattr(params, section).model_copy(update=values)})
 
@@ -82,7 +81,7 @@ def _method(row: str, params: Params) -> Cell:
     return Cell(row, params, f"{100 * params.prune.ratio:g}% {labels.method(row)}")
 
 
-def definition(cell: Cell, origin: Mapping[str, Any]) -> dict[str, Any]:
+def definition(cell: Cell, origin: Mapping[str, object]) -> dict[str, object]:
     """Return all that a cell's result depends on, as plain values.
 
     Args:
@@ -90,7 +89,7 @@ def definition(cell: Cell, origin: Mapping[str, Any]) -> dict[str, Any]:
         origin: Digests of the base model and the data, and the device.
     """
     params = cell.params
-    defining = {
+    defining: dict[str, object] = {
         "row": cell.row,
         "measured": MEASURED,
         "origin": dict(origin),
@@ -119,7 +118,7 @@ def definition(cell: Cell, origin: Mapping[str, Any]) -> dict[str, Any]:
     return defining
 
 
-def key(cell: Cell, origin: Mapping[str, Any]) -> str:
+def key(cell: Cell, origin: Mapping[str, object]) -> str:
     """Return twelve hex digits that name a cell by all that defines it."""
     return digest(definition(cell, origin))
 
@@ -134,7 +133,7 @@ class Factor:
     title: str
     section: str
     name: str
-    values: Mapping[Any, str]
+    values: Mapping[str | int, str]
 
 
 FACTORS = (

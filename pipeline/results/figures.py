@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -280,25 +280,24 @@ def _parts(units: Sequence[str]) -> list[str]:
 
 
 def _name_blocks(axes: Axes, blocks: int) -> None:
-    names: Any = range(blocks)
-    axes.set_xticks(names, names, fontsize=SMALL, rotation=0 if blocks <= 40 else 90)
+    axes.set_xticks(range(blocks), list(map(str, range(blocks))), fontsize=SMALL, rotation=0 if blocks <= 40 else 90)
 
 
 # --- plan --------------------------------------------------------------------------------------------------------
 
 
-def plan(found: pd.DataFrame, title: str, budget_gib: float, path: Path) -> None:
+def plan(peaks: pd.DataFrame, title: str, budget_gib: float, path: Path) -> None:
     """Draw predicted peaks against the pruning ratio: training and inference, a line for each choice of bits.
 
     Args:
-        found: As ``plan.table`` returns it.
+        peaks: As ``plan.table`` returns it.
         title: The model.
         budget_gib: Drawn as a dashed line.
         path: The PNG.
     """
     with picture(path, (10, 4), 1, 2, sharey=True) as (figure, grid):
         for step, axes in zip(("training", "inference"), grid[0], strict=True):
-            for (label, rows), color in zip(found.groupby("bits", sort=False), SERIES, strict=False):
+            for (label, rows), color in zip(peaks.groupby("bits", sort=False), SERIES, strict=False):
                 axes.plot(100 * rows["ratio"], rows[f"{step}_gib"], marker="o", ms=4, color=color, label=label)
             axes.axhline(budget_gib, color=INK, ls="--", lw=1, label=f"{budget_gib:g} GiB")
             axes.set_title(step)

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -38,7 +37,7 @@ def _environment() -> Environment:
     return environment
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, **values: object) -> str:
     """Return a page: a template of ``templates/`` with values filled in, every text of them escaped."""
     return _environment().get_template(template).render(**values)
 
@@ -104,7 +103,7 @@ def front(points: Sequence[Point], members: Sequence[Point], objective: str, tab
 
 def _plot(
     title: str, points: Sequence[Point], members: Sequence[Point], objective: str, tips: Mapping[str, str]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return what the template draws: places of marks, ticks and lines, and each mark's figures."""
     factor, y_name = labels.scale(objective)
     trained = [point for point in points if point.method != labels.UNTOUCHED]  # the others have no memory of training

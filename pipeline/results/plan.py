@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -25,14 +25,20 @@ from pipeline.settings import memory_setting
 from pipeline.trial import even, memory
 from pipeline.trial.setting import Setting
 
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PretrainedConfig
+
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 SHARES = (0.0, 0.25, 0.5, 1.0)
 GB = 1e9  # the paper's unit
 
 # Arguments of transformers' configs, by the name in a preset's `model.source`.
-_LLAMA_7B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-             "num_attention_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False}  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {
+_LLAMA_7B: dict[str, object] = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
+                                "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
+                                "tie_word_embeddings": False}  # fmt: skip
+MODELS: dict[str, dict[str, object]] = {
     "huggyllama/llama-7b": _LLAMA_7B,
     "lmsys/vicuna-7b-v1.5": _LLAMA_7B,
     "yahma/llama-13b-hf": _LLAMA_7B | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
@@ -83,7 +89,7 @@ class Asked:
 
     name: str
     source: str
-    config: Any
+    config: PretrainedConfig
     params: Params
     budget_gib: float
 
@@ -121,7 +127,7 @@ def asked(config: str, memory_gib: str) -> Asked:
     return Asked(config, *_of_file(config), params, budget)
 
 
-def _of_file(config: str) -> tuple[str, Any]:
+def _of_file(config: str) -> tuple[str, PretrainedConfig]:
     """Return (file, config) of a folder with a ``config.json`` or of such a file.
 
     Raises:
@@ -151,7 +157,9 @@ def setting_of(params: Params) -> Setting:
     return memory_setting(params.recover, params.evaluate, params.quantize)
 
 
-def table(config: Any, setting: Setting, budget_gib: float, ratios: Sequence[float] = RATIOS) -> pd.DataFrame:
+def table(
+    config: PretrainedConfig, setting: Setting, budget_gib: float, ratios: Sequence[float] = RATIOS
+) -> pd.DataFrame:
     """Predict peaks for each ratio and share of 8-bit blocks.
 
     Returns:
@@ -174,23 +182,23 @@ def table(config: Any, setting: Setting, budget_gib: float, ratios: Sequence[flo
     return pd.DataFrame(rows, columns=columns)
 
 
-def _choices(config: Any) -> Iterator[tuple[str, dict[str, int]]]:
+def _choices(config: PretrainedConfig) -> Iterator[tuple[str, dict[str, int]]]:
     for share in SHARES:
         label = "all 4" if share == 0 else "all 8" if share == 1 else f"{share:.0%} at 8"
         yield label, even.bits_of(config, round(share * config.num_hidden_layers))
     yield "16", even.bits_of(config, 0, 16)
 
 
-def summary(found: pd.DataFrame, step: str) -> Table:
+def summary(peaks: pd.DataFrame, step: str) -> Table:
     """Return the table of one step: GiB for each ratio and bits, ``*`` where it fits.
 
     Args:
-        found: As ``table`` returns it.
+        peaks: As ``table`` returns it.
         step: ``training`` or ``inference``.
     """
-    labels = list(dict.fromkeys(found["bits"]))
+    labels = list(dict.fromkeys(peaks["bits"]))
     body: list[list[Cell]] = []
-    for ratio, rows in found.groupby("ratio", sort=True):
+    for ratio, rows in peaks.groupby("ratio", sort=True):
         cells = [
             f"{gib:.2f}{' *' if fits else ''}"
             for gib, fits in zip(rows[f"{step}_gib"], rows[f"{step}_fits"], strict=True)
@@ -223,7 +231,7 @@ def beside_paper(asked_: Asked) -> Table | None:
     return Table("The paper's measured memory of training, GB = 1e9 bytes", columns, body)
 
 
-def plain_peak(config: Any) -> int:
+def plain_peak(config: PretrainedConfig) -> int:
     """Return the peak of a training step in fp32 with plain attention and the logits of all positions at once."""
     import torch
 
@@ -234,7 +242,9 @@ def plain_peak(config: Any) -> int:
     return traced.training(model, PAPER_SETTING, machine, step=_whole_loss)[1]
 
 
-def _whole_loss(model: Any, tokens: Any, where: Any, wanted: Any) -> Any:
+def _whole_loss(
+    model: PeftModel, tokens: torch.Tensor, where: tuple[torch.Tensor, torch.Tensor], wanted: torch.Tensor
+) -> torch.Tensor:
     from torch.nn import functional
 
     logits = model(input_ids=tokens, use_cache=False).logits
@@ -242,15 +252,15 @@ def _whole_loss(model: Any, tokens: Any, where: Any, wanted: Any) -> Any:
     return functional.cross_entropy(logits.flatten(0, 1), labels)
 
 
-def write(asked_: Asked, found: pd.DataFrame, sections: Sequence[Table], folder: Path) -> list[Path]:
+def write(asked_: Asked, peaks: pd.DataFrame, sections: Sequence[Table], folder: Path) -> list[Path]:
     """Write the tables as Markdown and CSV and the picture; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"# Plan: {asked_.source}", "", *facts(asked_), ""]
     for section in sections:
         lines += tables.markdown_section(section)
     storage.write_text(folder / "plan.md", "\n".join(lines))
-    storage.write_text(folder / "plan.csv", found.to_csv(index=False))
-    figures.plan(found, asked_.source, asked_.budget_gib, folder / "plan.png")
+    storage.write_text(folder / "plan.csv", peaks.to_csv(index=False))
+    figures.plan(peaks, asked_.source, asked_.budget_gib, folder / "plan.png")
     return [folder / f"plan.{ending}" for ending in ("md", "csv", "png")]
 
 

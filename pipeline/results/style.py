@@ -7,11 +7,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+class _ErrorBars(TypedDict):
+    elinewidth: float
+    capsize: float
+
 
 INK = "#1d2733"
 GREY = "#8a96a3"
@@ -22,8 +29,8 @@ SERIES = (BLUE, RED, "#d99a26", "#3a8f66", "#7a5ea8", GREY, "#2a9fb0", "#8c5a3c"
 FONT = 9
 SMALL = 7
 DPI = 150
-ERROR_BARS: Mapping[str, Any] = {"elinewidth": 0.7, "capsize": 1.5}
-_SETTINGS: Mapping[str, Any] = {
+ERROR_BARS: _ErrorBars = {"elinewidth": 0.7, "capsize": 1.5}
+_SETTINGS: Mapping[str, str | float | bool] = {
     "font.size": FONT,
     "axes.titlesize": FONT,
     "axes.labelsize": FONT,
@@ -47,8 +54,8 @@ _SETTINGS: Mapping[str, Any] = {
 
 @contextmanager
 def picture(
-    path: Path, size: tuple[float, float], rows: int = 1, columns: int = 1, **options: Any
-) -> Iterator[tuple[Figure, Any]]:
+    path: Path, size: tuple[float, float], rows: int = 1, columns: int = 1, *, sharey: bool = False
+) -> Iterator[tuple[Figure, np.ndarray]]:
     """Give a figure and its axes, [rows, columns], in the project's style; write it as PNG if the block succeeds.
 
     Args:
@@ -56,7 +63,7 @@ def picture(
         size: Width and height in inches.
         rows: Panels below each other.
         columns: Panels beside each other.
-        **options: Of matplotlib's ``subplots``, such as ``sharey``.
+        sharey: Whether all have the same vertical axis.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -65,7 +72,7 @@ def picture(
     with matplotlib.rc_context(dict(_SETTINGS)):
         figure = Figure(figsize=size, dpi=DPI)
         FigureCanvasAgg(figure)  # draws without a display
-        yield figure, figure.subplots(rows, columns, squeeze=False, **options)
+        yield figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
         save(figure, path)
 
 
@@ -156,7 +163,7 @@ def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str]], taken: 
     return placed
 
 
-def _beside(anchor: Any, size: tuple[float, float], distance: float, angle: float) -> tuple[float, float]:
+def _beside(anchor: np.ndarray, size: tuple[float, float], distance: float, angle: float) -> tuple[float, float]:
     """Return the center of a box whose nearest side, or corner, is at a distance from the anchor."""
     across, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     sideways, upwards = (max(-1.0, min(1.0, math.sqrt(2) * share)) for share in (across, up))  # a corner at 45 degrees
@@ -169,7 +176,11 @@ def _around(center: tuple[float, float], size: tuple[float, float]) -> Box:
 
 
 def _cost(
-    anchor: Any, center: tuple[float, float], size: tuple[float, float], occupied: Sequence[Box], bounds: Any
+    anchor: np.ndarray,
+    center: tuple[float, float],
+    size: tuple[float, float],
+    occupied: Sequence[Box],
+    bounds: Box,
 ) -> float:
     """Return how many pixels a label would cover there, its leader line included; 0: nothing."""
     box = _around(center, size)
@@ -189,7 +200,7 @@ def _cost(
 _ALONG = tuple(step / 12 for step in range(1, 12))  # places along a leader line
 
 
-def _overlap(one: Box, other: Box) -> float:
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
+def _overlap(box: Box, other: Box) -> float:
+    width = min(box[2], other[2]) - max(box[0], other[0])
+    height = min(box[3], other[3]) - max(box[1], other[1])
     return max(0.0, width) * max(0.0, height)

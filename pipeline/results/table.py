@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 
@@ -79,7 +78,7 @@ def _ratio(outcome: Outcome) -> str:
     return f"{100 * outcome.cell.ratio:g} %"
 
 
-def frame(outcomes: Sequence[Outcome], tasks: Sequence[str], names: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def frame(outcomes: Sequence[Outcome], tasks: Sequence[str], names: Sequence[Mapping[str, object]]) -> pd.DataFrame:
     """Return one row a cell with plain figures: accuracies in [0, 1], memory in bytes.
 
     Args:
@@ -91,7 +90,7 @@ def frame(outcomes: Sequence[Outcome], tasks: Sequence[str], names: Sequence[Map
     cost = ("peak_memory_bytes", "inference_memory_bytes", "memory_source", "items", "bits")
     rows = []
     for outcome, name in zip(outcomes, names, strict=True):
-        figures: dict[str, Any] = {"state": outcome.state}
+        figures: dict[str, object] = {"state": outcome.state}
         if result := outcome.result:
             for task in tasks:
                 figures |= {task: result.tasks[task][0], f"{task}_stderr": result.tasks[task][1]}
@@ -149,7 +148,7 @@ def differences(title: str, names: Sequence[str], pairs: Sequence[tuple[list[str
     return Table(title, [*names, "mean, points", "gold log-prob.", "log-prob. of a held-out token"], rows)
 
 
-def _signed(record: Mapping[str, Any], subtracted: Mapping[str, Any], objective: str, factor: int) -> str:
+def _signed(record: paired.Items, subtracted: paired.Items, objective: str, factor: int) -> str:
     value, error = paired.difference(paired.strata(record, objective), paired.strata(subtracted, objective))
     digits = 1 if factor == 100 else 3
     return f"{factor * value:+.{digits}f} ± {factor * error:.{digits}f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from pipeline import bits as bit_text
 from pipeline.params import Objective, read_history
@@ -62,7 +62,7 @@ def import_history(path: str | None, units: int, objective: str) -> list[Observa
     ]
 
 
-def export_history(study: str, finished: Sequence[Result]) -> dict[str, Any]:
+def export_history(study: str, finished: Sequence[Result]) -> dict[str, object]:
     """Return what ``reports/history.json`` holds: the study's name and each result's bits, objectives and memory."""
     objectives = [f"{name}{ending}" for name in get_args(Objective) for ending in ("", "_stderr")]
     kept = ("bits", *objectives, "peak_memory_bytes")

@@ -23,6 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from pipeline import storage
 
+Operation = dict[str, Any]  # one line, as Optuna writes it
 NAME = "journal.log"
 _CREATE_STUDY, _CREATE_TRIAL = 0, 4
 _NEEDED = {  # by Optuna's numbers of operations: what it reads of each
@@ -54,7 +55,7 @@ class _Backend(JournalFileBackend):
         super().__init__(str(path), lock_obj=_NoLock())
         self._path = path
 
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+    def append_logs(self, logs: list[Operation]) -> None:
         """Append operations, all or none of them.
 
         Raises:
@@ -136,7 +137,7 @@ def _aside(path: Path) -> Path:
     return aside
 
 
-def _operation(line: bytes) -> dict[str, Any] | None:
+def _operation(line: bytes) -> Operation | None:
     """Return a line's operation, or None if it is damaged."""
     try:
         values = json.loads(line)
@@ -147,12 +148,12 @@ def _operation(line: bytes) -> dict[str, Any] | None:
     return values if _NEEDED[values["op_code"]] <= values.keys() else None
 
 
-def _complete(operations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _complete(operations: list[Operation]) -> list[Operation]:
     """Return operations with lost creations of trials put back.
 
     A lost creation of a study cannot be put back, as nothing else names the study: what follows it is left out.
     """
-    kept: list[dict[str, Any]] = []
+    kept: list[Operation] = []
     studies: set[str] = set()
     trials = current = 0
     for operation in operations:

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+Items = Mapping[str, Any]  # what a trial measured item by item: ``by_item`` and ``by_row`` of ``trial.Result``
 _AT_ONCE = 100  # draws: of 20,000 items they take 16 MB
 
 
-def strata(record: Mapping[str, Any], objective: str) -> list[np.ndarray]:
+def strata(record: Items, objective: str) -> list[np.ndarray]:
     """Return the items that an objective rests on, of each task or of the held-out rows: [items, 2], sum and weight.
 
     The objective is the mean over strata of what the items sum up to by their weights.
@@ -91,7 +92,7 @@ def undominated(scores: np.ndarray, memories: Sequence[float]) -> np.ndarray:
     return shares
 
 
-def difference(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> tuple[float, float]:
+def difference(trial: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> tuple[float, float]:
     """Return by how much one trial's score is above another's, and the standard error of that."""
-    scores = redrawn([one, other])
-    return score(one) - score(other), float((scores[:, 0] - scores[:, 1]).std())
+    scores = redrawn([trial, other])
+    return score(trial) - score(other), float((scores[:, 0] - scores[:, 1]).std())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol
 
 import pandas as pd
 
@@ -50,19 +50,35 @@ class Point:
     probability: float | None = None
 
 
-def points(runs: Sequence[Any], objective: str) -> list[Point]:
+class _Run(Protocol):
+    """What is read of a run, such as ``tracking.Tracked``: tracking stands above this room."""
+
+    @property
+    def run_id(self) -> str: ...
+
+    @property
+    def status(self) -> str: ...
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+    @property
+    def tags(self) -> Mapping[str, str]: ...
+
+
+def points(runs: Sequence[_Run], objective: str) -> list[Point]:
     """Return the points of one study's MLflow runs; unfinished and failed ones are left out.
 
     Args:
         runs: As ``tracking.trials`` returns them.
         objective: An objective of section ``search``, or a benchmark's name.
     """
-    found = []
+    finished = []
     for run in runs:
         metrics, tags = run.metrics, run.tags
         if run.status != "FINISHED" or objective not in metrics:
             continue
-        found.append(
+        finished.append(
             Point(
                 run_id=run.run_id,
                 name=tags["name"],
@@ -76,22 +92,22 @@ def points(runs: Sequence[Any], objective: str) -> list[Point]:
                 metrics=dict(metrics),
             )
         )
-    return found
+    return finished
 
 
-def dominates(one: Point, other: Point) -> bool:
+def dominates(point: Point, other: Point) -> bool:
     """Return whether a point is no worse in both objectives and better in one."""
-    no_worse = one.score >= other.score and one.memory <= other.memory
-    return no_worse and (one.score > other.score or one.memory < other.memory)
+    no_worse = point.score >= other.score and point.memory <= other.memory
+    return no_worse and (point.score > other.score or point.memory < other.memory)
 
 
-def front(every: Sequence[Point]) -> list[Point]:
+def front(points: Sequence[Point]) -> list[Point]:
     """Return the points that no other one dominates, lowest memory first; equal points all stay."""
     members: list[Point] = []
-    for one in sorted(every, key=lambda one: (one.memory, -one.score, one.run_id)):
+    for point in sorted(points, key=lambda point: (point.memory, -point.score, point.run_id)):
         # Nothing that follows needs less memory, so the last member is the only one that can dominate this point.
-        if not members or not dominates(members[-1], one):
-            members.append(one)
+        if not members or not dominates(members[-1], point):
+            members.append(point)
     return members
 
 
@@ -107,7 +123,7 @@ def hypervolume(members: Iterable[tuple[float, float]], worst_score: float, wors
         Sum over the front of score gained times memory saved, in bytes.
     """
     area, best = 0.0, worst_score
-    for score, memory in sorted(members, key=lambda one: (one[1], -one[0])):
+    for score, memory in sorted(members, key=lambda member: (member[1], -member[0])):
         if score > best and memory < worst_memory:
             area += (score - best) * (worst_memory - memory)
             best = score
@@ -126,22 +142,22 @@ def growth(points: Sequence[tuple[float, float]], reach: float, known: int = 0) 
     return [hypervolume(points[:n], points[0][0], points[0][1] + reach) / GIB for n in counts]
 
 
-def compared(every: Sequence[Point], records: Sequence[Mapping[str, Any]], objective: str) -> list[Point]:
+def compared(points: Sequence[Point], records: Sequence[paired.Items], objective: str) -> list[Point]:
     """Return the points with their paired errors and their probabilities of being on the front, among all trials.
 
     Args:
-        every: All points of a study.
+        points: All points of a study.
         records: What each measured item by item (``paired``).
         objective: The points' own.
     """
-    if not every:
+    if not points:
         return []
     scores = paired.redrawn([paired.strata(record, objective) for record in records])
-    own = [not one.reference for one in every]
-    shares = iter(paired.undominated(scores[:, own], [one.memory for one in every if not one.reference]))
+    among = [not point.reference for point in points]
+    shares = iter(paired.undominated(scores[:, among], [point.memory for point in points if not point.reference]))
     return [
-        replace(one, paired=float(error), probability=None if one.reference else float(next(shares)))
-        for one, error in zip(every, paired.errors(scores, own), strict=True)
+        replace(point, paired=float(error), probability=None if point.reference else float(next(shares)))
+        for point, error in zip(points, paired.errors(scores, among), strict=True)
     ]
 
 
@@ -155,13 +171,13 @@ def judge(members: Sequence[Point], trials: Sequence[Point], prior: Sequence[flo
     """
     if not members:
         return []
-    tried = [Observation(_bits(one), one.score, one.stderr) for one in trials]
-    expected, _ = surrogate.Model(tried, prior).predict(surrogate.raised_of([_bits(one) for one in members]))
-    return [replace(one, expected=float(value)) for one, value in zip(members, expected, strict=True)]
+    tried = [Observation(_bits(point), point.score, point.stderr) for point in trials]
+    expected, _ = surrogate.Model(tried, prior).predict(surrogate.raised_of([_bits(point) for point in members]))
+    return [replace(point, expected=float(value)) for point, value in zip(members, expected, strict=True)]
 
 
-def _bits(one: Point) -> tuple[int, ...]:
-    return bit_text.parse(one.bits, len(one.bits))
+def _bits(point: Point) -> tuple[int, ...]:
+    return bit_text.parse(point.bits, len(point.bits))
 
 
 def best(members: Sequence[Point]) -> Point:
@@ -175,26 +191,28 @@ def best(members: Sequence[Point]) -> Point:
     """
     if not members:
         raise SearchError("the front is empty: no trial of the study has finished; run: mlflow run . -e search")
-    return max(members, key=lambda one: (one.score if one.expected is None else one.expected, -one.memory))
+    return max(
+        members, key=lambda member: (member.score if member.expected is None else member.expected, -member.memory)
+    )
 
 
-def table(every: Sequence[Point], members: Sequence[Point]) -> pd.DataFrame:
+def table(points: Sequence[Point], members: Sequence[Point]) -> pd.DataFrame:
     """Return all points as a dataframe, members of the front first."""
-    inside = {one.run_id for one in members}
-    order = [*members, *(one for one in every if one.run_id not in inside)]
+    inside = {member.run_id for member in members}
+    order = [*members, *(point for point in points if point.run_id not in inside)]
     return pd.DataFrame(
         {
-            "front": [one.run_id in inside for one in order],
-            "name": [one.name for one in order],
-            "method": [one.method for one in order],
-            "bits": [one.bits for one in order],
-            "score": [one.score for one in order],
-            "stderr": [one.stderr for one in order],
-            "paired_stderr": [one.paired for one in order],
-            "expected": [one.expected for one in order],
-            "probability": [one.probability for one in order],
-            "peak_memory_bytes": pd.array([one.memory for one in order], dtype="Int64"),
-            "memory_source": [one.source for one in order],
-            "run_id": [one.run_id for one in order],
+            "front": [point.run_id in inside for point in order],
+            "name": [point.name for point in order],
+            "method": [point.method for point in order],
+            "bits": [point.bits for point in order],
+            "score": [point.score for point in order],
+            "stderr": [point.stderr for point in order],
+            "paired_stderr": [point.paired for point in order],
+            "expected": [point.expected for point in order],
+            "probability": [point.probability for point in order],
+            "peak_memory_bytes": pd.array([point.memory for point in order], dtype="Int64"),
+            "memory_source": [point.source for point in order],
+            "run_id": [point.run_id for point in order],
         }
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline import bits as bit_text
 from pipeline.search import SearchError, surrogate
@@ -20,11 +20,13 @@ from pipeline.search.study import Candidate, Study
 from pipeline.search.surrogate import Observation
 
 if TYPE_CHECKING:
+    from optuna.trial import Trial
+
     from pipeline.compress.importance import Priors
     from pipeline.trial.result import Result
 
 _FAILURES_IN_A_ROW = 3
-Attempt = Callable[[Any, Candidate, int], "Result | BaseException"]
+Attempt = Callable[["Trial", Candidate, int], "Result | BaseException"]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import optuna
-from optuna.trial import TrialState
+from optuna.storages import JournalStorage
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline import bits as bit_text
 from pipeline import signals
@@ -188,10 +189,10 @@ class Study:
                 candidates.append(Candidate(bit_text.parse(text, len(text)), trial.user_attrs["method"]))
         return candidates
 
-    def _running(self) -> list[Any]:
+    def _running(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
 
-    def start(self, candidate: Candidate) -> Any:
+    def start(self, candidate: Candidate) -> Trial:
         """Open a trial of a bit vector."""
         with signals.held():
             trial = self._study.ask()
@@ -199,7 +200,7 @@ class Study:
             trial.set_user_attr("bits", bit_text.write(candidate.bits))
         return trial
 
-    def complete(self, trial: Any, run_id: str, result: Result) -> None:
+    def complete(self, trial: Trial, run_id: str, result: Result) -> None:
         """Record a finished trial. Its result goes first: from then on no kill can lose it.
 
         Raises:
@@ -213,21 +214,21 @@ class Study:
             trial.set_user_attr("result", result.as_json())
             self._tell(trial, result)
 
-    def _tell(self, trial: Any, result: Result) -> None:
+    def _tell(self, trial: Trial | int, result: Result) -> None:
         self._study.tell(trial, [result.score(self.objective)[0], float(result.peak_memory_bytes or 0)])
 
-    def fail(self, trial: Any, error: BaseException) -> None:
+    def fail(self, trial: Trial, error: BaseException) -> None:
         """Record a trial that did not finish, with its cause and no score."""
         with signals.held():
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
             self._study.tell(trial, state=TrialState.FAIL)
 
 
-def _names(stored: Any) -> list[str]:
+def _names(stored: JournalStorage) -> list[str]:
     return [study.study_name for study in stored.get_all_studies()]
 
 
-def _finished(study: Any, known: Mapping[int, Record] | None = None) -> list[Record]:
+def _finished(study: optuna.Study, known: Mapping[int, Record] | None = None) -> list[Record]:
     """Return a study's finished trials but those already known; one whose result was lost with its line is left out."""
     return [
         _record(trial)
@@ -236,12 +237,12 @@ def _finished(study: Any, known: Mapping[int, Record] | None = None) -> list[Rec
     ]
 
 
-def _record(trial: Any) -> Record:
+def _record(trial: FrozenTrial) -> Record:
     kept = trial.user_attrs
     return Record(kept["run_id"], kept["method"], kept["result"], trial.number)
 
 
-def _references(study: Any) -> list[Record]:
+def _references(study: optuna.Study) -> list[Record]:
     return [
         Record(value["run_id"], value["method"], value["result"])
         for key, value in study.user_attrs.items()

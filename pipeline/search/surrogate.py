@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
@@ -56,7 +55,9 @@ class Linear(Kernel):
     def __init__(self, columns: tuple[int, int]):
         self.columns = columns
 
-    def __call__(self, X: np.ndarray, Y: np.ndarray | None = None, eval_gradient: bool = False) -> Any:
+    def __call__(
+        self, X: np.ndarray, Y: np.ndarray | None = None, eval_gradient: bool = False
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Return the kernel matrix, with an empty gradient: nothing here is learnt."""
         matrix = self._matrix(X, Y)
         return (matrix, np.empty((*matrix.shape, 0))) if eval_gradient else matrix
@@ -104,7 +105,9 @@ class Model:
             warnings.simplefilter("ignore", ConvergenceWarning)
             self._process.fit(inputs, (values - self._level) / self._scale)
 
-    def _inputs(self, raised: np.ndarray, errors: np.ndarray | float = 0.0, imported: Any = False) -> np.ndarray:
+    def _inputs(
+        self, raised: np.ndarray, errors: np.ndarray | float = 0.0, imported: np.ndarray | bool = False
+    ) -> np.ndarray:
         """Return the columns that the kernel's terms read, [vectors, 2 units + 5]."""
         ups: np.ndarray = raised.astype(float)
         columns = np.empty((len(ups), 2 * self._units + 5))
@@ -143,7 +146,9 @@ class Model:
         return mean * self._scale + self._level, deviation * self._scale
 
 
-def _most_plausible(loss: Callable[..., Any], start: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, float]:
+def _most_plausible(
+    loss: Callable[[np.ndarray], tuple[float, np.ndarray]], start: np.ndarray, bounds: np.ndarray
+) -> tuple[np.ndarray, float]:
     """Minimize the negative log marginal likelihood plus a weak normal prior around the start, a factor e^4 wide.
 
     Without the prior, the first few trials would settle the scale of every term.

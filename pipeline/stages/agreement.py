@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pipeline import console, tracking
 from pipeline.errors import UserError
@@ -74,7 +73,7 @@ def _differences(run: Tracked, record: Record) -> list[str]:
     return differences
 
 
-def _figures(values: Mapping[str, Any]) -> dict[str, float]:
+def _figures(values: Mapping[str, object]) -> dict[str, float]:
     return {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 

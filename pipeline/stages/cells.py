@@ -73,7 +73,7 @@ class Cells:
         }
         self._supplies: Supplies | None = None
 
-    def all(self, wanted: Sequence[Cell], write: Callable[[Sequence[Outcome]], Any]) -> list[Outcome]:
+    def all(self, wanted: Sequence[Cell], write: Callable[[Sequence[Outcome]], object]) -> list[Outcome]:
         """Run cells in their order, each different one once; ``write`` the table after each."""
         outcomes = [Outcome(cell) for cell in wanted]
         done: dict[str, Outcome] = {}
@@ -144,7 +144,7 @@ class Cells:
             tracking.move(run_id, self.run)
         return run_id
 
-    def _origin(self, cell: Cell) -> dict[str, Any]:
+    def _origin(self, cell: Cell) -> Mapping[str, object]:
         """Return what a cell's result depends on besides its params: base model, data, compute type and code."""
         return self.origin | {"code": _code_behind(cell)}
 

@@ -29,7 +29,7 @@ def run(params: Params, run: Run) -> None:
         loaded,
         params.evaluate.final_limit,
         params.evaluate.batch_tokens,
-        lambda found: console.progress(found, "evaluate: batches"),
+        lambda batches: console.progress(batches, "evaluate: batches"),
         skip,
     )
     run.tags({"held_out": str(skip > 0).lower()})

@@ -22,23 +22,23 @@ from pipeline.tracking import Run
 
 def run(params: Params, run: Run) -> None:
     """Run the stage."""
-    every, members = front(params)
+    points, members = front(params)
     inside = {member.run_id for member in members}
-    for point in every:
+    for point in points:
         if not point.reference:
             tracking.set_tag(point.run_id, "pareto", "true" if point.run_id in inside else "false")
             if point.probability is not None:
                 tracking.set_metric(point.run_id, "pareto_probability", point.probability)
-    for path in report.write_front(every, members, params.pareto.objective, REPORTS):
+    for path in report.write_front(points, members, params.pareto.objective, REPORTS):
         run.artifact(path)
-    run.metrics({"front_size": len(members), "trials": sum(not point.reference for point in every)})
+    run.metrics({"front_size": len(members), "trials": sum(not point.reference for point in points)})
 
 
 def front(params: Params) -> tuple[list[Point], list[Point]]:
     """Return (all points, the judged front) of the latest study."""
-    (every,) = compared([params.pareto.objective])
-    trials = [point for point in every if not point.reference]
-    return every, pareto.judge(pareto.front(trials), trials, made("importance")["sensitivity"])
+    (points,) = compared([params.pareto.objective])
+    trials = [point for point in points if not point.reference]
+    return points, pareto.judge(pareto.front(trials), trials, made("importance")["sensitivity"])
 
 
 def compared(objectives: Sequence[str]) -> list[list[Point]]:
@@ -51,8 +51,8 @@ def compared(objectives: Sequence[str]) -> list[list[Point]]:
     kept = study.read(STUDY, searched["study"])
     runs = verified_runs(kept.name, kept.journal, kept.records)
     items = {run.run_id: record.values for run, record in zip(runs, kept.records, strict=True)}
-    found = []
+    by_objective = []
     for objective in objectives:
         points = pareto.points(runs, objective)
-        found.append(pareto.compared(points, [items[point.run_id] for point in points], objective))
-    return found
+        by_objective.append(pareto.compared(points, [items[point.run_id] for point in points], objective))
+    return by_objective

@@ -15,8 +15,8 @@ def show(asked: Asked) -> None:
     setting = plan.setting_of(asked.params)
     shown = {"config": asked.name, "memory_gib": asked.budget_gib, **asdict(setting)}
     with tracking.stage("plan", shown) as run:
-        found = plan.table(asked.config, setting, asked.budget_gib)
-        sections = [plan.summary(found, step) for step in ("training", "inference")]
+        peaks = plan.table(asked.config, setting, asked.budget_gib)
+        sections = [plan.summary(peaks, step) for step in ("training", "inference")]
         paper = plan.beside_paper(asked)
         if paper is not None:
             sections.append(paper)
@@ -24,9 +24,9 @@ def show(asked: Asked) -> None:
             console.table(section.title, section.columns, section.texts)
         for fact in plan.facts(asked):
             console.note(fact)
-        written = plan.write(asked, found, sections, REPORTS)
+        written = plan.write(asked, peaks, sections, REPORTS)
         for path in written:
             run.artifact(path)
-        fitting = found[found["training_fits"]]
-        run.metrics({"fitting": len(fitting), "smallest_training_gib": float(found["training_gib"].min())})
+        fitting = peaks[peaks["training_fits"]]
+        run.metrics({"fitting": len(fitting), "smallest_training_gib": float(peaks["training_gib"].min())})
     console.note(f"Written: {', '.join(map(str, written))}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline import checkpoint, device, storage
 from pipeline.compress import prune, structures
@@ -21,6 +21,10 @@ from pipeline.results import figures
 from pipeline.settings import pruning
 from pipeline.stages.shell import keep_figures
 from pipeline.tracking import Run
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 def run(params: Params, run: Run) -> None:
@@ -47,7 +51,9 @@ def write(params: Params, targets: Mapping[float, Path]) -> Pruned:
     return pruned
 
 
-def calibration_set(params: Params, tokenizer: Any, device: Any = "cpu", rows: Path = ALPACA) -> list[Batch]:
+def calibration_set(
+    params: Params, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu", rows: Path = ALPACA
+) -> list[Batch]:
     """Return the batches that pruning is calibrated on; none where it reads no text."""
     settings = params.prune
     if not structures.calibrated(settings.importance, settings.compensate):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from pipeline import GIB, console, device, identity, storage, tracking
 from pipeline import bits as bit_text
@@ -26,9 +26,12 @@ from pipeline.stages.agreement import by_journal_run
 from pipeline.tracking import Run
 
 if TYPE_CHECKING:
+    from pipeline.search.study import Trial
     from pipeline.trial.context import Context
+    from pipeline.trial.recover import Steps
     from pipeline.trial.result import Result
 
+T = TypeVar("T")
 _STORE_ERRORS = (tracking.StoreError, OSError)  # a connection's errors and a full disk are OSErrors
 
 
@@ -125,7 +128,7 @@ class Recorder:
             self._behind = False
             console.note("tracking has caught up")
 
-    def _in_store(self, work: Callable[[], Any]) -> Any:
+    def _in_store(self, work: Callable[[], T]) -> T | None:
         """Do something in the store; once it cannot be reached, do nothing until it has caught up."""
         if self._behind:
             return None
@@ -178,7 +181,7 @@ class Recorder:
         ]
         return self._attempt
 
-    def _attempt(self, opened: Any, candidate: Candidate, done: int) -> Result | BaseException:
+    def _attempt(self, opened: Trial, candidate: Candidate, done: int) -> Result | BaseException:
         from pipeline.trial import trial
 
         assert self.context is not None
@@ -238,7 +241,7 @@ class Recorder:
         belongs = {"stage": kind, "study": self.study.name, "journal": self.study.journal}
         run = self.run.child(name, {**belongs, "method": method, "name": name, "bits": text})
         granularity = self.params.search.granularity
-        shown: dict[str, Any] = {
+        shown: dict[str, object] = {
             "bits": bit_text.grouped(text, len(GRANULARITIES[granularity])),
             "method": method,
             "granularity": granularity,
@@ -297,11 +300,11 @@ def training_memory(result: Result, digits: int) -> str:
     return "- GiB" if peak is None else f"{peak / GIB:.{digits}f} GiB"
 
 
-def unfinished(*parts: Any) -> Path:
+def unfinished(*parts: object) -> Path:
     """Return where the state of a recovery is kept until it ends, by all that defines it."""
     return UNFINISHED / f"{digest(*parts)}.safetensors"
 
 
-def steps(label: str) -> Callable[[Any], Any]:
+def steps(label: str) -> Steps:
     """Return what shows the progress of a recovery under a label."""
     return lambda items: console.progress(items, label)

@@ -7,8 +7,8 @@ Reads ``artifacts/pruned``, ``artifacts/bank``, ``reports/importance.json`` and 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import pandas as pd
 
@@ -85,7 +85,7 @@ def _priors(units: Sequence[Unit]) -> Priors:
     return priors
 
 
-def _write_tables(finished: Sequence[Record], history: Any) -> None:
+def _write_tables(finished: Sequence[Record], history: Mapping[str, object]) -> None:
     trials = pd.DataFrame(
         {
             "trial": record.name.removeprefix("trial "),

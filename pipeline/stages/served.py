@@ -5,13 +5,11 @@ MLflow runs this file, with ``pipeline`` beside it, where the project is not ins
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlflow
 import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from pipeline import checkpoint, device, storage
 from pipeline.stages import serving
@@ -23,7 +21,7 @@ _TOGETHER = 8  # prompts that are answered in one batch
 class Compressed(PythonModel):
     """A built checkpoint that answers instructions."""
 
-    def load_context(self, context: Any) -> None:
+    def load_context(self, context: PythonModelContext) -> None:
         """Load and verify the checkpoint, onto a GPU if there is one."""
         folder = context.artifacts["checkpoint"]
         storage.verify(folder, "build")
@@ -32,12 +30,14 @@ class Compressed(PythonModel):
         self.tokenizer = checkpoint.load_tokenizer(folder)
 
     # Of the type hints that MLflow reads, that of a DataFrame alone leaves all inputs as they are, without a warning.
-    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, object] | None = None
+    ) -> list[str]:
         """Answer each prompt.
 
         Args:
             context: Unused.
-            model_input: Any of the forms of ``serving.prompts``.
+            model_input: One of the forms of ``serving.prompts``.
             params: See ``serving.Settings``. MLflow fills in the defaults, and drops unknown ones with a warning.
 
         Returns:

@@ -67,12 +67,12 @@ def settings(params: Mapping[str, Any] | None, context: int) -> Settings:
     return checked
 
 
-def _whole(name: str, value: Any, least: int, most: int) -> None:
+def _whole(name: str, value: object, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
         raise RequestError(f"{name} is {value}; it must be a whole number from {least} to {most}")
 
 
-def prompts(asked: Any) -> list[str]:
+def prompts(asked: object) -> list[str]:
     """Return the prompt of each answer that is wanted.
 
     Args:
@@ -105,14 +105,14 @@ def _of_frame(frame: pd.DataFrame) -> list[str]:
         named = ", ".join(map(str, frame.columns)) or "none"
         raise RequestError(f"the input has {len(frame)} rows and the columns {named}; {_FORMS}")
     texts = [_text(text, f"instruction {number}") for number, text in enumerate(frame["instruction"])]
-    inputs: Iterable[Any] = frame["input"] if "input" in columns else [""] * len(texts)
+    inputs: Iterable[object] = frame["input"] if "input" in columns else [""] * len(texts)
     return [
         prompt(text, "" if _absent(context) else _string(context, f"input {number}"))
         for number, (text, context) in enumerate(zip(texts, inputs, strict=True))
     ]
 
 
-def _conversation(messages: Any, where: str) -> str:
+def _conversation(messages: object, where: str) -> str:
     """Return a conversation as one prompt: earlier turns with their answers, the last one open.
 
     A system message stands before the first instruction.
@@ -137,22 +137,23 @@ def _conversation(messages: Any, where: str) -> str:
     return "".join(prompt(text) if role == "user" else f"{text}\n\n" for role, text in zip(turns, texts, strict=True))
 
 
-def _text(value: Any, where: str) -> str:
-    if _absent(value) or not _string(value, where).strip():
+def _text(value: object, where: str) -> str:
+    text = "" if _absent(value) else _string(value, where)
+    if not text.strip():
         raise RequestError(f"{where} is empty; give a text")
-    return value
+    return text
 
 
-def _string(value: Any, where: str) -> str:
+def _string(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise RequestError(f"{where} is {_short(value)}; it must be a text")
     return value
 
 
-def _absent(value: Any) -> bool:
+def _absent(value: object) -> bool:
     return value is None or (isinstance(value, float) and np.isnan(value))
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from pipeline import console, storage, tracking
@@ -48,11 +49,11 @@ def start(name: str, params: Params) -> None:
         from pipeline import device
 
         shown["compute"] = str(device.choose(params.device, params.dtype))
-    with tracking.stage(name, {"seed": params.seed, **shown}) as own:
-        stage(name).run(params, own)
+    with tracking.stage(name, {"seed": params.seed, **shown}) as run:
+        stage(name).run(params, run)
 
 
-def stage(name: str) -> Any:
+def stage(name: str) -> ModuleType:
     """Return the module of a stage."""
     return importlib.import_module(f"pipeline.stages.{name}")
 

@@ -80,7 +80,7 @@ class Supplies:
         return trials.space(self.params, self.context)
 
 
-def sound(folder: Path, make: Callable[[Path], Any]) -> Path:
+def sound(folder: Path, make: Callable[[Path], object]) -> Path:
     """Return a checkpoint folder that matches its checksums: as it is, or made now if it is missing or damaged."""
     if folder.exists():
         try:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy
-from sqlalchemy import Connection, Select, case, select
+from sqlalchemy import ColumnElement, Connection, Select, case, select
 from sqlalchemy.exc import NoSuchColumnError, OperationalError, ProgrammingError
 
 from pipeline.tracking.tracked import Tracked
+
+T = TypeVar("T")
 
 
 class OtherTables(Exception):
@@ -38,7 +40,7 @@ def tagged(address: str, experiments: Sequence[str], key: str, value: str) -> li
     try:
         from mlflow.store.tracking.dbmodels.models import SqlRun, SqlTag
 
-        chosen: Any = select(SqlTag.run_uuid).where(SqlTag.key == key, SqlTag.value == value)
+        chosen: Select[tuple[str]] = select(SqlTag.run_uuid).where(SqlTag.key == key, SqlTag.value == value)
         runs = select(SqlRun.__table__).where(
             SqlRun.run_uuid.in_(chosen),
             SqlRun.experiment_id.in_([int(experiment) for experiment in experiments]),
@@ -54,19 +56,21 @@ def tagged(address: str, experiments: Sequence[str], key: str, value: str) -> li
         raise OtherTables from error
 
 
-def _read(connection: Connection, chosen: Select[Any], runs: Select[Any]) -> list[Tracked]:
+def _read(connection: Connection, chosen: Select[tuple[str]], runs: Select[tuple[object, ...]]) -> list[Tracked]:
     from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlParam, SqlTag
 
-    def values(table: Any, column: Any) -> dict[str, dict[str, Any]]:
-        by_run: dict[str, dict[str, Any]] = {}
+    def values(table: Any, column: ColumnElement[T]) -> dict[str, dict[str, T]]:
+        by_run: dict[str, dict[str, T]] = {}
         for run_id, key, value in connection.execute(
             select(table.run_uuid, table.key, column).where(table.run_uuid.in_(chosen))
         ):
             by_run.setdefault(run_id, {})[key] = value
         return by_run
 
-    tags, params = values(SqlTag, SqlTag.value), values(SqlParam, SqlParam.value)
-    metrics = values(SqlLatestMetric, case((SqlLatestMetric.is_nan, None), else_=SqlLatestMetric.value))
+    tags: dict[str, dict[str, str]] = values(SqlTag, SqlTag.value)
+    params: dict[str, dict[str, str]] = values(SqlParam, SqlParam.value)
+    measured = case((SqlLatestMetric.is_nan, None), else_=SqlLatestMetric.value)
+    metrics: dict[str, dict[str, float | None]] = values(SqlLatestMetric, measured)
     return [
         Tracked(
             run_id=row.run_uuid,

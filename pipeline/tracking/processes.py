@@ -28,10 +28,10 @@ def _place() -> dict[str, str]:
     """Return what tells this machine's boot and PID namespace from others; nothing where there is no /proc."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        found = {_BOOT: boot, _SPACE: os.readlink("/proc/self/ns/pid")}
+        place = {_BOOT: boot, _SPACE: os.readlink("/proc/self/ns/pid")}
         with suppress(OSError):
-            found[_MACHINE] = Path("/etc/machine-id").read_text().strip()
-        return found
+            place[_MACHINE] = Path("/etc/machine-id").read_text().strip()
+        return place
     return {}
 
 

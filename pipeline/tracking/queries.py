@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from typing import Any
 
 from mlflow import entities
 from mlflow.artifacts import load_text
@@ -41,7 +40,7 @@ def tagged(key: str, value: str) -> list[Tracked]:
 
 
 def _search_tagged(within: list[str], key: str, value: str) -> list[Tracked]:
-    found: list[Tracked] = []
+    runs: list[Tracked] = []
     token = None
     while True:
         page = client().search_runs(
@@ -51,10 +50,10 @@ def _search_tagged(within: list[str], key: str, value: str) -> list[Tracked]:
             max_results=_PAGE,
             page_token=token,
         )
-        found += map(_tracked, page)
+        runs += map(_tracked, page)
         token = page.token
         if not token:
-            return found
+            return runs
 
 
 def _tracked(run: entities.Run) -> Tracked:
@@ -71,7 +70,7 @@ def _tracked(run: entities.Run) -> Tracked:
     )
 
 
-def items(trial: Tracked) -> dict[str, Any]:
+def items(trial: Tracked) -> dict[str, object]:
     """Return what a trial measured item by item.
 
     Args:

@@ -12,11 +12,11 @@ import time
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
@@ -72,7 +72,7 @@ class Run:
     def __post_init__(self) -> None:
         self._stored_as = self._stored_as or self.run_id
 
-    def params(self, values: Mapping[str, Any]) -> None:
+    def params(self, values: Mapping[str, object]) -> None:
         """Log params; lists as JSON."""
         shown = {key: json.dumps(value) if isinstance(value, list) else str(value) for key, value in values.items()}
         self._log(params=[Param(key, value[:6000]) for key, value in shown.items()])
@@ -102,7 +102,7 @@ class Run:
         """Log a file."""
         self._write(lambda: client().log_artifact(self._stored_as, str(path), folder))
 
-    def json(self, values: Any, name: str) -> None:
+    def json(self, values: object, name: str) -> None:
         """Log plain values as a JSON file."""
         self._log_text(json.dumps(values), name)
 
@@ -147,8 +147,8 @@ class Run:
         self._write(lambda: client().set_terminated(self._stored_as, status, now))
         self.ended = True
 
-    def _log(self, **batch: Any) -> None:
-        self._write(lambda: client().log_batch(self._stored_as, **batch))
+    def _log(self, metrics: Sequence[Metric] = (), params: Sequence[Param] = (), tags: Sequence[RunTag] = ()) -> None:
+        self._write(lambda: client().log_batch(self._stored_as, metrics=metrics, params=params, tags=tags))
 
     def _log_text(self, text: str, name: str) -> None:
         self._write(lambda: client().log_text(self._stored_as, text, name))
@@ -187,7 +187,7 @@ def _now() -> int:
 
 
 @contextmanager
-def stage(name: str, params: Mapping[str, Any]) -> Iterator[Run]:
+def stage(name: str, params: Mapping[str, object]) -> Iterator[Run]:
     """Track one stage: its own run, always ended, with system metrics and the cause of a failure."""
     quiet()
     reap()

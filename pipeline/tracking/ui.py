@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
 from urllib.parse import quote, urlencode
 
 from pipeline import console
@@ -41,7 +40,7 @@ def show_search(run: Run, study: str, objective: str) -> None:
     console.note(f"Its trials in MLflow's UI:\n{ui_command(run.experiment_id, study)}")
 
 
-def _view(study: str, objective: str) -> dict[str, Any]:
+def _view(study: str, objective: str) -> dict[str, object]:
     score = f"metrics.`{objective}`"
     columns = [score, *(f"metrics.`{name}`" for name in _METRICS), *(f"params.`{name}`" for name in _PARAMS)]
     charts = [_scatter(memory, objective) for memory in _METRICS[:2]]
@@ -66,7 +65,7 @@ def _view(study: str, objective: str) -> dict[str, Any]:
     }
 
 
-def _scatter(memory: str, objective: str) -> dict[str, Any]:
+def _scatter(memory: str, objective: str) -> dict[str, object]:
     return {
         "type": "SCATTER",
         "uuid": f"front-{memory}",
@@ -79,7 +78,7 @@ def _scatter(memory: str, objective: str) -> dict[str, Any]:
     }
 
 
-def _section(uuid: str, name: str, *, display: bool) -> dict[str, Any]:
+def _section(uuid: str, name: str, *, display: bool) -> dict[str, object]:
     return {
         "uuid": uuid,
         "name": name,
