@@ -61,7 +61,7 @@ def test_main_command_leaves_one_tree_of_finished_runs(project):
 
 def test_terminal_ends_with_the_front_and_the_command_that_opens_it(project):
     text = (project / "terminal.txt").read_text()
-    assert "Pareto front" in text and "mlflow ui" in text and "searchFilter" in text
+    assert "Pareto front" in text and "mlflow ui" in text and "viewStateShareKey" in text
 
 
 def test_front_from_mlflow_equals_the_front_of_the_study(project):
@@ -100,7 +100,7 @@ def test_registered_model_answers_where_the_project_is_not_installed(project, tm
 import json, mlflow, torch
 model = mlflow.pyfunc.load_model("models:/qpruner@champion")
 inner = model.unwrap_python_model()
-from pipeline import build
+from pipeline.trial import build
 logits = build.probe(inner.model, inner.tokenizer)
 answer, short = (model.predict(["Name a color."], params=params) for params in (None, {"max_new_tokens": 1}))
 print(json.dumps({"answer": answer, "short": short, "logits": logits.flatten().tolist()}))
