@@ -80,7 +80,8 @@ def _scores(built: Built) -> list[str]:
 def _registered(built: Built) -> list[str]:
     if not built.model:
         return []
-    return [f"Registered as {built.model}" + (f", alias {built.alias}" if built.alias else "")]
+    alias = f"alias {built.alias}" if built.alias else "without an alias: another version is better, or is kept"
+    return [f"Registered as {built.model}, {alias}"]
 
 
 def _table(built: Built, points: Sequence[Point]) -> Table:

@@ -88,7 +88,7 @@ def _priors(units: Sequence[Unit]) -> Priors:
 def _write_tables(finished: Sequence[Record], history: Mapping[str, object]) -> None:
     trials = pd.DataFrame(
         {
-            "trial": record.name.removeprefix("trial "),
+            "trial": int(record.name.removeprefix("trial ")),
             "run_id": record.run_id,
             "method": record.method,
             "bits": record.result.bits,

@@ -16,9 +16,10 @@ from mlflow.tracking import MlflowClient
 
 from pipeline import architecture, checkpoint, checks, fits, params, tracking
 from pipeline.compress import prune
-from pipeline.results import report
+from pipeline.results import figures
 from pipeline.search import search
 from pipeline.search.surrogate import Observation
+from pipeline.settings import pruning
 from pipeline.stages import STAGES, shell
 from pipeline.trial import build
 
@@ -86,7 +87,7 @@ def toy_config(name):
     kind = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[real["model_type"]]
     fields = real | {
         "hidden_size": heads * size, "intermediate_size": 48, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1,
+        "num_key_value_heads": kv_heads, "vocab_size": VOCABULARY + 8, "bos_token_id": 0, "eos_token_id": 1,
         "pad_token_id": 1,
     }  # fmt: skip
     return kind(**{key: value for key, value in fields.items() if key != "model_type"})
@@ -132,7 +133,9 @@ def finished(request, tmp_path_factory, store, tokenizer):
             patched.setattr(
                 build,
                 "probe_in_fresh_process",
-                lambda folder, compute: build.probe(checkpoint.load_final(folder), checkpoint.load_tokenizer(folder)),
+                lambda folder, compute: build.probe(
+                    checkpoint.load_final(folder, compute.device, compute.dtype), checkpoint.load_tokenizer(folder)
+                ),
             )
         for stage in STAGES:
             shell.start(stage, checks.load())
@@ -177,7 +180,7 @@ def test_papers_ratios_are_met_and_blocks_outside_the_ranges_stay(name, ratio, m
     settings = checks.load(f"presets/{name}.yaml").prune
     settings = settings.model_copy(update={"ratio": ratio, "multiple_of": 1})  # at toy width 64 would be all
     model = toy_model(name)
-    found = prune.run(model, batches(1), settings, 0)
+    found = prune.run(model, batches(1), pruning(settings), 0)
     head = architecture.group_parameters(model.config, architecture.shapes(model.config)[0], "attention")
     assert found.ratio == pytest.approx(ratio, abs=head / 2 / found.parameters[0])
     whole = architecture.shapes(model.config)[0]
@@ -239,15 +242,15 @@ def test_tables_of_the_trials_are_alike_and_say_what_the_runs_say(finished):
 
 def test_accuracies_of_both_kinds_are_logged_where_a_task_has_both(finished):
     other = {"piqa_acc_norm", "hellaswag_acc", "arc_easy_acc_norm", "arc_challenge_acc", "openbookqa_acc"}
-    for figures in (read("evaluate"), *(run.metrics for run in trial_runs().values())):
-        named = {name for name in figures if name.startswith(params.TASKS) and not name.endswith("_stderr")}
+    for measured in (read("evaluate"), *(run.metrics for run in trial_runs().values())):
+        named = {name for name in measured if name.startswith(params.TASKS) and not name.endswith("_stderr")}
         assert named == {*params.TASKS} | other
-        assert all(figures[name] in (0, 1) for name in named)  # there is one item of each task
+        assert all(measured[name] in (0, 1) for name in named)  # there is one item of each task
 
 
 def test_each_benchmarks_picture_is_made_of_the_scores_on_it(finished, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(report, "benchmark_fronts", lambda every, path: drawn.update(every))
+    monkeypatch.setattr(figures, "benchmark_fronts", lambda every, path: drawn.update(every))
     shell.start("report", checks.load())
     assert tuple(drawn) == params.TASKS
     runs = trial_runs()
