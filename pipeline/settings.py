@@ -6,12 +6,10 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.compress import structures
-from pipeline.params import BlockRange, Evaluate, Prune, Quantize, Recover, Section
+from pipeline.params import BlockRange, Prune, Section
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-    from pipeline.trial.setting import Setting
 
     S = TypeVar("S", bound=DataclassInstance)
 
@@ -40,13 +38,3 @@ def pruning(section: Prune) -> structures.Settings:
 
 def _span(blocks: BlockRange) -> structures.Span:
     return structures.Span(blocks.first, blocks.last)
-
-
-def memory_setting(recovery: Recover, evaluation: Evaluate, adapters: Quantize) -> Setting:
-    """Return the batch and adapter sizes that peak memory depends on, by sections of these names."""
-    from pipeline.compress import quantize  # these import torch, which a check of the params may not need
-    from pipeline.trial import context, recover
-
-    return context.memory_setting(
-        settings_of(recover.Settings, recovery), evaluation.batch_tokens, settings_of(quantize.Settings, adapters)
-    )

@@ -88,7 +88,7 @@ def _budget(config: SimpleNamespace) -> Check:
         budget = given.search.memory_budget_gib
         if budget is None:
             return
-        from pipeline.settings import memory_setting  # which import torch
+        from pipeline.checks.memory import memory_setting  # which import torch
         from pipeline.trial import even
 
         setting = memory_setting(given.recover, given.evaluate, given.quantize)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from pipeline import GIB, architecture, checks, overrides, storage
+from pipeline.checks.memory import memory_setting
 from pipeline.errors import UserError
 from pipeline.params import Params, ParamsError
 from pipeline.results import figures, tables
 from pipeline.results.tables import Cell, Table
-from pipeline.settings import memory_setting
 from pipeline.trial import even, memory
 from pipeline.trial.setting import Setting
 
