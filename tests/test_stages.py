@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 import shutil
 import subprocess
@@ -10,13 +11,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-from pipeline import tracking
+from pipeline import storage, tracking
 from pipeline.identity import Identity
+from pipeline.paths import REPORTS
 from pipeline.search import pareto, search
 from pipeline.search.study import Study
 from pipeline.stages import recorder
 from pipeline.stages.agreement import TrackingBehind, verified_runs
 from pipeline.stages.recorder import Recorder, search_settings
+from pipeline.stages.shell import made
 from pipeline.trial import trial
 from tests.fixtures.searches import PROBLEM, SPACE, STUDY, UNITS, result
 
@@ -270,3 +273,13 @@ def test_stages_that_load_no_model_do_not_import_torch():
     code = "import sys; from pipeline.stages import pareto, report, register; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == "False"
+
+
+def test_version_without_the_alias_is_a_report_that_others_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = {"model": "models:/qpruner/2", "alias": None, "reason": "another version is better"}
+    storage.write_text(REPORTS / "register.json", json.dumps(kept))
+    assert made("register") == kept
+    storage.write_text(REPORTS / "register.json", json.dumps({"alias": "champion"}))
+    with pytest.raises(storage.CheckpointError, match="register.json"):
+        made("register")

@@ -96,7 +96,7 @@ def _built(points: Sequence[Point]) -> Built | None:
         held_out=evaluated,
         sizes=sizes,
         model=registered.get("model", ""),
-        alias=registered.get("alias", ""),
+        alias=registered.get("alias") or "",
     )
 
 
