@@ -59,3 +59,14 @@ def raw_params(monkeypatch):
 @pytest.fixture
 def default(raw_params):
     return checks.parse(raw_params)
+
+
+@pytest.fixture
+def empty_store_here(tmp_path, monkeypatch):
+    """An empty folder to work in, with an MLflow store of its own."""
+    from pipeline import tracking
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.delenv(tracking.PARENT, raising=False)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.chdir(tmp_path)
