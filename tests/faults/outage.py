@@ -119,7 +119,7 @@ def _agree(done: Try, server: Server, trials: list) -> None:
         done.unclear += 1
         done.remark(f"the server cannot be read: {error}")
         return
-    finished = [(run.data.tags["study"], run.data.params["bits"]) for run in logged if run.info.status == "FINISHED"]
+    finished = [state.identified(run) for run in logged if run.info.status == "FINISHED"]
     done.lost += len(set(trials) - set(finished))
     done.doubled += len(finished) - len(set(finished))
     done.left += sum(run.info.status == "RUNNING" for run in logged)

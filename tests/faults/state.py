@@ -39,6 +39,11 @@ def finished_runs(project: Path, stage: str) -> list:
     return [run for run in runs(project) if run.data.tags.get("stage") == stage and run.info.status == "FINISHED"]
 
 
+def identified(run) -> tuple[str, str]:
+    """(study, bits) of a trial's run; its bits are logged in groups, a block each."""
+    return run.data.tags["study"], run.data.params["bits"].replace(" ", "")
+
+
 def processes(project: Path) -> list[psutil.Process]:
     """Living processes that work in the project's folder."""
     there = []
@@ -74,7 +79,7 @@ def litter(project: Path) -> list[str]:
 def compare(done: Try, project: Path, trials_before: list, cells_before: list) -> None:
     """Count what a fault and the run after it have lost, doubled and left behind."""
     trials, logged = Counter(journal_trials(project)), finished_runs(project, "trial")
-    tracked = Counter((run.data.tags["study"], run.data.params["bits"]) for run in logged)
+    tracked = Counter(map(identified, logged))
     lost = set(trials_before) - set(trials) | set(trials) - set(tracked)
     doubled = [key for counts in (trials, tracked) for key, count in counts.items() if count > 1]
     lost_cells = set(cells_before) - {run.info.run_id for run in finished_runs(project, "cell")}
