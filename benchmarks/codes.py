@@ -3,7 +3,7 @@
     python -m benchmarks.codes artifacts/base alpaca=FILE text=FILE [rows=48] [samples=96] [key=value ...] [CODES ...]
 
 CODES name what all linears hold: ``16``, ``int8``, ``nf4`` or ``fp4`` (calibrated), each with ``:nearest`` for the
-nearest codes or with settings of ``codes.Fit``, such as ``nf4:damping=0.1,sweeps=0``; also ``double_quant=true`` and
+nearest codes or with settings of ``codes.Fit``, such as ``nf4:damping=0.1``; also ``double_quant=true`` and
 ``sequential=true`` (Gram matrices from the inputs that the earlier blocks' codes leave). A line for each.
 
 Calibration: ``samples`` windows of ``length=256`` tokens of the longest Alpaca responses, ``noise=0.1`` of the tokens
@@ -25,13 +25,12 @@ import yaml
 
 from benchmarks import perplexity
 from pipeline import checkpoint
-from pipeline.compress import codes, linear_grams, quantize
+from pipeline.compress import codes, layer_bank, linear_grams, quantize
 from pipeline.data import alpaca, calibration
 from pipeline.data.alpaca import Batch
-from pipeline.params import Quantize
 from pipeline.trial import recover
 
-USUAL = ("16", "int8:nearest", "nf4:nearest", "nf4:sweeps=0,factors=[1.0]", "nf4:sweeps=0", "nf4")
+USUAL = ("16", "int8:nearest", "nf4:nearest", "nf4:descending=false,factors=[1.0]", "nf4:factors=[1.0]", "nf4")
 KINDS = {"16": 16, "int8": 8, "nf4": 4, "fp4": 4}
 
 
@@ -92,25 +91,27 @@ def calibration_set(tokenizer: Any, setting: Setting) -> list[Batch]:
     return list(calibration.noised(parts, setting.noise, len(tokenizer), setting.seed)) if setting.noise else parts
 
 
-def stored(weight: torch.Tensor, gram: torch.Tensor, chosen: Codes) -> quantize.Stored:
-    """Return a linear's codes."""
+def stored(weights: Sequence[torch.Tensor], gram: torch.Tensor, chosen: Codes) -> list[quantize.Stored]:
+    """Return the codes of linears with the same inputs."""
     bits, four_bit = KINDS[chosen.kind], chosen.kind if KINDS[chosen.kind] == 4 else "nf4"
     if chosen.fit is None:
-        plain = {"init": "loftq", "iterations": 1, "r": 8, "lora_alpha": 16}  # adapters are not made here
-        settings = Quantize.model_validate(plain | {"four_bit": four_bit, "double_quant": chosen.double_quant})
-        return quantize.quantize(weight, bits, settings)
-    return codes.calibrated(weight, gram, bits, four_bit, chosen.double_quant, chosen.fit)
+        settings = quantize.Settings("nearest", four_bit, chosen.double_quant, "loftq", 1, 8, 16)
+        return [quantize.quantize(weight, bits, settings) for weight in weights]
+    return codes.calibrated(weights, gram, bits, four_bit, chosen.double_quant, chosen.fit)
 
 
 def put(model: Any, matrices: Iterable[dict[str, torch.Tensor]], chosen: Codes) -> float:
     """Replace every linear by what its codes stand for; return the mean share of its outputs' energy that is lost."""
-    lost = []
+    lost, groups = [], iter(layer_bank.groups_of(model.config))
     for block in matrices:
-        for name, gram in block.items():
-            weight = model.get_submodule(name).weight
-            dense = weight.detach().clone()
-            weight.data = quantize.dequantize(stored(dense, gram, chosen), torch.float32)
-            lost.append(_energy(dense - weight.detach(), gram) / _energy(dense, gram))
+        while block:
+            group = next(groups)
+            gram = [block.pop(name) for name in group][0]
+            weights = [model.get_submodule(name).weight for name in group]
+            dense = [weight.detach().clone() for weight in weights]
+            for weight, before, tensors in zip(weights, dense, stored(dense, gram, chosen), strict=True):
+                weight.data = quantize.dequantize(tensors, torch.float32)
+                lost.append(_energy(before - weight.detach(), gram) / _energy(before, gram))
     return sum(lost) / len(lost)
 
 
@@ -138,7 +139,7 @@ def main(folder: Path, setting: Setting, asked: Sequence[Codes]) -> None:
             lost = put(model, linear_grams.collect(model, parts, sequential=True), chosen)
         elif chosen.kind != "16":
             shared = shared or list(linear_grams.collect(model, parts))
-            lost = put(model, shared, chosen)
+            lost = put(model, map(dict, shared), chosen)
         seconds = time.perf_counter() - start
         found = perplexity.perplexity(model, tokenizer, text), response_loss(model, tokenizer, setting)
         print(

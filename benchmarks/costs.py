@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -136,7 +137,8 @@ def recovery(setup: Setup) -> dict[str, Figure]:
     ``recovery_validation_loss`` is the loss of a response token on held-out rows that each side ends with, computed
     alike; they should be within 1 %.
     """
-    context, settings = setup.context, setup.context.settings.recover
+    context = setup.context
+    settings = replace(context.settings.recover, target="answers", answers_weight=0.0)  # as the paper has it
     padding, seed = context.tokenizer.pad_token_id, context.settings.seed
     rows = list(chain(*islice(recover.endless(context.train, settings.batch_size, seed), settings.steps)))
     losses: dict[str, float] = {}

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import plain
 from benchmarks.harness import markdown, timed
 from pipeline import GIB, architecture, checkpoint
-from pipeline.compress import quantize
+from pipeline.compress import bank_writer, layer_bank, quantize
 from pipeline.data import alpaca, tasks
 from pipeline.device import Compute
 from pipeline.results import plan
@@ -49,9 +49,12 @@ def random_context(asked: plan.Asked, ratio: float, tokenizer: Any, steps: int, 
     with DEVICE:
         state = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
     state = {name: tensor.cpu() for name, tensor in state.items()}
-    names, adapters = quantize.names_of(config), settings_of(quantize.Settings, params.quantize)
-    spent = seconds(lambda: quantize.run(state, names, adapters, 0, folder, DEVICE))
-    size = sum(state[f"{name}.weight"].numel() for name in names)
+    groups, adapters = (
+        layer_bank.groups_of(config),
+        settings_of(quantize.Settings, params.quantize, method="nearest", init="loftq"),
+    )
+    spent = seconds(lambda: bank_writer.write(state, groups, adapters, 0, folder, DEVICE))
+    size = sum(state[f"{name}.weight"].numel() for name in layer_bank.names_of(config))
     print(f"layer bank of {size / 1e9:.2f}e9 parameters: {spent:.1f} s\n", flush=True)
     settings = params.recover.model_copy(update={"steps": steps, "warmup_steps": 1, "save_every": 0})
     scored = params.evaluate.model_copy(update={"limit": limit})
@@ -61,7 +64,7 @@ def random_context(asked: plan.Asked, ratio: float, tokenizer: Any, steps: int, 
     loaded = tasks.load(params.evaluate.tasks, Path("data/sample/benchmarks"))
     units = architecture.units(config, "block")
     compute = Compute(DEVICE, torch.bfloat16)
-    bank, how = quantize.Bank(folder), trials.settings(params)
+    bank, how = layer_bank.Bank(folder), trials.settings(params)
     return Context(config, state, bank, tokenizer, units, loaded, *rows, how, compute)
 
 
@@ -134,7 +137,7 @@ def recovery(context: Any, bits: list[int]) -> Lines:
 
     ours, theirs = own(), other()
     rates = (f"{len(taken) / one:.1f}" for one in (ours, theirs))
-    linears = sum(context.state[f"{name}.weight"].numel() for name in quantize.names_of(context.config))
+    linears = sum(context.state[f"{name}.weight"].numel() for name in layer_bank.names_of(context.config))
     done = 4 * linears * sum(len(one.tokens) for one in taken)
     return [
         ["recovery, rows/s", *rates, f"{theirs / ours:.2f}"],

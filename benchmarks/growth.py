@@ -25,7 +25,7 @@ from benchmarks import services
 from benchmarks.harness import LeftOut, interleaved, markdown, timed
 from benchmarks.setup import Options, Setup
 from pipeline import architecture, checkpoint, console, storage
-from pipeline.compress import quantize
+from pipeline.compress import bank_writer, layer_bank
 from pipeline.paths import REPORTS
 from pipeline.trial import evaluate, trial
 from pipeline.trial.context import Context
@@ -132,10 +132,11 @@ def random_context(context: Context, hidden: int, layers: int, folder: Path) -> 
         state = AutoModelForCausalLM.from_config(config).to(context.compute.dtype).state_dict()
     pruned = checkpoint.pruned_config(config, architecture.shapes(config))
     folder.mkdir(parents=True)
-    quantize.run(state, quantize.names_of(pruned), context.bank.settings, 0, folder)
+    plain = replace(context.bank.settings, method="nearest", init="loftq")  # weights that are drawn read no text
+    bank_writer.write(state, layer_bank.groups_of(pruned), plain, 0, folder)
     units = architecture.units(pruned, "block")
-    made = replace(context, config=pruned, state=state, bank=quantize.Bank(folder), units=units)
-    return made, sum(state[f"{name}.weight"].numel() for name in quantize.names_of(pruned))
+    made = replace(context, config=pruned, state=state, bank=layer_bank.Bank(folder), units=units)
+    return made, sum(state[f"{name}.weight"].numel() for name in layer_bank.names_of(pruned))
 
 
 def trial_seconds(context: Context, steps: int, limit: int, repeats: int) -> float:

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline import architecture, checkpoint, checks
 from pipeline.architecture import BlockShape
-from pipeline.compress import quantize
+from pipeline.compress import bank_writer, layer_bank, quantize
 from pipeline.data.alpaca import Example
 from pipeline.device import Compute
 from pipeline.results import plan
@@ -143,18 +143,18 @@ def peak_of(work: Callable[[], Any]) -> int:
 def context_of(case: Case, folder: Path, device: torch.device = CPU) -> Context:
     """Return what a trial needs: random weights and their layer bank."""
     raw = checks.load("params.yaml")
-    adapters = {"init": "gaussian", "r": case.r, "double_quant": case.double_quant}
+    adapters = {"method": "nearest", "init": "gaussian", "r": case.r, "double_quant": case.double_quant}
     settings = replace(settings_of(quantize.Settings, raw.quantize), **adapters)
     torch.manual_seed(0)
     config = case.config()
     with device:
         state = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
     state = {name: tensor.cpu() for name, tensor in state.items()}
-    quantize.run(state, quantize.names_of(config), settings, 0, folder, device)
-    batch = {"batch_size": 2 * case.rows, "micro_batch_size": case.rows, "max_length": case.length}
+    bank_writer.write(state, layer_bank.groups_of(config), settings, 0, folder, device)
+    batch = {"target": "answers", "batch_size": 2 * case.rows, "micro_batch_size": case.rows, "max_length": case.length}
     chosen = trials.settings(raw.model_copy(update={"recover": raw.recover.model_copy(update=batch)}))
     units = architecture.units(config, "group")
-    bank = quantize.Bank(folder)
+    bank = layer_bank.Bank(folder)
     return Context(config, state, bank, None, units, {}, [], [], chosen, Compute(device, torch.bfloat16))
 
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from pipeline import checkpoint
-from pipeline.compress import quantize
+from pipeline.compress import layer_bank, quantize
 from pipeline.data import alpaca
 from pipeline.data.alpaca import IGNORED, Example
 from pipeline.trial import assemble as trials
@@ -71,7 +71,7 @@ def from_bank(context: Context, bits: Sequence[int]) -> PeftModel:
     if context.device.type == "cuda":
         model = get_peft_model(trials.mixed_model(context, widths), _adapters(context))
     else:
-        model = _adapted(context, quantize.simulated(context.state, context.bank, widths))
+        model = _adapted(context, layer_bank.simulated(context.state, context.bank, widths))
     trials.set_adapters(model, context.bank, widths)
     return model
 

@@ -143,9 +143,15 @@ class Importance(Section):
 class Quantize(Section):
     """The layer bank: each linear at each bit-width, with its LoRA initialization (eq. 1-3, 10)."""
 
+    method: Literal["nearest", "calibrated"] = Field(
+        description="Rounding to 4 bits: to the nearest code, or with each error made up for by later weights."
+    )
+    samples: Count = Field(description="Windows of the longest responses that codes and adapters are calibrated on.")
+    max_length: Length = Field(description="Tokens of a window.")
+    noise: Fraction = Field(description="Share of their tokens replaced by random ones.")
     four_bit: Literal["nf4", "fp4"] = Field(description="The 4-bit type.")
     double_quant: bool = Field(description="Quantize the 4-bit scales too.")
-    init: Literal["loftq", "gaussian", "pissa"] = Field(description="LoRA initialization.")
+    init: Literal["weighted", "loftq", "gaussian", "pissa"] = Field(description="LoRA initialization.")
     iterations: int = Field(ge=1, le=16, description="LoftQ's alternations between quantizing and low-rank fitting.")
     r: Positive = Field(description="LoRA rank.")
     lora_alpha: Positive = Field(description="LoRA alpha; the adapter is scaled by lora_alpha / r.")
@@ -154,6 +160,10 @@ class Quantize(Section):
 class Recover(Section):
     """Recovery on Alpaca (paper section 3.3, appendix B)."""
 
+    target: Literal["answers", "teacher"] = Field(
+        description="answers: the rows' responses. teacher: what the dense model predicts at each of their tokens."
+    )
+    answers_weight: Fraction = Field(description="Share of the answers in the teacher's target.")
     train: Literal["lora", "full"] = Field(
         description="lora: the adapters. full: also all that is not quantized; at 16 bits full-parameter fine-tuning."
     )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 BASE, PRUNED, BANK, FINAL = (Path("artifacts") / name for name in ("base", "pruned", "bank", "final"))
 STUDY = Path("artifacts/study")
+TEACHER = Path("artifacts/teacher")  # what base models predict for rows that trials train on
 UNTOUCHED = Path("artifacts/untouched")  # results of base models, which all searches share
 UNFINISHED = Path("artifacts/unfinished")  # recoveries that were interrupted, with `recover.save_every`
 ALPACA, BENCHMARKS = Path("data/alpaca.jsonl"), Path("data/benchmarks")

@@ -5,12 +5,20 @@ from types import SimpleNamespace
 import torch
 from conftest import batches, tiny_model
 
-from pipeline.compress import prune, quantize
+from pipeline.compress import bank_writer, layer_bank, prune, quantize
 from pipeline.trial import assemble
 
 
 def settings(**changes):
-    plain = {"four_bit": "nf4", "double_quant": False, "init": "loftq", "iterations": 1, "r": 4, "lora_alpha": 8}
+    plain = {
+        "method": "nearest",
+        "four_bit": "nf4",
+        "double_quant": False,
+        "init": "loftq",
+        "iterations": 1,
+        "r": 4,
+        "lora_alpha": 8,
+    }
     return quantize.Settings(**(plain | changes))
 
 
@@ -21,8 +29,14 @@ def pruned(family="llama", dtype=torch.bfloat16):
 
 
 def make_bank(folder, config, state, seed=0, **changes):
-    quantize.run(state, quantize.names_of(config), settings(**changes), seed, folder)
-    return quantize.Bank(folder)
+    bank_writer.write(state, layer_bank.groups_of(config), settings(**changes), seed, folder)
+    return layer_bank.Bank(folder)
+
+
+def codes_of(model, chosen):
+    """What a bank of a model's present weights holds, without adapters."""
+    state = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    return SimpleNamespace(codes=lambda name, bits: quantize.quantize(state[f"{name}.weight"], bits, chosen))
 
 
 def real_model(config, state, bank, widths):
@@ -33,7 +47,7 @@ def real_model(config, state, bank, widths):
 
 def mixed_bits(config):
     """Linears at 4, 8 and 16 bits in turn."""
-    return {name: (4, 8, 16)[i % 3] for i, name in enumerate(quantize.names_of(config))}
+    return {name: (4, 8, 16)[i % 3] for i, name in enumerate(layer_bank.names_of(config))}
 
 
 def logits(model):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import architecture, checkpoint, storage
 from pipeline.architecture import BlockShape
-from pipeline.compress import quantize
+from pipeline.compress import layer_bank
 
 MODULES = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: torch.nn.Linear}
 FORMATS = [("nf4", False), ("fp4", True)]
@@ -140,7 +140,7 @@ def test_saved_mixed_model_holds_the_banks_own_codes(mixed, tmp_path):
     config, state, bank, model = mixed
     logits(model)
     model.save_pretrained(tmp_path / "mixed")
-    expected = quantize.quantized(state, bank, mixed_bits(config))
+    expected = layer_bank.quantized(state, bank, mixed_bits(config))
     expected.pop("lm_head.weight")  # tied
     found = tensors_of(tmp_path / "mixed")
     assert set(found) == set(expected)
@@ -161,10 +161,10 @@ def test_saved_config_names_method_and_bits(mixed, tmp_path):
 def test_uniform_bits_are_the_same_after_saving_and_loading(bits, tmp_path):
     config, state = pruned()
     bank = make_bank(tmp_path, config, state)
-    model = real_model(config, state, bank, dict.fromkeys(quantize.names_of(config), bits))
+    model = real_model(config, state, bank, dict.fromkeys(layer_bank.names_of(config), bits))
     before = logits(model)
     loaded = saved(model, tmp_path / "saved")
-    assert {type(loaded.get_submodule(name)) for name in quantize.names_of(config)} == {MODULES[bits]}
+    assert {type(loaded.get_submodule(name)) for name in layer_bank.names_of(config)} == {MODULES[bits]}
     assert torch.equal(before, logits(loaded))
 
 
@@ -221,10 +221,10 @@ def test_adapters_have_the_same_gradients_after_an_evaluation(mixed):
 def test_gradients_of_adapters_on_four_bits_are_those_on_the_dequantized_model(tmp_path):
     config, state = pruned()
     bank = make_bank(tmp_path, config, state)
-    bits_of = dict.fromkeys(quantize.names_of(config), 4)
+    bits_of = dict.fromkeys(layer_bank.names_of(config), 4)
     real = adapted(real_model(config, state, bank, bits_of))
     logits(real.eval())
-    simulated = adapted(checkpoint.from_state(config, quantize.simulated(state, bank, bits_of)))
+    simulated = adapted(checkpoint.from_state(config, layer_bank.simulated(state, bank, bits_of)))
     expected = lora_gradients(simulated)
     for name, gradient in lora_gradients(real).items():
         assert (gradient - expected[name]).norm() <= 0.1 * expected[name].norm()

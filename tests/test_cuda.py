@@ -10,11 +10,11 @@ from conftest import ROOT, batches, tiny_model
 from lm_eval.models.huggingface import HFLM
 
 from pipeline import architecture, checkpoint, storage
-from pipeline.compress import grams, importance, prune, quantize, saliency
+from pipeline.compress import bank_writer, grams, importance, layer_bank, prune, quantize, saliency
 from pipeline.data import alpaca, tasks
 from pipeline.device import Compute
 from pipeline.params import TASKS
-from pipeline.settings import pruning, settings_of
+from pipeline.settings import pruning
 from pipeline.stages import recorder, trials
 from pipeline.trial import build, evaluate, memory, recover, training, trial
 from pipeline.trial.assemble import assemble
@@ -72,9 +72,12 @@ def test_surgeon_prunes_and_refits_as_on_the_cpu(default, steps):
 
 def test_importance_equals_the_cpus(default):
     settings = importance.Settings(clusters=4, outcomes=4)
-    quantization = settings_of(quantize.Settings, default.quantize)
     units = architecture.units(tiny_model().config, "group")
-    one, other = both(lambda model, parts: importance.run(model, parts, units, settings, quantization, 0))
+    one, other = both(
+        lambda model, parts: importance.run(
+            model, parts, units, settings, banks.codes_of(tiny_model(), banks.settings()), 0
+        )
+    )
     assert other.divergence == pytest.approx(one.divergence, abs=1e-4)
     assert other.sensitivity == pytest.approx(one.sensitivity, abs=1e-4)
     assert other.mutual_information == pytest.approx(one.mutual_information, abs=0.05)
@@ -106,10 +109,10 @@ def test_bank_made_on_a_gpu_initializes_as_well(tmp_path):
     for device in (CPU, CUDA):
         folder = tmp_path / device.type
         folder.mkdir()
-        quantize.run(state, quantize.names_of(config), banks.settings(), 0, folder, device)
-        bank = quantize.Bank(folder)
+        bank_writer.write(state, layer_bank.groups_of(config), banks.settings(), 0, folder, device)
+        bank = layer_bank.Bank(folder)
         total = 0.0
-        for name in quantize.names_of(config):
+        for name in layer_bank.names_of(config):
             adapter = bank.adapter(name, 4)
             made = quantize.dequantize(bank.codes(name, 4), torch.float32) + bank.scale * adapter.b @ adapter.a
             total += float((state[f"{name}.weight"].float() - made).square().sum())

@@ -1,6 +1,7 @@
 import math
 from statistics import fmean
 
+import banks
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,15 @@ from pipeline.data.alpaca import IGNORED
 
 
 def quantization(**changes):
-    values = {"four_bit": "nf4", "double_quant": False, "init": "loftq", "iterations": 1, "r": 4, "lora_alpha": 8}
+    values = {
+        "method": "nearest",
+        "four_bit": "nf4",
+        "double_quant": False,
+        "init": "loftq",
+        "iterations": 1,
+        "r": 4,
+        "lora_alpha": 8,
+    }
     return Settings(**values | changes)
 
 
@@ -149,7 +158,7 @@ def test_sensitivity_is_the_slope_of_the_divergence_from_4_towards_8_bits(granul
     chosen, calibration = quantization(four_bit=four_bit), batches(2)
     model = tiny_model(family)
     units = architecture.units(model.config, granularity)
-    gains, base = importance.sensitivity(model, calibration, units, chosen)
+    gains, base = importance.sensitivity(model, calibration, units, banks.codes_of(model, chosen))
 
     every = list(architecture.linears(model.config))
     dense, four, eight = (tiny_model(family) for _ in range(3))
@@ -173,7 +182,12 @@ def test_sensitivity_is_the_slope_of_the_divergence_from_4_towards_8_bits(granul
 
 def test_sensitivity_of_units_adds_up_to_the_same_for_any_granularity():
     found = [
-        importance.sensitivity(tiny_model(), batches(2), architecture.units(tiny_model().config, each), quantization())
+        importance.sensitivity(
+            tiny_model(),
+            batches(2),
+            architecture.units(tiny_model().config, each),
+            banks.codes_of(tiny_model(), quantization()),
+        )
         for each in architecture.GRANULARITIES
     ]
     totals = [sum(gains) for gains, _ in found]
@@ -182,7 +196,7 @@ def test_sensitivity_of_units_adds_up_to_the_same_for_any_granularity():
 
 def test_sensitivity_leaves_every_linear_at_4_bits():
     model, chosen = tiny_model(), quantization()
-    importance.sensitivity(model, batches(1), architecture.units(model.config, "group"), chosen)
+    importance.sensitivity(model, batches(1), architecture.units(model.config, "group"), banks.codes_of(model, chosen))
     four = tiny_model()
     simulate(four, architecture.linears(four.config), 4, chosen)
     expected = four.state_dict()
@@ -194,7 +208,9 @@ def test_sensitivity_counts_labelled_tokens_only():
     (part,) = batches(1, rows=3)
     part.labels[0, :7] = IGNORED
     model, chosen = tiny_model(), quantization()
-    _, base = importance.sensitivity(model, [part], architecture.units(model.config, "block"), chosen)
+    _, base = importance.sensitivity(
+        model, [part], architecture.units(model.config, "block"), banks.codes_of(model, chosen)
+    )
     assert base == pytest.approx(divergence(model, tiny_model(), [part]), rel=1e-3)  # the model is left at 4 bits
 
 
@@ -226,7 +242,7 @@ def test_run_gives_each_unit_its_blocks_information(granularity):
     calibration = batches(3)
     model = tiny_model()
     units = architecture.units(model.config, granularity)
-    found = importance.run(model, calibration, units, settings(), quantization(), 1)
+    found = importance.run(model, calibration, units, settings(), banks.codes_of(model, quantization()), 1)
     by_block = importance.mutual_information(tiny_model(), calibration, settings(), 1)
     assert found.units == tuple(unit.name for unit in units)
     assert found.mutual_information == tuple(by_block[unit.block] for unit in units)
@@ -237,7 +253,14 @@ def test_run_gives_each_unit_its_blocks_information(granularity):
 
 def test_run_is_repeatable():
     first, second = [
-        importance.run(model, batches(3), architecture.units(model.config, "block"), settings(), quantization(), 1)
+        importance.run(
+            model,
+            batches(3),
+            architecture.units(model.config, "block"),
+            settings(),
+            banks.codes_of(model, quantization()),
+            1,
+        )
         for model in (tiny_model(), tiny_model())
     ]
     assert first == second

@@ -1,4 +1,5 @@
 from itertools import pairwise
+from itertools import product as product_of
 
 import bitsandbytes as bnb
 import numpy as np
@@ -8,7 +9,7 @@ from banks import logits, make_bank, mixed_bits, pruned, real_model, settings
 from conftest import FAMILIES, tiny_config
 
 from pipeline import architecture, checkpoint
-from pipeline.compress import quantize
+from pipeline.compress import bank_writer, layer_bank, quantize
 
 # Appendix E of QLoRA; bitsandbytes' 4-bit float has three exponent bits, no fraction of its own and a subnormal.
 NF4 = [
@@ -35,6 +36,11 @@ def product(adapter, chosen):
 
 def residual(weight, stored, adapter, chosen):
     return float((weight.float() - quantize.dequantize(stored, torch.float32) - product(adapter, chosen)).norm())
+
+
+def initialized(weight, bits, chosen):
+    """Codes and adapter of one matrix."""
+    return bank_writer.initialize([weight], bits, chosen)[0]
 
 
 def plain_error(weight, chosen, bits=4):
@@ -181,7 +187,7 @@ def test_loftq_residual_falls_with_iterations_below_plain_quantization(bits, dec
     errors = []
     for iterations in (1, 2, 4):
         chosen = settings(iterations=iterations, r=8)
-        errors.append(residual(weight, *quantize.initialize(weight, bits, chosen), chosen))
+        errors.append(residual(weight, *initialized(weight, bits, chosen), chosen))
     assert errors[0] < 0.99 * plain_error(weight, settings(), bits)
     assert errors[1] <= (1 + 1e-6) * errors[0]
     assert errors[2] <= (1 + 1e-6) * errors[1]
@@ -195,7 +201,7 @@ def test_loftq_residual_never_grows_with_iterations(bits, seed):
     for iterations in range(1, 7):
         chosen = settings(iterations=iterations, r=8 if bits == 8 else 16, lora_alpha=16)
         torch.manual_seed(0)
-        errors.append(residual(weight, *quantize.initialize(weight, bits, chosen), chosen))
+        errors.append(residual(weight, *initialized(weight, bits, chosen), chosen))
     assert all(later <= (1 + 1e-6) * earlier for earlier, later in pairwise(errors))
 
 
@@ -203,14 +209,14 @@ def test_loftq_gains_by_a_second_iteration_at_four_bits():
     weight, errors = matrix(decay=0.7), []
     for iterations in (1, 4):
         chosen = settings(iterations=iterations, r=16, lora_alpha=16)
-        errors.append(residual(weight, *quantize.initialize(weight, 4, chosen), chosen))
+        errors.append(residual(weight, *initialized(weight, 4, chosen), chosen))
     assert errors[1] < 0.98 * errors[0]
 
 
 @pytest.mark.parametrize("iterations", [2, 4])
 def test_loftq_at_eight_bits_alternates_as_its_equation_says(iterations):
     weight, chosen = matrix(40, 24), settings(iterations=iterations, r=4)
-    stored, adapter = quantize.initialize(weight, 8, chosen)
+    stored, adapter = initialized(weight, 8, chosen)
     whole = weight.double().numpy()
     low = np.zeros_like(whole)
     for _ in range(iterations):
@@ -227,7 +233,7 @@ def test_loftq_at_eight_bits_alternates_as_its_equation_says(iterations):
 
 def test_one_loftq_iteration_is_the_best_adapter_of_the_plain_quantization_error():
     weight, chosen = matrix(dtype=torch.bfloat16), settings(r=8)
-    stored, adapter = quantize.initialize(weight, 4, chosen)
+    stored, adapter = initialized(weight, 4, chosen)
     plain = quantize.quantize(weight, 4, chosen)
     assert all(torch.equal(stored[name], plain[name]) for name in plain)
     error = weight.double() - quantize.dequantize(plain, torch.float64)
@@ -238,7 +244,7 @@ def test_one_loftq_iteration_is_the_best_adapter_of_the_plain_quantization_error
 @pytest.mark.parametrize("bits", [4, 8])
 def test_pissa_adapter_holds_the_principal_directions(bits):
     weight, chosen = matrix(decay=0.7), settings(init="pissa", r=6)
-    stored, adapter = quantize.initialize(weight, bits, chosen)
+    stored, adapter = initialized(weight, bits, chosen)
     u, s, vh = torch.linalg.svd(weight)
     torch.testing.assert_close(product(adapter, chosen), u[:, :6] * s[:6] @ vh[:6], rtol=1e-2, atol=1e-3)
     assert residual(weight, stored, adapter, chosen) < 0.9 * plain_error(weight, chosen, bits)
@@ -249,7 +255,7 @@ def test_pissa_adapter_holds_the_principal_directions(bits):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gaussian_adapter_adds_nothing_at_first(bits):
     weight, chosen = matrix(64, 2000), settings(init="gaussian", r=8)
-    stored, adapter = quantize.initialize(weight, bits, chosen)
+    stored, adapter = initialized(weight, bits, chosen)
     assert (adapter.a.shape, adapter.b.shape) == ((8, 2000), (64, 8))
     assert not adapter.b.any()
     assert float(adapter.a.std()) == pytest.approx(1 / 8, rel=0.05)
@@ -270,7 +276,7 @@ def model_and_bank(tmp_path_factory):
 def test_bank_gives_back_codes_and_adapters(model_and_bank, bits):
     config, state, bank = model_and_bank
     assert (bank.settings, bank.scale) == (settings(iterations=2), 2.0)
-    for name in quantize.names_of(config):
+    for name in layer_bank.names_of(config):
         weight, codes, adapter = state[f"{name}.weight"], bank.codes(name, bits), bank.adapter(name, bits)
         assert (adapter.a.shape, adapter.b.shape) == ((4, weight.shape[1]), (weight.shape[0], 4))
         fresh = quantize.quantize((weight.float() - product(adapter, bank.settings)).bfloat16(), bits, bank.settings)
@@ -286,9 +292,9 @@ def test_bank_holds_what_initialize_returns_under_its_seed(tmp_path, init):
     bank = make_bank(tmp_path, config, state, seed=5, init=init)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)
-    for bits in quantize.BITS:
-        for name in quantize.names_of(config):
-            stored, adapter = quantize.initialize(state[f"{name}.weight"], bits, bank.settings)
+    for group, bits in product_of(layer_bank.groups_of(config), layer_bank.BITS):
+        made = bank_writer.initialize([state[f"{name}.weight"] for name in group], bits, bank.settings)
+        for name, (stored, adapter) in zip(group, made, strict=True):
             found = bank.codes(name, bits)
             assert set(found) == set(stored)
             assert all(torch.equal(found[key], stored[key]) for key in stored)
@@ -304,7 +310,7 @@ def test_linear_bits_gives_each_linear_the_bits_of_its_unit(granularity, a_block
     config = tiny_config()
     units = architecture.units(config, granularity)
     bits = [8 if i % 3 == 0 else 4 for i in range(4 * a_block)]
-    found = quantize.linear_bits(units, bits)
+    found = layer_bank.linear_bits(units, bits)
     assert set(found) == set(architecture.linears(config))
     assert sum(width == 8 for width in found.values()) == sum(
         len(unit.linears) for i, unit in enumerate(units) if i % 3 == 0
@@ -315,7 +321,7 @@ def test_linear_bits_gives_each_linear_the_bits_of_its_unit(granularity, a_block
 
 def test_linear_bits_refuses_a_vector_of_another_length():
     with pytest.raises(ValueError):
-        quantize.linear_bits(architecture.units(tiny_config(), "block"), [4, 4, 8])
+        layer_bank.linear_bits(architecture.units(tiny_config(), "block"), [4, 4, 8])
 
 
 # --- models
@@ -326,10 +332,10 @@ def test_linear_bits_refuses_a_vector_of_another_length():
 def test_simulated_four_bits_are_bitsandbytes_modules_exactly(tmp_path, family, four_bit, double_quant):
     config, state = pruned(family)
     bank = make_bank(tmp_path, config, state, four_bit=four_bit, double_quant=double_quant, init="gaussian")
-    bits_of = dict.fromkeys(quantize.names_of(config), 4)
+    bits_of = dict.fromkeys(layer_bank.names_of(config), 4)
     real = real_model(config, state, bank, bits_of)
     assert sum(isinstance(module, bnb.nn.Linear4bit) for module in real.modules()) == 28
-    simulated = logits(checkpoint.from_state(config, quantize.simulated(state, bank, bits_of)))
+    simulated = logits(checkpoint.from_state(config, layer_bank.simulated(state, bank, bits_of)))
     assert torch.equal(simulated, logits(real))
     assert not torch.equal(simulated, logits(checkpoint.from_state(config, state)))
 
@@ -337,11 +343,11 @@ def test_simulated_four_bits_are_bitsandbytes_modules_exactly(tmp_path, family, 
 def test_simulated_eight_bits_are_near_bitsandbytes_modules(model_and_bank):
     config, state, bank = model_and_bank
     found = {
-        bits: logits(checkpoint.from_state(config, quantize.simulated(state, bank, every)))
+        bits: logits(checkpoint.from_state(config, layer_bank.simulated(state, bank, every)))
         for bits in (4, 8, 16)
-        for every in [dict.fromkeys(quantize.names_of(config), bits)]
+        for every in [dict.fromkeys(layer_bank.names_of(config), bits)]
     }
-    real = logits(real_model(config, state, bank, dict.fromkeys(quantize.names_of(config), 8)))
+    real = logits(real_model(config, state, bank, dict.fromkeys(layer_bank.names_of(config), 8)))
     assert (found[8] - real).norm() < 0.05 * real.norm()
     assert (found[8] - real).norm() < (found[4] - real).norm() / 2
 
@@ -349,7 +355,7 @@ def test_simulated_eight_bits_are_near_bitsandbytes_modules(model_and_bank):
 def test_simulation_changes_only_the_linears_below_sixteen_bits(model_and_bank):
     config, state, bank = model_and_bank
     bits_of = mixed_bits(config)
-    found = quantize.simulated(state, bank, bits_of)
+    found = layer_bank.simulated(state, bank, bits_of)
     assert set(found) == set(state)
     changed = {name for name in state if not torch.equal(found[name], state[name])}
     assert changed == {f"{name}.weight" for name, bits in bits_of.items() if bits != 16}
@@ -365,7 +371,7 @@ def test_simulation_changes_only_the_linears_below_sixteen_bits(model_and_bank):
 def test_quantized_state_holds_the_banks_codes_and_nothing_of_the_replaced_weights(model_and_bank):
     config, state, bank = model_and_bank
     bits_of = mixed_bits(config)
-    found = quantize.quantized(state, bank, bits_of)
+    found = layer_bank.quantized(state, bank, bits_of)
     expected = dict(state)
     for name, bits in bits_of.items():
         if bits != 16:
@@ -377,8 +383,8 @@ def test_quantized_state_holds_the_banks_codes_and_nothing_of_the_replaced_weigh
 
 def test_bank_takes_the_bytes_that_memory_is_predicted_from(model_and_bank):
     config, state, bank = model_and_bank
-    name = quantize.names_of(config)[-1]
-    for bits in quantize.BITS:
+    name = layer_bank.names_of(config)[-1]
+    for bits in layer_bank.BITS:
         codes = bank.codes(name, bits)
         held = tensor_bytes(value for key, value in codes.items() if key in ("weight", "weight.absmax", "SCB"))
         tables = 64 if bits == 4 else 0

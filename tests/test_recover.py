@@ -42,6 +42,7 @@ def examples(count=8, shortest=6, longest=24, seed=0):
 
 def settings(**changes):
     values = {
+        "target": "answers", "answers_weight": 0.0,
         "train": "lora", "steps": 3, "batch_size": 8, "micro_batch_size": 4, "max_length": 64, "learning_rate": 0.001,
         "warmup_steps": 0, "dropout": 0.0, "validate_every": 0, "patience": 0, "save_every": 0,
     }  # fmt: skip
@@ -188,9 +189,9 @@ def test_nan_loss_names_the_step(monkeypatch):
     calls = []
     own = training.response_loss
 
-    def breaks(model, part):
+    def breaks(model, part, targets):
         calls.append(part)
-        value, count = own(model, part)
+        value, count = own(model, part, targets)
         return (value * math.nan if len(calls) == 5 else value), count
 
     monkeypatch.setattr(training, "response_loss", breaks)
@@ -215,9 +216,9 @@ def test_nan_gradient_of_the_last_step_is_no_result(monkeypatch, validate_every)
     calls = []
     own = training.response_loss
 
-    def breaks(model, part):
+    def breaks(model, part, targets):
         calls.append(part)
-        value, count = own(model, part)
+        value, count = own(model, part, targets)
         return (BrokenBackward.apply(value) if len(calls) == 3 else value), count
 
     monkeypatch.setattr(training, "response_loss", breaks)

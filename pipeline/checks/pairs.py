@@ -77,6 +77,34 @@ def _patience_has_losses(given: SimpleNamespace) -> Iterator[str]:
         )
 
 
+@reads("recover.target", "recover.train")
+def _teacher_has_a_head(given: SimpleNamespace) -> Iterator[str]:
+    if (given.recover.target, given.recover.train) == ("teacher", "full"):
+        yield (
+            "recover.target: the teacher's predictions are kept for a head that is not trained, and train 'full' "
+            "trains it; set train to lora, or target to answers"
+        )
+
+
+@reads("recover.target", "recover.answers_weight")
+def _answers_are_weighed(given: SimpleNamespace) -> Iterator[str]:
+    if given.recover.target == "answers" and given.recover.answers_weight:
+        yield (
+            f"recover.answers_weight: {given.recover.answers_weight} is the answers' share beside a teacher, but "
+            "target is answers alone; set answers_weight to 0, or target to teacher"
+        )
+
+
+@reads("quantize.samples", "quantize.method", "quantize.init")
+def _codes_have_text(given: SimpleNamespace) -> Iterator[str]:
+    quantize = given.quantize
+    if quantize.samples == 0 and (quantize.method == "calibrated" or quantize.init == "weighted"):
+        yield (
+            f"quantize.samples: samples is 0, but method {quantize.method!r} with init {quantize.init!r} reads "
+            "calibration text; set samples to 24 or more"
+        )
+
+
 def _warmup_ends(key: str) -> Check:
     section = key.partition(".")[0]
 
@@ -194,6 +222,9 @@ CHECKS: tuple[Check, ...] = (
     _ordered("mlp_blocks"),
     _micro_batches,
     _patience_has_losses,
+    _teacher_has_a_head,
+    _answers_are_weighed,
+    _codes_have_text,
     _warmup_ends("recover.steps"),
     _warmup_ends("build.steps"),
     _enough_tokens,

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from pipeline import architecture
 from pipeline.architecture import Unit
 from pipeline.compress import quantize
-from pipeline.compress.modules import head_of, last_states, weight_of
+from pipeline.compress.layer_bank import BITS, Bank
+from pipeline.compress.modules import head_of, last_states, mean_embedding, weight_of
 from pipeline.console import progress
 from pipeline.data.alpaca import IGNORED, Batch
 
@@ -68,7 +69,7 @@ class Priors:
 
 
 # Part of what names kept priors: a version that measures something else, or otherwise, measures anew.
-MEASURED = [*(figure.name for figure in fields(Priors)), "by gradient"]
+MEASURED = [*(figure.name for figure in fields(Priors)), "by gradient", "of the bank"]
 
 
 def run(
@@ -76,7 +77,7 @@ def run(
     calibration: Sequence[Batch],
     units: Sequence[Unit],
     settings: Settings,
-    quantization: quantize.Settings,
+    bank: Bank,
     seed: int,
 ) -> Priors:
     """Measure both importances.
@@ -86,13 +87,13 @@ def run(
         calibration: Token batches; every labelled position counts.
         units: What one bit choice covers.
         settings: How mutual information is estimated.
-        quantization: ``four_bit`` and ``double_quant`` are read.
+        bank: Its layer bank; the codes are read.
         seed: Of k-means.
     """
     model.eval()
     calibration = [part.to(model.device) for part in calibration]
     by_block = mutual_information(model, calibration, settings, seed)
-    gains, divergence = sensitivity(model, calibration, units, quantization)
+    gains, divergence = sensitivity(model, calibration, units, bank)
     return Priors(
         units=tuple(unit.name for unit in units),
         mutual_information=tuple(by_block[unit.block] for unit in units),
@@ -164,7 +165,7 @@ def discrete_mutual_information(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def sensitivity(
-    model: PreTrainedModel, calibration: Sequence[Batch], units: Sequence[Unit], settings: quantize.Settings
+    model: PreTrainedModel, calibration: Sequence[Batch], units: Sequence[Unit], bank: Bank
 ) -> tuple[list[float], float]:
     """Return (what each unit alone gains by going from 4 to 8 bits, the divergence with all at 4 bits), nats a token.
 
@@ -180,17 +181,15 @@ def sensitivity(
     with torch.no_grad():
         for part in calibration:
             last = _states(model, part)
-            wanted.append(_mean_embedding(model, last))
+            wanted.append(mean_embedding(model, last))
             entropy += _cross_entropy(model, last, wanted[-1]).item()
     names = [name for unit in units for name in unit.linears]
     weights = {name: weight_of(model, name) for name in names}
     changes: dict[str, torch.Tensor] = {}
     gains = dict.fromkeys(names, 0.0)
     for name, weight in weights.items():
-        four, eight = (
-            quantize.dequantize(quantize.quantize(weight, bits, settings), weight.dtype) for bits in quantize.BITS
-        )
-        changes[name] = (eight - four).cpu()
+        four, eight = (quantize.dequantize(bank.codes(name, bits), weight.dtype) for bits in BITS)
+        changes[name] = eight - four
         weight.copy_(four)
 
     def take(name: str, weight: torch.Tensor) -> None:  # one weight's gradient exists at a time
@@ -219,18 +218,6 @@ def _states(model: nn.Module, part: Batch) -> torch.Tensor:
     """Return the model's last states at the positions that predict a labelled token, [positions, hidden]."""
     last = last_states(model, part.tokens)
     return last[:, :-1][part.labels[:, 1:] != IGNORED]
-
-
-def _mean_embedding(model: nn.Module, last: torch.Tensor) -> torch.Tensor:
-    """Return what the head's rows, weighted by a model's predictions, add up to: [positions, hidden] in fp32.
-
-    Args:
-        model: Its head is read.
-        last: The model's last states, [positions, hidden].
-    """
-    head = head_of(model)
-    predicted = head(last).float().softmax(-1).to(last.dtype)
-    return (predicted @ head.weight).float()
 
 
 def _cross_entropy(model: nn.Module, last: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -36,40 +36,57 @@ def count_tokens(batches: Sequence[Batch]) -> int:
 
 @torch.no_grad()
 def collect(
-    model: PreTrainedModel, batches: Sequence[Batch], sequential: bool = False
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    sequential: bool = False,
+    device: torch.device | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield, block by block, X^T X / tokens of every linear's inputs X: full name -> [in, in] fp32, in CPU memory.
 
-    Linears with the same inputs (q, k, v; gate, up) share one tensor. Memory holds the matrices of one block, and the
-    hidden states of all batches between two blocks.
+    Linears with the same inputs (q, k, v; gate, up) share one tensor. The computing device holds one block with its
+    matrices; the CPU's memory holds the hidden states of all batches between two blocks.
 
     Args:
-        model: The model, all of it in memory.
+        model: The model; where it lies, the embeddings are looked up.
         batches: Calibration text; padding is left out.
         sequential: Compute what reaches the next block after the caller took a block's matrices, with the weights that
             the block then has: put its quantized weights there. Costs a second pass through each block.
+        device: Where blocks are computed, each in its turn; None: where the model lies.
     """
     model.eval()
+    home = model.device
+    there = home if device is None else device
     starts = [_start(model, part) for part in batches]
     states, calls = [state for state, _ in starts], [call for _, call in starts]
-    real = [_real(part).to(model.device) for part in batches]
+    real = [_real(part).to(there) for part in batches]
     total = count_tokens(batches)
     for number, block in enumerate(architecture.blocks(model)):
         halves: dict[str, torch.Tensor] = {}
         following = []
+        block.to(there)
         for state, call, mask in zip(states, calls, real, strict=True):
             with _inputs(block) as seen:
-                following.append(block(state.to(model.device), **call[number]).cpu())
+                following.append(_passed(block, state, call[number], there))
             for name, value in seen.items():
                 _add_gram(halves, name, value[mask].float())
         whole = {name: ((half.triu() + half.triu(1).T) / total).cpu() for name, half in halves.items()}
         groups = [members for _, members in architecture.GRANULARITIES["group"]]
         yield {architecture.linear_name(number, name): whole[group[0]] for group in groups for name in group}
         if sequential:
-            following = [
-                block(state.to(model.device), **call[number]).cpu() for state, call in zip(states, calls, strict=True)
-            ]
+            following = [_passed(block, state, call[number], there) for state, call in zip(states, calls, strict=True)]
+        block.to(home)
         states = following
+
+
+def _passed(block: nn.Module, state: torch.Tensor, call: Mapping[str, object], device: torch.device) -> torch.Tensor:
+    """Return what leaves a block, in the CPU's memory."""
+    return block(state.to(device), **{name: _moved(value, device) for name, value in call.items()}).cpu()
+
+
+def _moved(value: object, device: torch.device) -> object:
+    if isinstance(value, tuple):
+        return tuple(_moved(member, device) for member in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _add_gram(halves: dict[str, torch.Tensor], name: str, inputs: torch.Tensor) -> None:

@@ -12,7 +12,17 @@ from pipeline.compress.codes import damped
 from pipeline.compress.quantize import Adapter
 
 
-def weighted(error: torch.Tensor, gram: torch.Tensor, r: int, scale: float, damping: float = 0.01) -> Adapter:
+def root(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
+    """Return the lower triangular L with H = L L^T, in fp64.
+
+    Args:
+        gram: H, [in, in], finite; any multiple of X^T X. It may be singular.
+        damping: Share of the median of H's positive diagonal that is added to its diagonal.
+    """
+    return torch.linalg.cholesky(damped(gram, damping))
+
+
+def weighted(error: torch.Tensor, root: torch.Tensor, r: int, scale: float) -> Adapter:
     """Return the adapter that minimizes ||X (E - scale B A)^T|| over all of rank r.
 
     With H = X^T X = L L^T this norm is ||(E - scale B A) L||. So scale B A L is the best approximation of E L of rank
@@ -20,14 +30,12 @@ def weighted(error: torch.Tensor, gram: torch.Tensor, r: int, scale: float, damp
 
     Args:
         error: E, [out, in]; for quantized weights W - Q.
-        gram: H, [in, in], finite; any multiple of X^T X. It may be singular.
+        root: L, [in, in]; the product with E is computed in its type.
         r: Rank.
         scale: Factor of B A.
-        damping: Share of the median of H's positive diagonal that is added to its diagonal.
     """
-    root = torch.linalg.cholesky(damped(gram.to(error.device), damping))
-    seen = quantize.low_rank((error.double() @ root).float(), r, scale)
-    a = torch.linalg.solve_triangular(root, seen.a.double(), upper=False, left=False)
+    seen = quantize.low_rank((error.to(root.dtype) @ root).float(), r, scale)
+    a = torch.linalg.solve_triangular(root.double(), seen.a.double(), upper=False, left=False)
     return _balanced(a, seen.b.double())
 
 

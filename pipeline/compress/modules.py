@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeline.data.alpaca import IGNORED
 
+_POSITIONS = 1024  # whose logits exist at once
 Scores = list[dict[str, torch.Tensor]]  # of each block: structure kind -> score of each structure
 
 
@@ -25,6 +26,20 @@ def head_of(model: nn.Module) -> nn.Linear:
 def last_states(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Return the states that a causal model's head reads: [B, L] -> [B, L, hidden]."""
     return model.get_submodule("model")(input_ids=tokens, use_cache=False).last_hidden_state
+
+
+def mean_embedding(model: nn.Module, last: torch.Tensor) -> torch.Tensor:
+    """Return what the head's rows, weighted by a model's predictions, add up to: [positions, hidden] in fp32.
+
+    Of a distribution over the next token it is all that a divergence from it needs (``importance``, ``teacher``).
+
+    Args:
+        model: Its head is read.
+        last: The model's last states, [positions, hidden].
+    """
+    head = head_of(model)
+    parts = [head(states).float().softmax(-1).to(last.dtype) @ head.weight for states in last.split(_POSITIONS)]
+    return torch.cat(parts).float() if parts else last.float()
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Stage ``importance``: mutual information and quantization sensitivity of each unit (paper section 3.2).
 
-Reads ``artifacts/pruned`` and ``data/alpaca.jsonl``. Writes ``reports/importance.json`` and
+Reads ``artifacts/pruned``, ``artifacts/bank`` and ``data/alpaca.jsonl``. Writes ``reports/importance.json`` and
 ``reports/importance.png``.
 """
 
@@ -11,11 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import architecture, checkpoint, device, storage
-from pipeline.compress import importance, quantize
+from pipeline.compress import importance
 from pipeline.compress.importance import Priors
+from pipeline.compress.layer_bank import Bank
 from pipeline.data import alpaca
 from pipeline.params import Params
-from pipeline.paths import ALPACA, PRUNED, REPORTS
+from pipeline.paths import ALPACA, BANK, PRUNED, REPORTS
 from pipeline.results import figures
 from pipeline.settings import settings_of
 from pipeline.tracking import Run
@@ -26,8 +27,9 @@ _ROWS_AT_ONCE = 4  # a pass back through a large model keeps every block's state
 def run(params: Params, run: Run) -> None:
     """Run the stage."""
     storage.verify(PRUNED, "prune")
+    storage.verify(BANK, "quantize")
     run.dataset(ALPACA, "alpaca", "calibration")
-    priors = write(params, PRUNED, REPORTS / "importance.json")
+    priors = write(params, PRUNED, BANK, REPORTS / "importance.json")
     _draw(priors)
     run.metrics({"divergence_4bit": priors.divergence, "tokens": priors.tokens})
     for index, (information, gain) in enumerate(zip(priors.mutual_information, priors.sensitivity, strict=True)):
@@ -36,8 +38,8 @@ def run(params: Params, run: Run) -> None:
         run.artifact(REPORTS / name)
 
 
-def write(params: Params, pruned: Path, target: Path) -> Priors:
-    """Measure the importance of a pruned checkpoint's units into a JSON file; return it."""
+def write(params: Params, pruned: Path, bank: Path, target: Path) -> Priors:
+    """Measure the importance of a pruned checkpoint's units, as its layer bank holds them, into a JSON file."""
     compute = device.choose(params.device, params.dtype)
     model = checkpoint.load_model(pruned, compute.device, compute.dtype)
     tokenizer = checkpoint.load_tokenizer(pruned)
@@ -46,8 +48,7 @@ def write(params: Params, pruned: Path, target: Path) -> Priors:
     parts = list(alpaca.batches(rows, _ROWS_AT_ONCE, tokenizer.pad_token_id, whole=False))
     units = architecture.units(model.config, params.search.granularity)
     settings = settings_of(importance.Settings, params.importance)
-    quantization = settings_of(quantize.Settings, params.quantize)
-    priors = importance.run(model, parts, units, settings, quantization, params.seed)
+    priors = importance.run(model, parts, units, settings, Bank(bank), params.seed)
     storage.write_text(target, json.dumps(asdict(priors), indent=1))
     return priors
 

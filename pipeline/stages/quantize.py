@@ -1,6 +1,6 @@
 """Stage ``quantize``: the layer bank, every linear at 4 and at 8 bits with its adapter (paper sections 2.1 and 3.3).
 
-Reads ``artifacts/pruned``. Writes ``artifacts/bank``.
+Reads ``artifacts/pruned`` and ``data/alpaca.jsonl``. Writes ``artifacts/bank``.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline import checkpoint, device, storage
-from pipeline.compress import quantize
+from pipeline.compress import bank_writer, layer_bank, linear_grams, quantize
+from pipeline.data import calibration
+from pipeline.data.alpaca import Batch
 from pipeline.params import Params
-from pipeline.paths import BANK, PRUNED
+from pipeline.paths import ALPACA, BANK, PRUNED
 from pipeline.settings import settings_of
 from pipeline.tracking import Run
 
@@ -18,14 +20,37 @@ from pipeline.tracking import Run
 def run(params: Params, run: Run) -> None:
     """Run the stage."""
     storage.verify(PRUNED, "prune")
-    write(params, PRUNED, BANK)
-    run.metrics({"bank_bytes": sum(path.stat().st_size for path in BANK.iterdir())})
+    if settings_of(quantize.Settings, params.quantize).reads_inputs:
+        run.dataset(ALPACA, "alpaca", "calibration")
+    uncalibrated = write(params, PRUNED, BANK)
+    size = sum(path.stat().st_size for path in BANK.iterdir())
+    run.metrics({"bank_bytes": size, "uncalibrated_linears": uncalibrated})
 
 
-def write(params: Params, pruned: Path, target: Path) -> None:
-    """Quantize every linear of a pruned checkpoint into a layer bank."""
-    names = quantize.names_of(checkpoint.load_config(pruned))
-    where = device.choose(params.device, params.dtype).device
+def write(params: Params, pruned: Path, target: Path) -> int:
+    """Quantize every linear of a pruned checkpoint into a layer bank; return how many had too little text for it."""
+    compute = device.choose(params.device, params.dtype)
     settings = settings_of(quantize.Settings, params.quantize)
+    state = checkpoint.load_state(pruned)
+    groups = layer_bank.groups_of(checkpoint.load_config(pruned))
     with storage.writing(target) as folder:
-        quantize.run(checkpoint.load_state(pruned), names, settings, params.seed, folder, where)
+        if not settings.reads_inputs:
+            return bank_writer.write(state, groups, settings, params.seed, folder, compute.device)
+        model, text = checkpoint.load_model(pruned, dtype=compute.dtype), calibration_set(params, pruned)
+        grams, tokens = linear_grams.collect(model, text, device=compute.device), linear_grams.count_tokens(text)
+        return bank_writer.write(state, groups, settings, params.seed, folder, compute.device, grams, tokens)
+
+
+def calibration_set(params: Params, pruned: Path) -> list[Batch]:
+    """Return the batches that codes are calibrated on: the longest responses, some of their tokens at random."""
+    settings, tokenizer = params.quantize, checkpoint.load_tokenizer(pruned)
+    text = calibration.batches(
+        tokenizer,
+        ALPACA,
+        params.data.validation_rows,
+        params.seed,
+        text="responses",
+        samples=settings.samples,
+        max_length=settings.max_length,
+    )
+    return list(calibration.noised(text, settings.noise, len(tokenizer), params.seed)) if settings.noise else text

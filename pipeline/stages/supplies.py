@@ -43,9 +43,8 @@ class Supplies:
         names = {at: digest(*parts, at_ratio(params, at).prune) for at in sorted({ratio, *ratios})}
         self._folders = {at: KEPT / f"pruned-{name}" for at, name in names.items()}
         self._bank = digest(names[ratio], params.quantize, code("pipeline.stages.quantize"))
-        four_bit = params.quantize.model_dump(include={"four_bit", "double_quant"})
-        settings = (params.importance, four_bit, params.search.granularity)
-        self._priors = digest(names[ratio], *settings, code("pipeline.stages.importance"))
+        settings = (params.importance, params.search.granularity)
+        self._priors = digest(self._bank, *settings, code("pipeline.stages.importance"))
 
     @cached_property
     def pruned(self) -> Path:
@@ -67,7 +66,9 @@ class Supplies:
         """Return the importance of its units."""
         path = KEPT / f"importance-{self._priors}.json"
         kept = read_json(path, {field.name for field in fields(Priors)})
-        return Priors.from_json(kept) if kept is not None else importance.write(self.params, self.pruned, path)
+        if kept is not None:
+            return Priors.from_json(kept)
+        return importance.write(self.params, self.pruned, self.bank, path)
 
     @cached_property
     def context(self) -> Context:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline import GIB, bits, device, identity, storage, tracking
 from pipeline.errors import UserError
 from pipeline.params import Params, digest
-from pipeline.paths import ALPACA, BANK, BASE, BENCHMARKS, PRUNED, UNTOUCHED
+from pipeline.paths import ALPACA, BANK, BASE, BENCHMARKS, PRUNED, TEACHER, UNTOUCHED
 from pipeline.search.allocate import Space
 from pipeline.settings import settings_of
 from pipeline.trial import context as contexts
@@ -39,7 +39,7 @@ def load(params: Params, pruned: Path = PRUNED, bank: Path = BANK, items: Path =
     gc.collect()
     gc.freeze()  # what is imported by now stays; looking through it took a third of a second a phase
     context = contexts.load(
-        Sources(pruned, bank, ALPACA, items),
+        Sources(pruned, bank, ALPACA, items, BASE, TEACHER),
         settings(params),
         device.choose(params.device, params.dtype),
         granularity=params.search.granularity,

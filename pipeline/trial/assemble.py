@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline import checkpoint
-from pipeline.compress import quantize
+from pipeline.compress import layer_bank
 from pipeline.trial.adapters import linear_of, lora_config, train_in_full, use_byte_dropout
 from pipeline.trial.context import Context
 
@@ -33,7 +33,7 @@ def assemble(context: Context, bits: Sequence[int], *, real: bool | None = None)
     if real:
         model = mixed_model(context, widths)
     else:
-        simulated = quantize.simulated(context.state, context.bank, widths)
+        simulated = layer_bank.simulated(context.state, context.bank, widths)
         model = checkpoint.from_state(context.config, simulated, context.device)
     on_cpu = context.device.type == "cpu"
     # On a CPU, adapters in the weights' type, byte dropout and plain attention double the speed of a training step.
@@ -89,10 +89,10 @@ def mixed_model(context: Context, widths: Mapping[str, int]) -> PreTrainedModel:
     if named:
         mixed = checkpoint.MixedBitsConfig(named, settings.four_bit, settings.double_quant)
         config.quantization_config = mixed.to_dict()
-    return checkpoint.from_state(config, quantize.quantized(context.state, context.bank, widths), context.device)
+    return checkpoint.from_state(config, layer_bank.quantized(context.state, context.bank, widths), context.device)
 
 
-def set_adapters(model: PeftModel, bank: quantize.Bank, widths: Mapping[str, int]) -> None:
+def set_adapters(model: PeftModel, bank: layer_bank.Bank, widths: Mapping[str, int]) -> None:
     """Give each linear the bank's initialization for its bits; a dense linear keeps PEFT's (B = 0)."""
     base = model.get_base_model()
     with torch.no_grad():

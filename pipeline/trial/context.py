@@ -12,13 +12,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline import architecture, checkpoint, storage
 from pipeline.architecture import Unit
-from pipeline.compress import quantize
+from pipeline.compress import layer_bank, quantize
 from pipeline.data import alpaca, tasks
 from pipeline.data.alpaca import Example
 from pipeline.device import Compute
 from pipeline.errors import UserError
 from pipeline.trial import memory, recover
 from pipeline.trial.setting import ROW, Setting
+from pipeline.trial.teacher import Teacher
 
 INT8_MULTIPLE = 4  # cuBLAS multiplies int8 matrices whose sides are multiples of it
 
@@ -49,12 +50,16 @@ class Sources:
         bank: Its layer bank.
         rows: File of Alpaca rows.
         items: Folder of benchmark items.
+        base: The dense model.
+        answers: Where its answers are kept.
     """
 
     pruned: Path
     bank: Path
     rows: Path
     items: Path
+    base: Path
+    answers: Path
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,12 @@ class Context:
         validation: Held-out rows.
         settings: How a trial is run.
         compute: Where trials run and in which type.
+        teacher: The dense model, where recovery aims at its predictions.
     """
 
     config: PretrainedConfig
     state: dict[str, torch.Tensor]
-    bank: quantize.Bank
+    bank: layer_bank.Bank
     tokenizer: PreTrainedTokenizerBase
     units: tuple[Unit, ...]
     tasks: Mapping[str, Task]
@@ -84,6 +90,7 @@ class Context:
     validation: list[Example]
     settings: Settings
     compute: Compute
+    teacher: Teacher | None = None
 
     @property
     def device(self) -> torch.device:
@@ -97,7 +104,7 @@ class Context:
 
     def widths(self, bits: Sequence[int]) -> dict[str, int]:
         """Return each linear's bits from the bits of the units."""
-        return quantize.linear_bits(self.units, bits)
+        return layer_bank.linear_bits(self.units, bits)
 
     def predict(self, bits: Sequence[int]) -> memory.Peak:
         """Return the predicted peak memory of a bit vector."""
@@ -124,6 +131,7 @@ def memory_setting(recovery: recover.Settings, batch_tokens: int, adapters: quan
         accumulate=recovery.batch_size > recovery.micro_batch_size,
         full=recovery.train == "full",
         keeps_best=recovery.validate_every > 0,
+        teacher=recovery.target == "teacher",
     )
 
 
@@ -162,10 +170,13 @@ def load(
         )
     train, held_out = alpaca.split(alpaca.read(sources.rows), validation_rows, settings.seed)
     length = settings.recover.max_length
+    teacher = None
+    if settings.recover.target == "teacher":
+        teacher = Teacher(sources.base, sources.answers, tokenizer.pad_token_id, compute)
     return Context(
         config=model.config,
         state=model.state_dict(),
-        bank=quantize.Bank(sources.bank),
+        bank=layer_bank.Bank(sources.bank),
         tokenizer=tokenizer,
         units=architecture.units(model.config, granularity),
         tasks=tasks.load(task_names, sources.items),
@@ -173,6 +184,7 @@ def load(
         validation=alpaca.encode(held_out, tokenizer, length),
         settings=settings,
         compute=compute,
+        teacher=teacher,
     )
 
 

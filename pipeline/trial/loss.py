@@ -57,16 +57,60 @@ class _ChunkedLoss(torch.autograd.Function):
         return gradient * outer, None if heads is None else heads * outer, None
 
 
-def response_loss(model: nn.Module, part: Batch) -> tuple[torch.Tensor, int]:
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of ``hidden @ head.T`` with distributions p, given as targets p' head.
+
+    It is log sum exp(head x) - x' target for each state x, with the gradient softmax(head x)' head - target.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        total = -(hidden.float() * targets.float()).sum()
+        gradient = -targets.to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), LOSS_CHUNK):
+            here = slice(start, start + LOSS_CHUNK)
+            logits = (hidden[here] @ head.T).float()
+            total += logits.logsumexp(-1).sum()
+            if gradient is not None:
+                gradient[here] += logits.softmax(-1).to(hidden.dtype) @ head
+            del logits  # else they live until the next chunk's exist
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer.to(gradient.dtype), None, None
+
+
+def response_loss(model: nn.Module, part: Batch, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
     """Return (sum of the next-token losses at labelled positions, their number).
 
     Args:
         model: A causal language model, plain or wrapped by PEFT.
         part: Tokens and labels, on the model's device.
+        targets: Of each labelled position, row after row, what is wanted in place of its label (``loss_at``).
     """
     labels = part.labels[:, 1:]
     chosen = labels != IGNORED
-    return loss_at(model, part.tokens, chosen, labels[chosen]), int(chosen.sum())
+    return loss_at(model, part.tokens, chosen, labels[chosen] if targets is None else targets), int(chosen.sum())
+
+
+def blended(model: nn.Module, part: Batch, targets: torch.Tensor, answers_weight: float) -> torch.Tensor:
+    """Return targets of which a share is the answers themselves: a token's own row of the head, [n, hidden].
+
+    Args:
+        model: As for ``response_loss``.
+        part: Labels, on the model's device.
+        targets: The teacher's, [n, hidden].
+        answers_weight: The answers' share.
+    """
+    targets = targets.to(part.labels.device)
+    if not answers_weight:
+        return targets
+    labels = part.labels[:, 1:]
+    answers = head_of(unwrapped(model)).weight.detach()[labels[labels != IGNORED]]
+    return torch.lerp(targets.to(answers.dtype), answers, answers_weight)
 
 
 def loss_at(
@@ -81,10 +125,17 @@ def loss_at(
         model: As for ``response_loss``.
         tokens: Token ids, [B, L].
         where: What picks the positions out of [B, L - 1]: a boolean mask, or n rows and n columns.
-        wanted: The token after each of them, [n].
+        wanted: The token after each of them, [n]; or of a distribution p of it p' head, [n, hidden], for a head that is
+            not trained.
     """
     hidden, head = _before_head(model, tokens)
-    return _ChunkedLoss.apply(hidden[where], head, wanted)
+    loss = _ChunkedCrossEntropy if wanted.is_floating_point() else _ChunkedLoss
+    return loss.apply(hidden[where], head, wanted)
+
+
+def head_width(model: nn.Module) -> int:
+    """Return the size of the states that the head reads."""
+    return head_of(unwrapped(model)).in_features
 
 
 def _before_head(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

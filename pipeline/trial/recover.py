@@ -1,4 +1,6 @@
-"""Recovery on Alpaca (paper section 3.3, appendix B): the loss of the responses, AdamW, linear decay.
+"""Recovery on Alpaca (paper section 3.3, appendix B): AdamW, linear decay.
+
+The target is the rows' responses, as in the paper, or what the dense model predicts at each of their tokens.
 
 ``lora`` trains the adapters, ``full`` also all that is not quantized. Held-out rows may end it early, and the state of
 an interrupted one may be kept and taken up again.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from peft import PeftModel
 
 from pipeline.data.alpaca import Example, batch
 from pipeline.trial.loss import RowLosses, mean_loss, row_losses
+from pipeline.trial.teacher import Targets, Teacher
 from pipeline.trial.training import RecoverError, Settings, Training, micro_batches, must_be_finite
 
 Steps = Callable[[Iterable[int]], Iterable[int]]  # shows the progress of optimizer steps
@@ -34,11 +38,13 @@ class Rows:
         train: Rows to train on.
         validation: Held-out rows.
         padding: Token id of padded positions.
+        teacher: The dense model; read if it is the target.
     """
 
     train: Sequence[Example]
     validation: Sequence[Example]
     padding: int
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Recovered:
     """What a recovery measured.
 
     Attributes:
-        losses: Mean response loss of each step, in nats a token.
+        losses: Mean loss of a response token at each step, in nats; of a teacher's target its cross-entropy.
         validation_rows: Of each held-out row the sum of its losses and their number, of the model as it is left.
         validation_losses: Step -> mean loss of the held-out rows then, where ``validate_every`` asks for it.
         tokens: Tokens trained on, padding left out.
@@ -103,6 +109,7 @@ def run(
 
     if not settings.steps:
         return Recovered.of((), held_out(0), {}, 0)
+    targets = _targets(rows, settings, seed)
     torch.manual_seed(seed)
     training = Training(model, settings)
     batches = endless(rows.train, settings.batch_size, seed)
@@ -112,7 +119,9 @@ def run(
             next(batches)
     for step in progress(range(training.step, settings.steps)):
         model.train()
-        training.take_step([batch(part, rows.padding, False) for part in micro_batches(next(batches), settings)])
+        parts = micro_batches(next(batches), settings)
+        wanted = None if targets is None else [torch.cat([targets[row] for row in part]) for part in parts]
+        training.take_step([batch(part, rows.padding, False) for part in parts], wanted)
         due = settings.validate_every and training.step % settings.validate_every == 0
         if due or (settings.validate_every and training.step == settings.steps):
             training.judge(held_out(training.step))
@@ -125,6 +134,15 @@ def run(
         keep.unlink(missing_ok=True)
     rows_left = training.rows if training.validation else held_out(training.step)
     return Recovered.of(tuple(training.losses), rows_left, training.validation, training.tokens)
+
+
+def _targets(rows: Rows, settings: Settings, seed: int) -> Targets | None:
+    """Return the teacher's targets for the rows of all steps; None if the answers are the target."""
+    if settings.target == "answers":
+        return None
+    assert rows.teacher is not None  # the caller's
+    needed = islice(endless(rows.train, settings.batch_size, seed), settings.steps)
+    return rows.teacher.targets([row for rows_of_step in needed for row in rows_of_step])
 
 
 def _must_have_rows(rows: Rows, settings: Settings) -> None:

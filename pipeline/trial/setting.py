@@ -24,6 +24,7 @@ class Setting:
         gradient_checkpointing: Whether a block's activations are computed again in the backward pass.
         full: Whether all that is not quantized is trained, not only the adapters.
         keeps_best: Whether the weights of the lowest validation loss are kept in 32 bits.
+        teacher: Whether the target of a position is a vector of the hidden size, not a token.
     """
 
     tokens: int
@@ -37,3 +38,4 @@ class Setting:
     gradient_checkpointing: bool = False
     full: bool = False
     keeps_best: bool = False
+    teacher: bool = False

@@ -191,7 +191,10 @@ def training(model: PeftModel, setting: Setting, machine: Machine = CUDA, step: 
     with machine.running(), ledger:
         batch = _ids(rows, length), _ids(rows, length)  # tokens and labels
         where = _ids(positions), _ids(positions)
-        (step or loss.loss_at)(model, batch[0], where, _ids(positions)).backward()
+        wanted = _ids(positions)
+        if setting.teacher:
+            wanted = torch.empty(positions, loss.head_width(model), dtype=machine.dtype, device=META)
+        (step or loss.loss_at)(model, batch[0], where, wanted).backward()
     return weights, ledger.peak
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from pipeline.data.alpaca import IGNORED, Batch, Example, padded
 from pipeline.errors import UserError
-from pipeline.trial.loss import RowLosses, mean_loss, response_loss
+from pipeline.trial.loss import RowLosses, blended, mean_loss, response_loss
 
 _MAX_NORM = 1.0
 
@@ -29,6 +29,8 @@ class Settings:
     """How a model is recovered.
 
     Attributes:
+        target: ``answers`` (the rows' own responses) or ``teacher`` (the dense model's predictions at their tokens).
+        answers_weight: Share of the answers in the teacher's target.
         train: ``lora`` (the adapters) or ``full`` (also all that is not quantized).
         steps: Optimizer steps; 0 only measures.
         batch_size: Rows of an optimizer step.
@@ -42,6 +44,8 @@ class Settings:
         save_every: Steps after which the state is kept; 0: never.
     """
 
+    target: str
+    answers_weight: float
     train: str
     steps: int
     batch_size: int
@@ -109,8 +113,12 @@ class Training:
         self.rows: RowLosses = ()  # at the lowest loss, as ``row_losses`` returns them
         self.best: list[torch.Tensor] | None = None
 
-    def take_step(self, parts: Sequence[Batch]) -> None:
+    def take_step(self, parts: Sequence[Batch], targets: Sequence[torch.Tensor] | None = None) -> None:
         """Train on one batch, given as micro-batches.
+
+        Args:
+            parts: The micro-batches.
+            targets: Of each the teacher's, [response tokens, hidden]; None: the answers are the target.
 
         Raises:
             RecoverError: The loss or its gradient is not finite.
@@ -119,8 +127,11 @@ class Training:
             group["lr"] = highest * rate(self.step, self.settings.warmup_steps, self.settings.steps)
         count = sum(int((part.labels[:, 1:] != IGNORED).sum()) for part in parts)
         device, total = self.model.device, 0.0
-        for part in parts:
-            value, _ = response_loss(self.model, part.to(device))
+        for number, part in enumerate(parts):
+            here, wanted = part.to(device), None
+            if targets is not None:
+                wanted = blended(self.model, here, targets[number], self.settings.answers_weight)
+            value, _ = response_loss(self.model, here, wanted)
             (value / count).backward()
             total += value.item() / count
             del value  # its graph holds the inputs of 8-bit linears, also after the backward pass
