@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class Case:
     double_quant: bool = False
     gradient_checkpointing: bool = False
     ratio: float | None = None
+    teacher: bool = False
 
     @property
     def setting(self) -> Setting:
@@ -81,6 +83,7 @@ class Case:
         return Setting(
             self.rows * self.length, self.r, self.double_quant, self.inference[0] * self.inference[1],
             self.rows, self.inference[0], gradient_checkpointing=self.gradient_checkpointing,
+            teacher=self.teacher,
         )  # fmt: skip
 
     def config(self) -> Any:
@@ -112,6 +115,7 @@ CASES = [
     Case("one long row", rows=1, length=512, inference=(1, 512)),
     Case("many short rows", rows=16, length=32, inference=(32, 32)),
     Case("gradient checkpointing", gradient_checkpointing=True),
+    Case("a teacher's targets", teacher=True),
     Case("SmolLM2's shapes", rows=2, length=64, inference=(2, 128)),
 ]
 
@@ -151,7 +155,8 @@ def context_of(case: Case, folder: Path, device: torch.device = CPU) -> Context:
         state = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
     state = {name: tensor.cpu() for name, tensor in state.items()}
     bank_writer.write(state, layer_bank.groups_of(config), settings, 0, folder, device)
-    batch = {"target": "answers", "batch_size": 2 * case.rows, "micro_batch_size": case.rows, "max_length": case.length}
+    target = "teacher" if case.teacher else "answers"
+    batch = {"target": target, "batch_size": 2 * case.rows, "micro_batch_size": case.rows, "max_length": case.length}
     chosen = trials.settings(raw.model_copy(update={"recover": raw.recover.model_copy(update=batch)}))
     units = architecture.units(config, "group")
     bank = layer_bank.Bank(folder)
@@ -188,8 +193,12 @@ def real(case: Case, context: Context, bits: tuple[int, ...]) -> tuple[int, int]
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     settings = replace(context.settings.recover, steps=2)
 
+    # All that a training needs of a teacher: a vector a response token.
+    targets = {row: torch.randn(len(row.tokens) - 1, context.config.hidden_size).bfloat16() for row in examples}
+    wise: Any = SimpleNamespace(targets=lambda _: targets)
+
     def trained() -> None:
-        recover.run(model, Rows(examples, examples[: case.rows], 0), settings, 0)
+        recover.run(model, Rows(examples, examples[: case.rows], 0, wise), settings, 0)
 
     if context.device == CUDA:
         training = (memory.measured(trained, CUDA)[1] or 0) - before

@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 from benchmarks import memory as benchmark
 from pipeline import architecture, checkpoint
 from pipeline.architecture import BlockShape
-from pipeline.compress.quantize import Settings, linear_bits, quantize, stored_bytes
+from pipeline.compress.layer_bank import linear_bits
+from pipeline.compress.quantize import Settings, quantize, stored_bytes
 from pipeline.search.allocate import Space
 from pipeline.trial import kernels, memory, traced
 from pipeline.trial.setting import Setting
@@ -41,7 +42,15 @@ def whole(config, widths, one):
 
 
 def quantization(**changes):
-    values = {"four_bit": "nf4", "double_quant": False, "init": "loftq", "iterations": 1, "r": 4, "lora_alpha": 8}
+    values = {
+        "method": "nearest",
+        "four_bit": "nf4",
+        "double_quant": False,
+        "init": "loftq",
+        "iterations": 1,
+        "r": 4,
+        "lora_alpha": 8,
+    }
     return Settings(**values | changes)
 
 
@@ -65,7 +74,7 @@ def test_prediction_of_many_equal_blocks_equals_a_trace_of_the_whole():
 
 
 @pytest.mark.parametrize("changes", [{"double_quant": True}, {"gradient_checkpointing": True},
-                                     {"dropout": 0.0, "accumulate": False},
+                                     {"teacher": True}, {"dropout": 0.0, "accumulate": False},
                                      {"tokens": 2048, "inference_tokens": 2048}])  # fmt: skip
 def test_prediction_equals_a_trace_of_the_whole_under_any_setting(changes):
     config, generator, one = pruned(), random.Random(1), setting(**changes)
@@ -107,7 +116,7 @@ def test_linear_model_is_a_bound_where_single_linears_share_an_input():
 # --- the trace ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qwen2, pruned", "gradient checkpointing"])
+@pytest.mark.parametrize("name", ["qwen2, pruned", "gradient checkpointing", "a teacher's targets"])
 def test_trace_for_a_cpu_agrees_with_the_allocations_of_real_steps(name, monkeypatch):
     monkeypatch.setattr(benchmark, "SMALL", benchmark.SMALL | {"vocab_size": 1024})
     case = next(one for one in benchmark.CASES if one.name == name)

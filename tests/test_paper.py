@@ -269,20 +269,20 @@ def test_ablation_takes_the_tables_qpruner3_and_leaves_it_in_its_place(params, t
     (kept,) = [run for run in runs("cell") if run.tags["method"] == "qpruner3"]
     shell.start("ablation", params)
     own = [run for run in runs("cell") if run.tags["command"] == "ablation"]
-    assert len(trials.calls) == 9 + 6 == 9 + len(own)
+    assert len(trials.calls) == 9 + 9 == 9 + len(own)
     assert {bits(call) for call in trials.calls[9:]} == {kept.tags["bits"]}
     assert parent(tracking.run(kept.run_id)) == runs("table")[0].run_id
     assert {parent(run) for run in own} == {runs("ablation")[0].run_id}
     shell.start("ablation", params)
-    assert len(trials.calls) == 15
+    assert len(trials.calls) == 18
 
 
 def test_ablation_alone_holds_the_search_itself(params, trials):
     shell.start("ablation", params)
-    assert len(trials.calls) == 4 + 1 + 6
+    assert len(trials.calls) == 4 + 1 + 9
     lines = (paths.REPORTS / "ablation.md").read_text().splitlines()
     (row,) = [line for line in lines if line.startswith("| PIQA")]
-    assert row.count("±") == 10
+    assert row.count("±") == 15
 
 
 @pytest.mark.parametrize("limit, wanted", [(0, "see all items"), (64, "the first 64"), (100, r"piqa \(64\)")])
@@ -306,7 +306,7 @@ def test_supplies_are_made_once_and_a_damaged_one_again(params, tokenizer, monke
         monkeypatch.setattr(stage, "write", lambda *given, real=real, name=name: made.append(name) or real(*given))
     first = Supplies(params)
     assert len(first.priors.units) == len(first.context.units) == 4 and first.space.units == 4
-    assert made == ["pruned", "priors", "bank"]
+    assert made == ["pruned", "bank", "priors"]
     assert Supplies(params).context.config.to_dict() == first.context.config.to_dict() and len(made) == 3
     other = Supplies(params.model_copy(update={"quantize": params.quantize.model_copy(update={"r": 4})}))
     assert other.pruned == first.pruned and other.bank != first.bank and made[3:] == ["bank"]

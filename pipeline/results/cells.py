@@ -138,7 +138,14 @@ class Factor:
 
 FACTORS = (
     Factor("4-bit type", "quantize", "four_bit", {"nf4": "NF4", "fp4": "FP4"}),
-    Factor("initialization", "quantize", "init", {"loftq": "LoftQ", "gaussian": "Gaussian", "pissa": "PiSSA"}),
+    Factor("4-bit codes", "quantize", "method", {"nearest": "nearest", "calibrated": "calibrated"}),
+    Factor(
+        "initialization",
+        "quantize",
+        "init",
+        {"loftq": "LoftQ", "weighted": "weighted", "gaussian": "Gaussian", "pissa": "PiSSA"},
+    ),
+    Factor("target", "recover", "target", {"answers": "answers", "teacher": "teacher"}),
     Factor("LoftQ iterations", "quantize", "iterations", {1: "1", 2: "2", 4: "4"}),
     Factor("importance", "prune", "importance", {"taylor1": "Element1", "taylor2": "Element2"}),
 )
