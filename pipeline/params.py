@@ -164,6 +164,9 @@ class Recover(Section):
         description="answers: the rows' responses. teacher: what the dense model predicts at each of their tokens."
     )
     answers_weight: Fraction = Field(description="Share of the answers in the teacher's target.")
+    positions: Literal["response", "all"] = Field(
+        description="Which tokens are predicted in training: the response's, or the prompt's too."
+    )
     train: Literal["lora", "full"] = Field(
         description="lora: the adapters. full: also all that is not quantized; at 16 bits full-parameter fine-tuning."
     )

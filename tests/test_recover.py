@@ -42,7 +42,7 @@ def examples(count=8, shortest=6, longest=24, seed=0):
 
 def settings(**changes):
     values = {
-        "target": "answers", "answers_weight": 0.0,
+        "target": "answers", "answers_weight": 0.0, "positions": "response",
         "train": "lora", "steps": 3, "batch_size": 8, "micro_batch_size": 4, "max_length": 64, "learning_rate": 0.001,
         "warmup_steps": 0, "dropout": 0.0, "validate_every": 0, "patience": 0, "save_every": 0,
     }  # fmt: skip

@@ -52,7 +52,7 @@ class Recovered:
     """What a recovery measured.
 
     Attributes:
-        losses: Mean loss of a response token at each step, in nats; of a teacher's target its cross-entropy.
+        losses: Mean loss of a predicted token at each step, in nats; of a teacher's target its cross-entropy.
         validation_rows: Of each held-out row the sum of its losses and their number, of the model as it is left.
         validation_losses: Step -> mean loss of the held-out rows then, where ``validate_every`` asks for it.
         tokens: Tokens trained on, padding left out.
@@ -121,7 +121,7 @@ def run(
         model.train()
         parts = micro_batches(next(batches), settings)
         wanted = None if targets is None else [torch.cat([targets[row] for row in part]) for part in parts]
-        training.take_step([batch(part, rows.padding, False) for part in parts], wanted)
+        training.take_step([batch(part, rows.padding, settings.whole) for part in parts], wanted)
         due = settings.validate_every and training.step % settings.validate_every == 0
         if due or (settings.validate_every and training.step == settings.steps):
             training.judge(held_out(training.step))
@@ -142,7 +142,7 @@ def _targets(rows: Rows, settings: Settings, seed: int) -> Targets | None:
         return None
     assert rows.teacher is not None  # the caller's
     needed = islice(endless(rows.train, settings.batch_size, seed), settings.steps)
-    return rows.teacher.targets([row for rows_of_step in needed for row in rows_of_step])
+    return rows.teacher.targets([row for rows_of_step in needed for row in rows_of_step], settings.whole)
 
 
 def _must_have_rows(rows: Rows, settings: Settings) -> None:

@@ -21,7 +21,7 @@ from pipeline.console import progress
 from pipeline.data.alpaca import IGNORED, Example, batch
 from pipeline.device import Compute
 
-Targets = Mapping[Example, torch.Tensor]  # of a row: W'p at each of its response tokens, [tokens, hidden]
+Targets = Mapping[Example, torch.Tensor]  # of a row: W'p at each token that is predicted, [tokens, hidden]
 _ROWS = 8  # of a pass
 _FILE = "answers.safetensors"
 
@@ -41,25 +41,29 @@ class Teacher:
     kept: Path
     padding: int
     compute: Compute
-    _known: dict[Example, torch.Tensor] = field(default_factory=dict, repr=False)
+    _known: dict[bool, dict[Example, torch.Tensor]] = field(default_factory=dict, repr=False)
 
-    def targets(self, rows: Sequence[Example]) -> Targets:
+    def targets(self, rows: Sequence[Example], whole: bool = False) -> Targets:
         """Return what it predicts for rows, from memory, from a file, or computed now.
+
+        Args:
+            rows: Rows.
+            whole: At all their tokens but the first; else at those of the responses.
 
         Raises:
             CheckpointError: The dense model is missing or was changed.
         """
-        rows = list(dict.fromkeys(rows))
-        if any(row not in self._known for row in rows):
+        rows, known = list(dict.fromkeys(rows)), self._known.setdefault(whole, {})
+        if any(row not in known for row in rows):
             base = storage.verify(self.base, "fetch")
-            defined = [base, str(self.compute.dtype), [(row.tokens, row.response) for row in rows]]
+            defined = [base, str(self.compute.dtype), whole, [(row.tokens, row.response) for row in rows]]
             folder = self.kept / hashlib.sha256(json.dumps(defined).encode()).hexdigest()[:12]
-            self._known |= _read(folder, rows) or self._asked(folder, rows)
-        return self._known
+            known |= _read(folder, rows) or self._asked(folder, rows, whole)
+        return known
 
-    def _asked(self, folder: Path, rows: Sequence[Example]) -> Targets:
+    def _asked(self, folder: Path, rows: Sequence[Example], whole: bool) -> Targets:
         model = checkpoint.load_base(self.base, self.compute.device, self.compute.dtype)
-        answers = ask(model, rows, self.padding)
+        answers = ask(model, rows, self.padding, whole)
         with storage.writing(folder) as unfinished:
             save_file({str(number): answers[row] for number, row in enumerate(rows)}, unfinished / _FILE)
         return answers
@@ -79,13 +83,16 @@ def _read(folder: Path, rows: Sequence[Example]) -> Targets | None:
 
 
 @torch.no_grad()
-def ask(model: torch.nn.Module, rows: Sequence[Example], padding: int) -> dict[Example, torch.Tensor]:
-    """Return W'p at the response positions of rows, [tokens, hidden] each, in the model's type and the CPU's memory.
+def ask(
+    model: torch.nn.Module, rows: Sequence[Example], padding: int, whole: bool = False
+) -> dict[Example, torch.Tensor]:
+    """Return W'p at each predicted token of rows, [tokens, hidden] each, in the model's type and the CPU's memory.
 
     Args:
         model: The dense model.
         rows: Rows; those of like length share a pass.
         padding: Token id of padded positions.
+        whole: At all their tokens but the first; else at those of the responses.
     """
     model.eval()
     ordered = sorted(rows, key=lambda row: len(row.tokens))
@@ -93,7 +100,7 @@ def ask(model: torch.nn.Module, rows: Sequence[Example], padding: int) -> dict[E
     answers: dict[Example, torch.Tensor] = {}
     for start in progress(range(0, len(ordered), _ROWS), "the dense model's answers"):
         part = ordered[start : start + _ROWS]
-        here = batch(part, padding, False).to(device)
+        here = batch(part, padding, whole).to(device)
         states = last_states(model, here.tokens)[:, :-1]
         for row, state, labels in zip(part, states, here.labels[:, 1:], strict=True):
             answers[row] = mean_embedding(model, state[labels != IGNORED]).to(state.dtype).cpu()

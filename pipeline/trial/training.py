@@ -31,6 +31,7 @@ class Settings:
     Attributes:
         target: ``answers`` (the rows' own responses) or ``teacher`` (the dense model's predictions at their tokens).
         answers_weight: Share of the answers in the teacher's target.
+        positions: ``response`` (its tokens are predicted) or ``all`` (the prompt's too).
         train: ``lora`` (the adapters) or ``full`` (also all that is not quantized).
         steps: Optimizer steps; 0 only measures.
         batch_size: Rows of an optimizer step.
@@ -46,6 +47,7 @@ class Settings:
 
     target: str
     answers_weight: float
+    positions: str
     train: str
     steps: int
     batch_size: int
@@ -57,6 +59,11 @@ class Settings:
     validate_every: int
     patience: int
     save_every: int
+
+    @property
+    def whole(self) -> bool:
+        """Return whether a row's prompt is predicted too."""
+        return self.positions == "all"
 
 
 class _Masters:
@@ -118,7 +125,7 @@ class Training:
 
         Args:
             parts: The micro-batches.
-            targets: Of each the teacher's, [response tokens, hidden]; None: the answers are the target.
+            targets: Of each the teacher's, [predicted tokens, hidden]; None: the answers are the target.
 
         Raises:
             RecoverError: The loss or its gradient is not finite.
