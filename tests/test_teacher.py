@@ -121,6 +121,19 @@ def test_dense_model_is_asked_once_and_its_answers_are_kept(tmp_path, asked):
     assert len(asked) == 2
 
 
+def test_longer_recovery_asks_for_the_further_rows_alone(tmp_path, asked, monkeypatch):
+    monkeypatch.setattr(teacher, "_KEPT", 4)
+    base, rows = checkpoint_in(tmp_path / "base"), examples(10)
+    Teacher(base, tmp_path / "kept", PADDING, CPU).targets(rows[:4])
+    counted, ask = [], teacher.ask
+    monkeypatch.setattr(teacher, "ask", lambda model, part, *rest: counted.extend(part) or ask(model, part, *rest))
+    found = Teacher(base, tmp_path / "kept", PADDING, CPU).targets(rows)
+    assert counted == rows[4:]
+    assert all(
+        torch.equal(found[row], answer) for row, answer in ask(dense(), rows, PADDING).items() if row in rows[:4]
+    )
+
+
 def test_damaged_answers_are_asked_for_again_and_those_of_another_model_not_read(tmp_path, asked, capsys):
     base, rows = checkpoint_in(tmp_path / "base"), examples(3)
     first = Teacher(base, tmp_path / "kept", PADDING, CPU).targets(rows)

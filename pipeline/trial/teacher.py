@@ -23,6 +23,7 @@ from pipeline.device import Compute
 
 Targets = Mapping[Example, torch.Tensor]  # of a row: W'p at each token that is predicted, [tokens, hidden]
 _ROWS = 8  # of a pass
+_KEPT = 32  # rows whose answers stand in one file
 _FILE = "answers.safetensors"
 
 
@@ -32,7 +33,7 @@ class Teacher:
 
     Attributes:
         base: Its folder.
-        kept: Where answers are kept, in a folder for each set of rows.
+        kept: Where answers are kept, in a folder for each few rows.
         padding: Token id of padded positions.
         compute: Where it runs and in which type.
     """
@@ -54,19 +55,22 @@ class Teacher:
             CheckpointError: The dense model is missing or was changed.
         """
         rows, known = list(dict.fromkeys(rows)), self._known.setdefault(whole, {})
-        if any(row not in known for row in rows):
-            base = storage.verify(self.base, "fetch")
-            defined = [base, str(self.compute.dtype), whole, [(row.tokens, row.response) for row in rows]]
+        if all(row in known for row in rows):
+            return known
+        base, model = storage.verify(self.base, "fetch"), None
+        # In parts, so that a longer recovery of the same rows asks for the further ones alone.
+        parts = [rows[start : start + _KEPT] for start in range(0, len(rows), _KEPT)]
+        for part in progress(parts, "the dense model's answers"):
+            defined = [base, str(self.compute.dtype), whole, [(row.tokens, row.response) for row in part]]
             folder = self.kept / hashlib.sha256(json.dumps(defined).encode()).hexdigest()[:12]
-            known |= _read(folder, rows) or self._asked(folder, rows, whole)
+            answers = _read(folder, part)
+            if answers is None:
+                model = model or checkpoint.load_base(self.base, self.compute.device, self.compute.dtype)
+                answers = ask(model, part, self.padding, whole)
+                with storage.writing(folder) as unfinished:
+                    save_file({str(number): answers[row] for number, row in enumerate(part)}, unfinished / _FILE)
+            known |= answers
         return known
-
-    def _asked(self, folder: Path, rows: Sequence[Example], whole: bool) -> Targets:
-        model = checkpoint.load_base(self.base, self.compute.device, self.compute.dtype)
-        answers = ask(model, rows, self.padding, whole)
-        with storage.writing(folder) as unfinished:
-            save_file({str(number): answers[row] for number, row in enumerate(rows)}, unfinished / _FILE)
-        return answers
 
 
 def _read(folder: Path, rows: Sequence[Example]) -> Targets | None:
@@ -98,7 +102,7 @@ def ask(
     ordered = sorted(rows, key=lambda row: len(row.tokens))
     device = head_of(model).weight.device
     answers: dict[Example, torch.Tensor] = {}
-    for start in progress(range(0, len(ordered), _ROWS), "the dense model's answers"):
+    for start in range(0, len(ordered), _ROWS):
         part = ordered[start : start + _ROWS]
         here = batch(part, padding, whole).to(device)
         states = last_states(model, here.tokens)[:, :-1]
