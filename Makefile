@@ -10,6 +10,10 @@ PRESET ?= params.yaml
 SET ?= params.yaml
 TORCH_INDEX ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+ifeq ($(LOGNAME)$(USER),)
+# In a container the user may have no name; MLflow and DVC ask for one.
+export LOGNAME := $(shell id -un 2>/dev/null || echo uid-$$(id -u))
+endif
 
 .PHONY: search test lint fmt ui bench doctor check setup clean help
 .DEFAULT_GOAL := help

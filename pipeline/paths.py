@@ -6,5 +6,6 @@ BASE, PRUNED, BANK, FINAL = (Path("artifacts") / name for name in ("base", "prun
 STUDY = Path("artifacts/study")
 UNTOUCHED = Path("artifacts/untouched")  # results of base models, which all searches share
 UNFINISHED = Path("artifacts/unfinished")  # recoveries that were interrupted, with `recover.save_every`
+CACHE = Path("artifacts/cache")  # of libraries, where the user's home cannot be written
 ALPACA, BENCHMARKS = Path("data/alpaca.jsonl"), Path("data/benchmarks")
 REPORTS = Path("reports")
