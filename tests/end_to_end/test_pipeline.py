@@ -114,7 +114,7 @@ def test_second_machine_with_the_cache_reruns_nothing_and_compares(project, tmp_
 
     ratio = json.loads((project / "reports/prune.json").read_text())["ratio"]
     storage.write_text(second / "reports/prune.json", json.dumps({"ratio": 0.5}))
-    (change,) = json.loads(command(second, "dvc", "metrics", "diff", "--json").stdout)["diff"].values()
+    (change,) = json.loads(command(second, "dvc", "metrics", "diff", "--json").stdout).values()
     assert change["ratio"] == {"old": ratio, "new": 0.5, "diff": pytest.approx(0.5 - ratio)}
     table = command(second, "dvc", "exp", "show", "--csv").stdout
     assert f"{ratio}" in table and "!" not in table
