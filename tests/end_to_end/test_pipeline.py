@@ -95,10 +95,9 @@ def test_repro_right_after_does_nothing(project):
 def test_second_machine_with_the_cache_reruns_nothing_and_compares(project, tmp_path):
     (tmp_path / "remote").mkdir()
     second = clone(tmp_path / "second")
-    for folder in (project, second):
-        (folder / ".dvc/config.local").write_text(
-            f"[core]\n remote = shared\n['remote \"shared\"']\n url = {tmp_path}/remote\n"
-        )
+    shared = f"[core]\n remote = shared\n['remote \"shared\"']\n url = {tmp_path}/remote\n"
+    (project / ".dvc/config.local").write_text(shared)
+    (second / ".dvc/config.local").write_text(f"{shared}[cache]\n type = symlink\n")
     for name in ("params.yaml", "dvc.lock"):
         shutil.copy(project / name, second / name)
     git = ["git", "-C", str(second), "-c", "user.name=x", "-c", "user.email=x@y"]
@@ -119,6 +118,11 @@ def test_second_machine_with_the_cache_reruns_nothing_and_compares(project, tmp_
     table = command(second, "dvc", "exp", "show", "--csv").stdout
     assert f"{ratio}" in table and "!" not in table
     assert command(second, "dvc", "plots", "show", "reports/pareto.json", "reports/pareto.png").returncode == 0
+
+    assert (second / "artifacts/final/model.safetensors").is_symlink()
+    done = command(second, "dvc", "repro", "--force", "--single-item", "register")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((second / "reports/register.json").read_text())["model"] == "models:/qpruner/1"
 
 
 def test_registered_model_answers_where_the_project_is_not_installed(project, tmp_path):
