@@ -10,6 +10,10 @@ PRESET ?= params.yaml
 SET ?= params.yaml
 TORCH_INDEX ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+ifeq ($(LOGNAME)$(USER),)
+# In a container the user may have no name; MLflow and DVC ask for one.
+export LOGNAME := $(shell id -un 2>/dev/null || echo uid-$$(id -u))
+endif
 
 .PHONY: search test lint fmt ui bench doctor check setup clean help
 .DEFAULT_GOAL := help
@@ -18,13 +22,18 @@ search: setup ## the main job, from the model to the registry; PRESET=llama-7b N
 	mlflow run . -e search --env-manager=local --experiment-name qpruner \
 	  -P preset=$(PRESET) -P n_trials=$(N_TRIALS) -P set="$(SET)"
 
-test: setup lint ## lint, types and tests (no network, no GPU)
-	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
+test: setup style ## lint, types and tests (no network, no GPU)
+	@mypy pipeline & types=$$!; \
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	wait $$types && exit $$tests
 
-lint: setup ## ruff and mypy
+lint: setup style ## ruff and mypy
+	mypy pipeline
+
+.PHONY: style
+style: setup
 	ruff check pipeline tests benchmarks
 	ruff format --check pipeline tests benchmarks
-	mypy pipeline
 
 fmt: setup ## format the code
 	ruff check --fix pipeline tests benchmarks
@@ -49,9 +58,10 @@ $(VENV)/installed: requirements.txt requirements-dev.txt | python
 	@[ -n "$(TORCH_INDEX)" ] || command -v nvidia-smi >/dev/null || echo "No NVIDIA GPU here: TORCH_INDEX=<address of \
 	PyTorch's index of CPU builds> would save most of 6.1 GB (see README)"
 	$(PYTHON) -m venv $(VENV)
-	@[ -z "$(TORCH_INDEX)" ] || python -m pip install --disable-pip-version-check --index-url "$(TORCH_INDEX)" \
+	@[ -z "$(TORCH_INDEX)" ] || python -m pip install --no-compile --disable-pip-version-check --index-url "$(TORCH_INDEX)" \
 	  $$(grep '^torch==' requirements.txt)
-	python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true # on all cores; some packages ship what is no Python
 	touch $@
 
 .PHONY: python

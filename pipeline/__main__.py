@@ -106,18 +106,11 @@ def _parser() -> argparse.ArgumentParser:
 def _run(asked: argparse.Namespace) -> int:
     """Run what was asked for; return the exit status."""
     from pipeline import checks, overrides
-    from pipeline.params import ParamsError
 
     if asked.command in ("run", "check"):
-        given = overrides.assignments(asked.set)
-        for name, key in _SHORT.items():
-            value = getattr(asked, name, _AS_IT_SAYS)
-            if value == _AS_IT_SAYS:
-                continue
-            if key in given:
-                raise ParamsError(f"{key} is set twice, by set and by {name}; give it once")
-            given[key] = value
-        overrides.adopt(asked.preset, given)
+        named = {name: (key, getattr(asked, name, _AS_IT_SAYS)) for name, key in _SHORT.items()}
+        if faults := overrides.adopt(asked.preset, asked.set, named):
+            checks.load(asked.file if asked.command == "check" else None, faults)
     if asked.command == "ui":
         from pipeline import tracking
 

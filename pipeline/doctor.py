@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import runtime
+from pipeline.paths import CACHE
+
 if TYPE_CHECKING:
     from pipeline.device import Compute
 
@@ -178,10 +181,10 @@ def _disk() -> Finding:
 
 
 def _home() -> Finding:
-    home = os.environ.get("HOME", "")
-    if home and os.access(home, os.W_OK | os.X_OK) and Path(home).is_dir():
+    home = os.environ.get("HOME") or "not set"
+    if runtime.home_is_writable():
         return Finding("HOME", home)
-    return Finding("HOME", home or "not set", "lm-eval and DVC write there: export HOME=<a folder you can write>", True)
+    return Finding("HOME", f"{home}; it cannot be written, so libraries keep their caches in {CACHE}")
 
 
 def _environment() -> Finding:

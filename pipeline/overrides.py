@@ -25,41 +25,61 @@ PRESET, OVERRIDES = "QPRUNER_PRESET", "QPRUNER_OVERRIDES"  # variables: a preset
 _ASSIGNMENT = re.compile(r"(?:^|\s+)([A-Za-z_][\w.]*)=")
 
 
-def adopt(preset: str, given: Mapping[str, str]) -> None:
+def adopt(preset: str, text: str, named: Mapping[str, tuple[str, str]]) -> list[str]:
     """Keep a preset and changed values for this process and those that it starts.
 
     Args:
         preset: A preset's name, or ``params.yaml``.
-        given: Dotted key -> its value as YAML; ``params.yaml`` stands for the value in the file.
+        text: Changed keys, such as ``prune.ratio=0.3 evaluate.tasks=[boolq, piqa]``.
+        named: Name of a parameter -> (dotted key that it sets, value as YAML); ``params.yaml`` stands for the value in
+            the file.
+
+    Returns:
+        What is wrong with the values, a line each, to be told with the faults of the params. Unknown keys are kept;
+        see ``unknown``.
 
     Raises:
-        ParamsError: There is no such preset or key, or a value is no YAML.
+        ParamsError: There is no such preset.
     """
     os.environ.pop(PRESET, None)
     os.environ.pop(OVERRIDES, None)
-    if preset != DEFAULT:
-        _preset_path(preset)
-        os.environ[PRESET] = preset
-    changed = {key: _value(key, text) for key, text in given.items() if text != DEFAULT}
+    given, faults = _assignments(text)
+    for name, (key, value) in named.items():
+        if key in given and value != DEFAULT:
+            faults.append(f"{key}: set twice, by set and by {name}; give it once")
+        else:
+            given.setdefault(key, value)
+    changed: dict[str, object] = {}
+    for key, value in given.items():
+        if value == DEFAULT:
+            continue
+        try:
+            changed[key] = documents.parse(value)
+        except DocumentError as error:
+            faults.append(f"{key}: {shown(value)} is no YAML value ({error})")
     if changed:
         os.environ[OVERRIDES] = json.dumps(changed)
+    if preset != DEFAULT:
+        try:
+            _preset_path(preset)
+        except ParamsError as error:
+            raise ParamsError("\n".join([str(error), *faults, *unknown()])) from None
+        os.environ[PRESET] = preset
+    return faults
 
 
-def assignments(text: str) -> dict[str, str]:
-    """Split ``prune.ratio=0.3 evaluate.tasks=[boolq, piqa]`` into keys and their values as text.
-
-    Raises:
-        ParamsError: It does not begin with a key, or names a key twice.
-    """
+def _assignments(text: str) -> tuple[dict[str, str], list[str]]:
+    """Split ``prune.ratio=0.3 evaluate.tasks=[boolq, piqa]`` into keys and their values as text; return faults, too."""
     if text.strip() in ("", DEFAULT):
-        return {}
+        return {}, []
     first, *parts = _ASSIGNMENT.split(text.strip())
-    if first or not parts:
-        raise ParamsError(f"set: {shown(text)} is not of the form key=value; write for example prune.ratio=0.3")
     names = parts[::2]
+    faults = []
+    if first or not parts:
+        faults.append(f"set: {shown(first)} is not of the form key=value; write for example prune.ratio=0.3")
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise ParamsError(f"set: {', '.join(sorted(repeated))} stands there twice; give each key once")
-    return dict(zip(names, parts[1::2], strict=True))
+        faults.append(f"set: {', '.join(sorted(repeated))} stands there twice; give each key once")
+    return dict(zip(names, parts[1::2], strict=True)), faults
 
 
 def active() -> dict[str, object]:
@@ -89,13 +109,13 @@ def path() -> Path:
 
 
 def read(file: str | Path | None = None) -> object:
-    """Return the document of the params that are used, not yet judged.
+    """Return the document of the params that are used, not yet judged. Unknown keys of overrides are left out.
 
     Args:
         file: Another file than ``path`` returns; it is overridden likewise.
 
     Raises:
-        ParamsError: The file is missing or no valid YAML, or an unknown key is overridden.
+        ParamsError: The file is missing or no valid YAML.
     """
     file = path() if file is None else Path(file)
     if not file.exists():
@@ -106,8 +126,10 @@ def read(file: str | Path | None = None) -> object:
         raw = documents.read(file)
     except DocumentError as error:
         raise ParamsError(str(error)) from None
+    known = set(keys())
     for key, value in active().items():
-        refuse_unknown(key)
+        if key not in known:
+            continue
         *sections, name = key.split(".")
         target = raw
         for section in sections:
@@ -127,19 +149,17 @@ def keys(section: type[BaseModel] | None = None, prefix: str = "") -> Iterator[s
             yield key
 
 
-def refuse_unknown(key: str) -> None:
-    """Refuse a key that the params do not have.
-
-    Raises:
-        ParamsError: With the keys that are spelled alike.
-    """
+def unknown() -> list[str]:
+    """Return a line for each overridden key that the params do not have, with the keys that are spelled alike."""
     known = list(keys())
-    if key in known:
-        return
+    return [_unknown(key, known) for key in active() if key not in known]
+
+
+def _unknown(key: str, known: list[str]) -> str:
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
-        raise ParamsError(f"{key}: is a section; name a key in it, such as {inside[0]}")
-    raise ParamsError(f"{key[:80]}: unknown key; {did_you_mean(key, known) or 'params.yaml has them all'}")
+        return f"{key}: is a section; name a key in it, such as {inside[0]}"
+    return f"{key[:80]}: unknown key; {did_you_mean(key, known) or 'params.yaml has them all'}"
 
 
 def did_you_mean(key: str, known: Iterable[str]) -> str:
@@ -168,11 +188,3 @@ def _preset_path(name: str) -> Path:
     if name not in names:
         raise ParamsError(f"preset: {shown(name)} is no preset; there are {', '.join(names)}")
     return PRESETS / f"{name}.yaml"
-
-
-def _value(key: str, text: str) -> object:
-    refuse_unknown(key)
-    try:
-        return documents.parse(text)
-    except DocumentError as error:
-        raise ParamsError(f"{key}: {shown(text)} is no YAML value ({error})") from None

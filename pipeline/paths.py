@@ -7,5 +7,6 @@ STUDY = Path("artifacts/study")
 TEACHER = Path("artifacts/teacher")  # what base models predict for rows that trials train on
 UNTOUCHED = Path("artifacts/untouched")  # results of base models, which all searches share
 UNFINISHED = Path("artifacts/unfinished")  # recoveries that were interrupted, with `recover.save_every`
+CACHE = Path("artifacts/cache")  # of libraries, where the user's home cannot be written
 ALPACA, BENCHMARKS = Path("data/alpaca.jsonl"), Path("data/benchmarks")
 REPORTS = Path("reports")

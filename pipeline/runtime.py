@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import atexit
 import gc
+import getpass
 import os
 from functools import cache
+from pathlib import Path
+
+from pipeline.paths import CACHE
 
 
 @cache
 def prepare() -> None:
-    """Set up this process: torch's compiler, oneDNN's cache, the garbage collector, Matplotlib's backend."""
+    """Set up this process and those that it starts: user and caches, torch's compiler, garbage collector, pictures."""
+    _name_user()
+    _place_caches()
     # bitsandbytes compiles its CPU kernels anew for every shape, seconds each, and pruned models have many shapes.
     # Nothing here gains from torch.compile, so it is off; torch reads this when it is imported.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -26,3 +32,34 @@ def prepare() -> None:
     gc.set_threshold(100_000, 50, 50)
     # At its end the interpreter would look through all of them several times more, for two seconds.
     atexit.register(gc.freeze)
+
+
+def _name_user() -> None:
+    """Give a name to a user without one (a container's ``-u 12345``): DVC, MLflow and torch cannot do without."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError since Python 3.13
+        os.environ["LOGNAME"] = f"uid-{os.getuid()}"
+
+
+def _place_caches() -> None:
+    """Let libraries keep their caches in the project where the user's home is unknown or cannot be written."""
+    if not home_is_writable():
+        os.environ.setdefault("XDG_CACHE_HOME", str(CACHE.absolute()))
+        os.environ.setdefault("MPLCONFIGDIR", str(CACHE.absolute() / "matplotlib"))
+        if not _home():
+            os.environ["HOME"] = str(CACHE.absolute())
+
+
+def home_is_writable() -> bool:
+    """Return whether libraries can keep something below the user's home."""
+    folder = Path(_home(), ".cache")
+    while not folder.exists():
+        folder = folder.parent
+    return _home() != "" and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _home() -> str:
+    """Return the user's home; nothing where neither HOME nor the system names one."""
+    home = os.environ.get("HOME", "~")
+    return os.path.expanduser(home).removeprefix("~")

@@ -72,7 +72,14 @@ def writing(folder: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Write a file of text in UTF-8; see ``write_bytes``."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file that is either whole or as it was before; when this returns, it is on the disk.
+
+    It is a new file: where DVC links its cache into the folder, the old one must not change.
 
     Raises:
         DiskError: The disk is full or the place cannot be written.
@@ -81,8 +88,8 @@ def write_text(path: str | Path, text: str) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _reserved(path, _new_file) as temporary:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.chmod(0o644)

@@ -26,6 +26,23 @@ from tests.fixtures.models import (  # noqa: F401 (tests import these from here)
     write_jsonl,
 )
 
+# What takes longest begins first, so that no process works alone at the end.
+LONGEST = (
+    "test_pipeline",
+    "test_presets",
+    "test_paper",
+    "test_tables",
+    "test_campaign",
+    "test_bad_models",
+    "test_memory",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Order files by how long they take; within one nothing changes."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def tokenizer():

@@ -19,13 +19,20 @@ from pipeline.stages import shell
 
 
 @pytest.fixture(autouse=True)
-def plain(monkeypatch):
-    """Params of no file, and a process whose environment stays."""
+def plain(request, monkeypatch):
+    """A process whose environment stays, and params of no file except where a test asks for ``real_checks``."""
     monkeypatch.setattr(command, "_quiet_environment", lambda: None)
-    monkeypatch.setattr(checks, "load", lambda path=None: "params")
+    if "real_checks" not in request.fixturenames:
+        monkeypatch.setattr(checks, "load", lambda path=None: "params")
     for name in (overrides.PRESET, overrides.OVERRIDES):
         monkeypatch.setenv(name, "")  # whatever a command line sets is taken back
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def real_checks(monkeypatch):
+    """The params are checked as always; an entry point that passes the checks fails before it starts anything."""
+    monkeypatch.delattr(project, "lock")
 
 
 @pytest.mark.parametrize(
@@ -147,15 +154,32 @@ def test_plan_gets_its_own_arguments(asked):
         (["--set", "0.3"], "set: '0.3' is not of the form key=value"),
         (["--set", "seed=1 seed=2"], "set: seed stands there twice"),
         (["--set", "prune.ratio=[0.3"], "prune.ratio: '[0.3' is no YAML value (line 1"),
-        (["--set", "prune.ratio=0.3", "--ratio", "0.4"], "prune.ratio is set twice, by set and by ratio"),
+        (["--set", "prune.ratio=0.3", "--ratio", "0.4"], "prune.ratio: set twice, by set and by ratio"),
         (["--preset", "llama"], "preset: 'llama' is no preset; there are default, llama-13b"),
         (["--preset", "../params"], "preset: '../params' is no preset"),
     ],
 )
-def test_override_that_means_nothing_is_refused_before_anything_runs(arguments, said, asked, capsys):
+def test_override_that_means_nothing_is_refused_before_anything_runs(arguments, said, real_checks, capsys):
     assert command.main(["run", "search", *arguments]) == 2
     assert said in capsys.readouterr().err
-    assert asked == []
+
+
+def test_faults_of_the_command_line_and_of_the_file_are_told_in_one_list(tmp_path, real_checks, monkeypatch, capsys):
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("steps: 4 ", "steps: many "))
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    text = "prune.rato=0.3 seed=1 seed=2 evaluate.tasks=[pika] build.steps=[1 prune.ratio=0.3 recover.dropout=7"
+    assert command.main(["run", "search", "--set", text, "--ratio", "0.4"]) == 2
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == f"error: params.yaml has {len(lines)} faults:"
+    wanted = ["prune.rato", "set", "evaluate.tasks", "build.steps", "prune.ratio", "recover.dropout", "recover.steps"]
+    assert sorted(line.strip().partition(":")[0].partition(".0")[0] for line in lines) == sorted(wanted)
+
+
+def test_preset_that_is_none_hides_no_other_fault(real_checks, capsys):
+    assert command.main(["check", "--preset", "llama", "--set", "prune.rato=1 seed=[1"]) == 2
+    told = capsys.readouterr().err
+    assert all(part in told for part in ("'llama' is no preset", "prune.rato: unknown key", "seed: '[1' is no YAML"))
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", "", "\u00b2", "9" * 5000, "1" + "0" * 30])

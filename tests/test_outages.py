@@ -6,13 +6,12 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.tracking import MlflowClient
 
 from pipeline import tracking
-from pipeline.tracking import runs
+from pipeline.tracking import outbox, runs
 
 
 @pytest.fixture(autouse=True)
-def nothing_waits_afterwards(empty_store_here):
-    yield
-    runs._outbox.waiting.clear()
+def nothing_waits_afterwards(empty_store_here, monkeypatch):
+    monkeypatch.setattr(runs, "_outbox", outbox.Outbox())
 
 
 def status(run):

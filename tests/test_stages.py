@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import math
 import shutil
@@ -10,16 +11,19 @@ import weakref
 import pytest
 import torch
 from conftest import ROOT
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
+from mlflow.tracking import MlflowClient
 
 from pipeline import storage, tracking
 from pipeline.identity import Identity
 from pipeline.paths import REPORTS
 from pipeline.search import pareto, search
 from pipeline.search.study import Study
-from pipeline.stages import recorder
 from pipeline.stages.agreement import TrackingBehind, verified_runs
 from pipeline.stages.recorder import Recorder, search_settings
 from pipeline.stages.shell import made
+from pipeline.tracking import outbox, runs
 from pipeline.trial import trial
 from tests.fixtures.searches import PROBLEM, SPACE, STUDY, UNITS, result
 
@@ -28,6 +32,7 @@ from tests.fixtures.searches import PROBLEM, SPACE, STUDY, UNITS, result
 def settings(default, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.delenv(tracking.PARENT, raising=False)
+    monkeypatch.setattr(runs, "_outbox", outbox.Outbox())
     monkeypatch.chdir(tmp_path)
     sizes = {"n_trials": 4, "n_random": 1, "references": ("uniform8",)}
     return default.model_copy(update={"search": default.search.model_copy(update=sizes)})
@@ -47,9 +52,9 @@ def searched(folder, settings, monkeypatch, broken=None, run=None):
     with tracking.stage("search", {}) as top:
         own = Recorder(top, study, settings, context, SPACE)
         own.agree()
-        own.references()
-        search.run(study, search_settings(settings), PROBLEM, own.attempt())
-        own.catch_up()
+        with tracking.patient():
+            own.references()
+            search.run(study, search_settings(settings), PROBLEM, own.attempt())
     return study, top
 
 
@@ -102,52 +107,64 @@ def test_trial_without_a_number_for_a_score_is_failed_and_search_goes_on(tmp_pat
 
 
 class Outage:
-    """A store that cannot be reached from its n-th call until it is back, counted in calls of ``log_result``."""
+    """A store whose calls fail from one to another, counted in calls of ``name`` of MLflow's client."""
 
-    def __init__(self, monkeypatch, calls):
-        self.real, self.calls, self.count = recorder.log_result, calls, 0
-        monkeypatch.setattr(recorder, "log_result", self)
+    def __init__(self, monkeypatch, name, calls, error):
+        self.calls, self.count, self.error = calls, 0, error
+        real = getattr(MlflowClient, name)
 
-    def __call__(self, run, name, result):
-        self.count += 1
-        if self.count in self.calls:
-            raise ConnectionError("the store is away")
-        self.real(run, name, result)
+        def perhaps(*arguments, **named):
+            self.count += 1
+            if self.count in self.calls:
+                raise self.error
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(MlflowClient, name, perhaps)
+        monkeypatch.setattr(outbox, "_PAUSE", 0)
 
 
-def test_outage_of_the_store_holds_up_no_search_and_is_said_once(tmp_path, settings, monkeypatch, capsys):
-    Outage(monkeypatch, calls=(2, 3))  # the first trial, then the attempt to catch up before the second one
+@pytest.mark.parametrize("error", [ConnectionError("the store is away"), OSError(errno.ENOSPC, "no space")])
+def test_outage_of_the_store_holds_up_no_search_and_is_said_once(tmp_path, settings, monkeypatch, capsys, error):
+    Outage(monkeypatch, "set_terminated", calls=(2, 3), error=error)  # the first trial's end, and one attempt later
     study, _ = searched(tmp_path, settings, monkeypatch)
     assert len(study.finished()) == 4 == len(found())
     shown = capsys.readouterr().out
-    assert shown.count("tracking is behind: ConnectionError: the store is away") == 1
-    assert shown.count("tracking has caught up") == 1
+    assert shown.count("tracking is behind: ") == 1 == shown.count("tracking has caught up")
+    assert ("the store is away" in shown) != ("is full; make room" in shown)
+    for record in study.finished():
+        assert tracking.run(record.run_id).metrics["accuracy"] == record.result.accuracy
 
 
-def test_store_that_stays_away_loses_no_trial_and_agrees_at_the_next_start(tmp_path, settings, monkeypatch):
-    outage = Outage(monkeypatch, calls=range(3, 1000))
-    with pytest.raises(ConnectionError):  # at the end, when the search's own figures could not be logged either
-        searched(tmp_path, settings, monkeypatch)
+def test_store_that_stays_away_loses_no_trial_and_agrees_at_the_next_start(tmp_path, settings, monkeypatch, capsys):
+    outage = Outage(monkeypatch, "set_terminated", range(3, 1000), MlflowException("away", TEMPORARILY_UNAVAILABLE))
+    searched(tmp_path, settings, monkeypatch)
+    assert "writes are lost" in capsys.readouterr().out
     assert len(Study(tmp_path, STUDY).finished()) == 4 and len(found()) == 1
     outage.calls = ()
+    monkeypatch.setattr(runs, "_outbox", outbox.Outbox())  # another process
     study, _ = searched(tmp_path, settings, monkeypatch)
     assert len(study.finished()) == 4 == len(found())
     assert len(verified_runs(study.name, study.journal, study.finished())) == 4
 
 
-def test_trial_whose_run_could_not_be_opened_gets_one_later(tmp_path, settings, monkeypatch):
-    real, calls = tracking.Run.child, []
-
-    def child(self, name, tags):
-        calls.append(name)
-        if len(calls) == 3:
-            raise tracking.StoreError("no connection")
-        return real(self, name, tags)
-
-    monkeypatch.setattr(tracking.Run, "child", child)
+def test_store_that_refuses_to_the_end_stops_the_search_after_all_its_trials(tmp_path, settings, monkeypatch):
+    refusal = MlflowException("The run x must be in the 'active' state", INVALID_PARAMETER_VALUE)
+    outage = Outage(monkeypatch, "set_terminated", range(3, 1000), refusal)
+    with pytest.raises(tracking.StoreError, match="runs restore --run-id x"):
+        searched(tmp_path, settings, monkeypatch)
+    assert len(Study(tmp_path, STUDY).finished()) == 4
+    outage.calls = ()
+    monkeypatch.setattr(runs, "_outbox", outbox.Outbox())
     study, _ = searched(tmp_path, settings, monkeypatch)
-    runs = verified_runs(study.name, study.journal, study.finished())
-    assert [run.tags["name"] for run in runs] == ["trial 1", "trial 2", "trial 3", "trial 4"]
+    assert len(verified_runs(study.name, study.journal, study.finished())) == 4
+
+
+def test_trial_whose_run_could_not_be_opened_gets_one_later(tmp_path, settings, monkeypatch):
+    Outage(monkeypatch, "create_run", (4, 5), MlflowException("no", INVALID_PARAMETER_VALUE))
+    study, _ = searched(tmp_path, settings, monkeypatch)
+    known = verified_runs(study.name, study.journal, study.finished())
+    assert [run.tags["name"] for run in known] == ["trial 1", "trial 2", "trial 3", "trial 4"]
+    assert sum(tracking.JOURNAL_ID in run.tags for run in known) == 1
 
 
 def test_trials_run_shows_what_compares_it_with_others(tmp_path, settings, monkeypatch):

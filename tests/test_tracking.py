@@ -101,6 +101,27 @@ def test_what_a_trial_measured_item_by_item_is_read_back_and_its_loss_says_what_
         tracking.items(found)
 
 
+def test_project_that_was_moved_says_so_and_goes_on_where_the_old_path_leads(tmp_path, monkeypatch):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    monkeypatch.chdir(old)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    with tracking.stage("search", {}) as search:
+        own = search.child("trial 0", {"stage": "trial", "study": "s"})
+        own.json({"by_item": {}}, tracking.ITEMS)
+        own.finish()
+    old.rename(new)
+    monkeypatch.chdir(new)
+    (found,) = tracking.trials("s")
+    for touched in (lambda: tracking.items(found), lambda: tracking.create("pareto", None, {})):
+        with pytest.raises(tracking.StoreError, match=f"was in {old} before.*ln -s {new} {old}"):
+            touched()
+    old.symlink_to(new)
+    assert tracking.items(found) == {"by_item": {}}
+    tracking.create("pareto", None, {}).finish()
+
+
 def test_trial_moves_below_another_search():
     with tracking.stage("search", {}) as first:
         child = first.child("trial", {"study": "a"})

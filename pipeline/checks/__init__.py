@@ -7,7 +7,7 @@ only if they are all sound, so that it neither stumbles over another fault nor h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TypedDict, cast
@@ -31,39 +31,41 @@ class _Fault(TypedDict):
     input: object
 
 
-def load(path: str | Path | None = None) -> Params:
+def load(path: str | Path | None = None, more: Sequence[str] = ()) -> Params:
     """Read and check the params.
 
     Args:
         path: A file; None: what the entry point was given, else ``params.yaml``.
+        more: Faults that are known already, to be told with those of the file.
 
     Raises:
         ParamsError: The file is missing, is no YAML, or has faults.
     """
     raw = overrides.read(path)
-    return parse(raw, str(overrides.path() if path is None else path))
+    return parse(raw, str(overrides.path() if path is None else path), [*more, *overrides.unknown()])
 
 
-def parse(raw: object, origin: str = overrides.DEFAULT) -> Params:
+def parse(raw: object, origin: str = overrides.DEFAULT, more: Sequence[str] = ()) -> Params:
     """Turn a document into params.
 
     Args:
         raw: What the YAML file holds.
         origin: What to call it in messages.
+        more: Faults that are known already.
 
     Raises:
         ParamsError: With one line for each fault: the key, the value received, what is allowed.
     """
     if not isinstance(raw, dict):
         raise ParamsError(f"{origin} must be a mapping of sections; copy one of presets/ over it")
-    faults, wrong = [], set()
+    faults, wrong = list(more), set()
     try:
         whole = Params.model_validate(raw)
     except ValidationError as error:
         places = [fault["loc"] for fault in error.errors()]
         # A list all of whose items are at fault is, to pydantic, also too short.
         emptied = [place for place in places if any(place == other[: len(place)] != other for other in places)]
-        faults = [_line(fault) for fault in error.errors() if fault["loc"] not in emptied]
+        faults += [_line(fault) for fault in error.errors() if fault["loc"] not in emptied]
         wrong = {tuple(map(str, place[:2])) for place in places}
     values = _sound_values(raw, wrong)
     faults += [fault for check in _checks(values) for fault in _judge(check, values)]

@@ -18,7 +18,7 @@ class TrackingBehind(UserError):
 def by_journal_run(study: str, journal: str) -> dict[str, Tracked]:
     """Return the runs of one journal's study by the run ids that stand in the journal."""
     runs = [run for run in tracking.trials(study) if run.tags.get("journal") == journal]
-    return {run.tags.get("journal_run_id", run.run_id): run for run in runs}
+    return {run.tags.get(tracking.JOURNAL_ID, run.run_id): run for run in runs}
 
 
 def tracked(study: str, journal: str) -> list[Tracked]:

@@ -222,9 +222,8 @@ def _searched(supplies: Supplies, cell_run: Run) -> tuple[tuple[int, ...], dict[
     recorder = Recorder(cell_run, study, params, context, supplies.space)
     recorder.announce()
     recorder.agree()
-    with recorder.screen:
+    with recorder.screen, tracking.patient():
         search.run(study, settings, search.Problem(supplies.space, supplies.priors, history), recorder.attempt())
-    recorder.catch_up()
     points = pareto.points(verified_runs(study.name, study.journal, study.finished()), settings.objective)
     members = pareto.judge(pareto.front(points), points, supplies.priors.sensitivity)
     return bits.parse(pareto.best(members).bits, len(context.units)), asdict(identity)  # as ``build`` chooses

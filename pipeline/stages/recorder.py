@@ -1,16 +1,13 @@
 """The trials' MLflow runs, in step with the study's journal.
 
 The journal is the truth. A result is recorded there first, then in MLflow. A store that cannot be reached holds up no
-search: it goes on into the journal, and MLflow is made to agree when the store is back, at the latest by the next
-command.
+search: what it lacks waits (``tracking.patient``). What is lost with the process is written by the next command.
 """
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from pipeline import GIB, console, device, identity, storage, tracking
 from pipeline import bits as bit_text
@@ -30,9 +27,6 @@ if TYPE_CHECKING:
     from pipeline.trial.context import Context
     from pipeline.trial.recover import Steps
     from pipeline.trial.result import Result
-
-T = TypeVar("T")
-_STORE_ERRORS = (tracking.StoreError, OSError)  # a connection's errors and a full disk are OSErrors
 
 
 def study_identity(params: Params, pruned: Path, bank: Path, prefix: str = "") -> Identity:
@@ -80,7 +74,6 @@ class Recorder:
     ):
         self.run, self.study, self.params, self.context, self.space = run, study, params, context, space
         self.screen = console.Search(params.search.n_trials)
-        self._behind = False
         self._followed = 0  # finished trials whose front's hypervolume is logged
 
     def agree(self) -> None:
@@ -94,13 +87,12 @@ class Recorder:
             tracked = known.get(record.run_id)
             if tracked is None:  # the store was lost, is another one, or could not be reached
                 run = self._open(record.name, record.method, record.values["bits"], reference=record.number is None)
-                run.tags({"journal_run_id": record.run_id})
+                run.tags({tracking.JOURNAL_ID: record.run_id})
             else:
                 run = Run(tracked.run_id, tracked.experiment_id)
                 tracking.move(run.run_id, self.run)
             if tracked is None or tracked.status != "FINISHED":
-                log_result(run, record.name, record.result)
-                run.finish()
+                _finish(run, record.name, record.result)
 
     def announce(self) -> None:
         """Say what was damaged in the journal, and what it holds that is not used."""
@@ -116,32 +108,6 @@ class Recorder:
                 "their results may differ"
             )
 
-    def catch_up(self) -> None:
-        """Make MLflow agree if it is behind; say so when it does.
-
-        Raises:
-            StoreError: The store cannot be reached.
-        """
-        if self._behind:
-            self.agree()
-            self._follow()
-            self._behind = False
-            console.note("tracking has caught up")
-
-    def _in_store(self, work: Callable[[], T]) -> T | None:
-        """Do something in the store; once it cannot be reached, do nothing until it has caught up."""
-        if self._behind:
-            return None
-        try:
-            return work()
-        except _STORE_ERRORS as error:
-            self._behind = True
-            console.note(
-                f"tracking is behind: {type(error).__name__}: {str(error).splitlines()[0][:300]}\nThe search goes on; "
-                "its results are in the journal, and MLflow is given them when the store is back"
-            )
-            return None
-
     def references(self) -> None:
         """Measure the reference rows that the study lacks."""
         known = {record.name for record in self.study.references()}
@@ -155,7 +121,7 @@ class Recorder:
 
         assert self.context is not None
         bits = (8 if name == "uniform8" else bit_text.DENSE,) * len(self.context.units)
-        run = self._in_store(lambda: self._open(name, name, bit_text.write(bits), reference=True))
+        run = self._open(name, name, bit_text.write(bits), reference=True)
         kept = unfinished(self.study.name, name)
         self.screen.begin(f"reference {labels.method(name)}")
         try:
@@ -164,18 +130,18 @@ class Recorder:
             else:
                 result, _ = trial.run(self.context, bits, progress=self.screen.steps, keep=kept)
         except Exception as error:
-            self._finish(run, error)
+            run.finish("FAILED", error)
             console.note(f"reference {name} failed: {error}")
             return
-        self.study.record_reference(name, _id(run), result)
-        self._log(run, name, result)
+        self.study.record_reference(name, run.run_id, result)
+        _finish(run, name, result)
 
     def attempt(self) -> Attempt:
         """Return what runs one trial for ``search.run``: tracked, recorded, its failure returned.
 
         The search's own run gets the hypervolume of the front after each trial, those of earlier processes first.
         """
-        self._in_store(self._follow)
+        self._follow()
         self.screen.finished = [
             _finished(record.name, record.result, self.study.objective) for record in self.study.finished()
         ]
@@ -185,43 +151,23 @@ class Recorder:
         from pipeline.trial import trial
 
         assert self.context is not None
-        self._retry()
         text, name = bit_text.write(candidate.bits), trial_name(opened.number)
-        run = self._in_store(lambda: self._open(name, candidate.method, text, reference=False, bits=candidate.bits))
+        run = self._open(name, candidate.method, text, reference=False, bits=candidate.bits)
         label = f"{name} ({labels.method(candidate.method)})"
         self.screen.begin(label)
         kept = unfinished(self.study.name, text)
         try:
             result, _ = trial.run(self.context, candidate.bits, progress=self.screen.steps, keep=kept)
-            self.study.complete(opened, _id(run), result)
+            self.study.complete(opened, run.run_id, result)
         except Exception as error:
             self.study.fail(opened, error)
-            self._finish(run, error)
+            run.finish("FAILED", error)
             console.note(f"{label} failed: {type(error).__name__}: {error}")
             return error
-        self._log(run, name, result)
-        self._in_store(self._follow)
+        _finish(run, name, result)
+        self._follow()
         self.screen.finish(_finished(name, result, self.study.objective), told(label, result))
         return result
-
-    def _retry(self) -> None:
-        """Try to catch up before a trial, which takes far longer than that."""
-        try:
-            self.catch_up()
-        except _STORE_ERRORS:
-            return
-
-    def _log(self, run: Run | None, name: str, result: Result) -> None:
-        def work() -> None:
-            if run is not None:
-                log_result(run, name, result)
-                run.finish()
-
-        self._in_store(work)
-
-    def _finish(self, run: Run | None, error: Exception) -> None:
-        if run is not None:
-            self._in_store(lambda: run.finish("FAILED", error))
 
     def _follow(self) -> None:
         """Log the hypervolume after each finished trial that has none yet."""
@@ -254,9 +200,9 @@ class Recorder:
         return run
 
 
-def _id(run: Run | None) -> str:
-    """Return a run's id, or a new one that its run will carry as a tag once it can be made."""
-    return uuid.uuid4().hex if run is None else run.run_id
+def _finish(run: Run, name: str, result: Result) -> None:
+    log_result(run, name, result)
+    run.finish()
 
 
 def log_result(run: Run, name: str, result: Result) -> None:

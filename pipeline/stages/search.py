@@ -45,23 +45,12 @@ def run(params: Params, run: Run) -> None:
     recorder = Recorder(run, study, params, context, space)
     recorder.announce()
     recorder.agree()
-    with recorder.screen:
-        recorder.references()
-        ended = search.run(study, settings, search.Problem(space, priors, history), recorder.attempt())
-    console.note(f"search ended: {ended.reason}")
-    finished = study.finished()
-    figures = {
-        "finished": len(finished),
-        "failed": ended.failed,
-        **{
-            f"best_{name}": max((record.result.score(name)[0] for record in finished), default=None)
-            for name in get_args(Objective)
-        },
-    }
-    names = {"study": study.name, "journal": study.journal, "search_run": run.run_id}
-    _write_tables(finished, export_history(study.name, [record.result for record in finished]))
-    storage.write_text(REPORTS / "search.json", json.dumps(names | {"ended": ended.reason} | figures, indent=1))
-    recorder.catch_up()
+    with tracking.patient():
+        with recorder.screen:
+            recorder.references()
+            ended = search.run(study, settings, search.Problem(space, priors, history), recorder.attempt())
+        console.note(f"search ended: {ended.reason}")
+        figures = _write(study, ended, run)
     run.metrics(figures)
     for table in ("trials.csv", "trials.parquet", "history.json"):
         run.artifact(REPORTS / table)
@@ -85,6 +74,23 @@ def _priors(units: Sequence[Unit]) -> Priors:
     return priors
 
 
+def _write(study: Study, ended: search.Ended, run: Run) -> dict[str, float | None]:
+    """Write all files of reports; return the search's figures."""
+    finished = study.finished()
+    figures: dict[str, float | None] = {
+        "finished": len(finished),
+        "failed": ended.failed,
+        **{
+            f"best_{name}": max((record.result.score(name)[0] for record in finished), default=None)
+            for name in get_args(Objective)
+        },
+    }
+    names = {"study": study.name, "journal": study.journal, "search_run": run.run_id}
+    _write_tables(finished, export_history(study.name, [record.result for record in finished]))
+    storage.write_text(REPORTS / "search.json", json.dumps(names | {"ended": ended.reason} | figures, indent=1))
+    return figures
+
+
 def _write_tables(finished: Sequence[Record], history: Mapping[str, object]) -> None:
     trials = pd.DataFrame(
         {
@@ -97,7 +103,6 @@ def _write_tables(finished: Sequence[Record], history: Mapping[str, object]) -> 
         }
         for record in finished
     )
-    REPORTS.mkdir(parents=True, exist_ok=True)
-    trials.to_csv(REPORTS / "trials.csv", index=False)
-    trials.to_parquet(REPORTS / "trials.parquet", index=False)
+    storage.write_text(REPORTS / "trials.csv", trials.to_csv(index=False))
+    storage.write_bytes(REPORTS / "trials.parquet", trials.to_parquet(index=False))
     storage.write_text(REPORTS / "history.json", json.dumps(history, indent=1))

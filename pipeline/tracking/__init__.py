@@ -22,7 +22,17 @@ from pipeline.signals import Interrupted, ending, on_termination_interrupt
 from pipeline.tracking.lineage import git_commit, md5
 from pipeline.tracking.queries import ItemsLost, items, move, reopen, run, set_metric, set_tag, tagged, trials
 from pipeline.tracking.registry import Packed, Registered, Registration, Standing, register_model, registered
-from pipeline.tracking.runs import ITEMS, JOURNAL_ID, Run, adopt_project_run, create, kill_project_run, reap, stage
+from pipeline.tracking.runs import (
+    ITEMS,
+    JOURNAL_ID,
+    Run,
+    adopt_project_run,
+    create,
+    kill_project_run,
+    patient,
+    reap,
+    stage,
+)
 from pipeline.tracking.store import (
     EXPERIMENT,
     PARENT,
@@ -69,6 +79,7 @@ __all__ = [
     "move",
     "on_termination_interrupt",
     "parent_run",
+    "patient",
     "reap",
     "register_model",
     "registered",

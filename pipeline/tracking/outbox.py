@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from pipeline import console
-from pipeline.tracking.store import Unreachable, talking
+from pipeline.tracking.store import StoreError, Unreachable, talking
 
 _PAUSE = 20.0  # seconds between two attempts at a store that does not answer: each may take some
 
@@ -24,6 +25,8 @@ class Outbox:
     def __init__(self) -> None:
         self.waiting: deque[Callable[[], object]] = deque()
         self._next_attempt = 0.0
+        self._behind = False
+        self._outages: tuple[type[Exception], ...] = (Unreachable,)
 
     def send(self, write: Callable[[], object]) -> bool:
         """Write, or keep the write for later; return whether it was written.
@@ -31,9 +34,8 @@ class Outbox:
         Raises:
             StoreError: The store answers and refuses.
         """
-        behind = bool(self.waiting)
         self.waiting.append(write)
-        if behind and time.monotonic() < self._next_attempt:
+        if self._behind and time.monotonic() < self._next_attempt:
             return False
         return self.flush()
 
@@ -43,20 +45,42 @@ class Outbox:
         Raises:
             StoreError: The store answers and refuses one of the writes, which is dropped.
         """
-        behind = len(self.waiting) > 1
         while self.waiting:
             try:
                 with talking():
                     self.waiting[0]()
                     self.waiting.popleft()
-            except Unreachable as error:
+            except self._outages as error:
                 self._next_attempt = time.monotonic() + _PAUSE
-                if not behind:
-                    console.note(f"tracking is behind: {error}. The work goes on; what is missing is written later")
+                if not self._behind:
+                    console.note(
+                        f"tracking is behind: {_said(error)}. The work goes on; what is missing is written later"
+                    )
+                self._behind = True
                 return False
             except Exception:
                 self.waiting.popleft()
                 raise
-        if behind:
+        if self._behind:
+            self._behind = False
             console.note("tracking has caught up")
         return True
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Keep what the store refuses, too (it is damaged, full, or lacks what was deleted), and try again at the end.
+
+        Raises:
+            StoreError: At the end the store still refuses.
+        """
+        outages, self._outages = self._outages, (StoreError, OSError)
+        try:
+            yield
+        finally:
+            self._outages = outages
+        self.flush()
+
+
+def _said(error: Exception) -> str:
+    text = str(error).partition("\n")[0][:300]
+    return text if isinstance(error, StoreError) else f"{type(error).__name__}: {text}"

@@ -14,7 +14,7 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 from pipeline.errors import UserError
 from pipeline.tracking import database
 from pipeline.tracking.runs import ITEMS, PARENT_TAG, Run
-from pipeline.tracking.store import Missing, address, client, experiments, talking
+from pipeline.tracking.store import Missing, address, client, experiments, refuse_moved, talking
 from pipeline.tracking.tracked import Tracked
 
 _PAGE = 1000
@@ -78,10 +78,12 @@ def items(trial: Tracked) -> dict[str, object]:
 
     Raises:
         ItemsLost: Its run has no such file.
+        StoreError: The project's folder was moved.
     """
     try:
         return json.loads(load_text(f"{trial.artifact_uri}/{ITEMS}"))
     except (OSError, MlflowException):
+        refuse_moved(trial.artifact_uri)
         raise ItemsLost(
             f"run {trial.run_id} ({trial.name}) has lost its artifact {ITEMS}; delete the run, then run: "
             "mlflow run . -e search (it writes the run again from what it keeps of each trial)"

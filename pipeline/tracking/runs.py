@@ -13,7 +13,7 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,6 +181,15 @@ def create(name: str, parent: str | None, tags: Mapping[str, str]) -> Run:
 def _now() -> int:
     """Return the time as MLflow counts it: milliseconds."""
     return int(time.time() * 1000)
+
+
+def patient() -> AbstractContextManager[None]:
+    """Let nothing that the store does stop the work: what it refuses is written later, at the latest at the end.
+
+    Raises:
+        StoreError: At the end the store still refuses.
+    """
+    return _outbox.patient()
 
 
 # --- stages ------------------------------------------------------------------------------------------------------

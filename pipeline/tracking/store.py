@@ -25,6 +25,10 @@ from pipeline.errors import UserError
 
 EXPERIMENT = "qpruner"
 PARENT = "QPRUNER_PARENT_RUN"  # the run of `mlflow run`, handed from the entry point to the stages it starts
+_ARTIFACTS = (
+    "mlartifacts",
+    "mlruns",
+)  # where an experiment's files are below the project's root: ours, and MLflow's way
 _SQLITE = "sqlite:///"
 _HEADER = b"SQLite format 3\0"
 _OUTAGE = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED")
@@ -154,15 +158,18 @@ def experiment_id() -> str:
     """Return the experiment of the project's run, or our own, made with an artifact folder that clients can write.
 
     Raises:
-        StoreError: The experiment was deleted.
+        StoreError: The experiment was deleted, or the project's folder was moved.
     """
     if parent := parent_run():
         theirs = client().get_run(parent).info.experiment_id
-        if not _needs_server(client().get_experiment(theirs).artifact_location):
+        location = client().get_experiment(theirs).artifact_location
+        refuse_moved(location)
+        if not _needs_server(location):
             return theirs
     if known := client().get_experiment_by_name(EXPERIMENT):
         if known.lifecycle_stage == "deleted":
             raise StoreError(_deleted("experiment", known.experiment_id))
+        refuse_moved(known.artifact_location)
         return known.experiment_id
     local = address().startswith("sqlite")
     try:
@@ -176,6 +183,28 @@ def experiment_id() -> str:
 def _needs_server(location: str) -> bool:
     """Return whether artifacts go through a server, while we talk to the database directly."""
     return location.startswith("mlflow-artifacts:") and not is_server()
+
+
+def refuse_moved(place: str) -> None:
+    """Refuse artifacts that the store has under the path that this project had before it was moved.
+
+    Args:
+        place: Where the store has an experiment's or a run's artifacts.
+
+    Raises:
+        StoreError: They lie below the project's root, and the store does not know.
+    """
+    where = urlsplit(place)
+    path = Path(where.path)
+    if where.scheme not in ("", "file") or path.exists() or path.is_relative_to(root()):
+        return
+    for folder in path.parents:
+        inside = path.relative_to(folder)
+        if inside.parts[0] in _ARTIFACTS and (root() / inside).exists():
+            raise StoreError(
+                f"this project was in {folder} before, and its MLflow store has the artifacts under that path. Move it "
+                f"back, or let the old path lead here: ln -s {root()} {folder}"
+            )
 
 
 @talking()

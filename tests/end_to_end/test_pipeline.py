@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
+from pipeline import storage
 from tests.end_to_end.project import (
     SEARCH,
     TASKS,
@@ -90,9 +92,37 @@ def test_repro_right_after_does_nothing(project):
     assert len(runs(project)) == before
 
 
-def test_dvc_shows_metrics_and_plots(project):
-    assert "ratio" in command(project, "dvc", "metrics", "show").stdout
-    assert command(project, "dvc", "plots", "show", "reports/pareto.json").returncode == 0
+def test_second_machine_with_the_cache_reruns_nothing_and_compares(project, tmp_path):
+    (tmp_path / "remote").mkdir()
+    second = clone(tmp_path / "second")
+    shared = f"[core]\n remote = shared\n['remote \"shared\"']\n url = {tmp_path}/remote\n"
+    (project / ".dvc/config.local").write_text(shared)
+    (second / ".dvc/config.local").write_text(f"{shared}[cache]\n type = symlink\n")
+    for name in ("params.yaml", "dvc.lock"):
+        shutil.copy(project / name, second / name)
+    git = ["git", "-C", str(second), "-c", "user.name=x", "-c", "user.email=x@y"]
+    subprocess.run([*git, "commit", "-qam", "A search"], check=True)
+    assert command(project, "dvc", "push", "-q").returncode == 0
+    pulled = command(second, "dvc", "pull", "-q")
+    assert pulled.returncode == 0, pulled.stderr
+    done = command(second, "dvc", "repro")
+    assert done.returncode == 0 and "Running stage" not in done.stdout and "up to date" in done.stdout
+    assert not (second / "mlflow.db").exists()
+    names = {path.name for path in (project / "reports").iterdir()}
+    assert names == {path.name for path in (second / "reports").iterdir()}
+
+    ratio = json.loads((project / "reports/prune.json").read_text())["ratio"]
+    storage.write_text(second / "reports/prune.json", json.dumps({"ratio": 0.5}))
+    (change,) = json.loads(command(second, "dvc", "metrics", "diff", "--json").stdout).values()
+    assert change["ratio"] == {"old": ratio, "new": 0.5, "diff": pytest.approx(0.5 - ratio)}
+    table = command(second, "dvc", "exp", "show", "--csv").stdout
+    assert f"{ratio}" in table and "!" not in table
+    assert command(second, "dvc", "plots", "show", "reports/pareto.json", "reports/pareto.png").returncode == 0
+
+    assert (second / "artifacts/final/model.safetensors").is_symlink()
+    done = command(second, "dvc", "repro", "--force", "--single-item", "register")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((second / "reports/register.json").read_text())["model"] == "models:/qpruner/1"
 
 
 def test_registered_model_answers_where_the_project_is_not_installed(project, tmp_path):
@@ -166,8 +196,7 @@ def test_interrupted_search_leaves_killed_runs(project):
     assert not [run for run in runs(project) if run.info.status == "RUNNING"]
 
 
-@pytest.mark.parametrize("entry", ["search", "prune"])
-def test_bad_params_list_every_fault_and_start_nothing(project, entry):
+def test_bad_params_list_every_fault_and_start_nothing(project):
     good = (project / "params.yaml").read_text()
     raw = yaml.safe_load(good)
     raw["prune"] |= {"ratio": 1.5, "rato": 0.2}
@@ -178,7 +207,7 @@ def test_bad_params_list_every_fault_and_start_nothing(project, entry):
     (project / "params.yaml").write_text(yaml.safe_dump(raw))
     before = len(runs(project))
     try:
-        done = command(project, sys.executable, "-m", "pipeline", "run", entry)
+        done = command(project, sys.executable, "-m", "pipeline", "run", "search")
     finally:
         (project / "params.yaml").write_text(good)
     assert done.returncode == 2 and "Traceback" not in done.stderr
