@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeline.data.alpaca import IGNORED
 
+Keep = list[dict[str, torch.Tensor]]  # of each block: structure kind -> indices of those that stay, ascending
 Scores = list[dict[str, torch.Tensor]]  # of each block: structure kind -> score of each structure
 
 
