@@ -107,6 +107,7 @@ class Prune(Section):
     level: Literal["parameter", "vector"] = Field(description="Take absolute values before or after summing a row.")
     aggregate: Literal["sum", "mean", "prod", "max", "last"] = Field(description="From a group's members to its score.")
     scope: Literal["local", "global"] = Field(description="The same share of each block, or one ranking of all groups.")
+    shapes: Literal["free", "uniform"] = Field("free", description="A shape for each block, or one for all blocks.")
     structures: Annotated[tuple[Literal["attention", "mlp"], ...], AsTuple, EachOnce] = Field(
         min_length=1, description="Which structures may go."
     )

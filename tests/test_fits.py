@@ -49,6 +49,10 @@ NONSENSE = {
         {"prune": {"mlp_blocks": {"first": 4, "last": -1}}},
         "prune.mlp_blocks: 4 to -1 is no range within blocks 0 to 3",
     ),
+    "spared_by_this_model": (
+        {"prune": {"shapes": "uniform", "mlp_blocks": {"first": 0, "last": 2}}},
+        "prune.shapes: uniform gives all blocks one shape, but prune.mlp_blocks 0 to 2 spare some; set first to 0",
+    ),
     "ratio": ({"prune": {"ratio": 0.8}}, "prune.ratio: 0.8 of 156,224 parameters is more than the 0.624 "),
     "table_ratios": ({"table": {"ratios": [0.2, 0.8]}}, "table.ratios: 0.8 of 156,224 parameters is more than the "),
     "ablation_ratio": ({"ablation": {"ratio": 0.7}}, "ablation.ratio: 0.7 of 156,224 parameters is more than the "),
@@ -70,6 +74,10 @@ NONSENSE = {
     ),
     "choice": ({"build": {"choose": "484"}}, "build.choose: bits '484' are 3 digits, but with granularity block"),
     # and those that no model is needed for
+    "spared": (
+        {"prune": {"shapes": "uniform", "attention_blocks": {"first": 2, "last": -2}}},
+        "prune.shapes: uniform gives all blocks one shape, but prune.attention_blocks 2 to -2 spare some; set first",
+    ),
     "second_order": (
         {"prune": {"importance": "taylor2", "samples": 0}},
         "prune.samples: samples is 0, but importance 'taylor2'",

@@ -112,6 +112,7 @@ def test_papers_preset_fetches_the_model_of_its_appendix(name, model, monkeypatc
         ("prune__ratio", 0.95, ["prune.ratio", "0.95", "less than 0.9"]),
         ("prune__ratio", float("nan"), ["prune.ratio", "nan"]),
         ("prune__structures", ["mlp", "embeddings"], ["prune.structures.1", "'embeddings'", "'attention' or 'mlp'"]),
+        ("prune__shapes", "square", ["prune.shapes", "'square'", "'free' or 'uniform'"]),
         ("prune__structures", [], ["prune.structures", "at least 1"]),
         ("prune__samples", 0, ["prune", "samples is 0", "set samples"]),
         ("prune__attention_blocks", {"first": -1, "last": 2}, ["prune.attention_blocks.first", "-1", "equal to 0"]),

@@ -34,6 +34,7 @@ def checks(config: SimpleNamespace) -> Iterator[Check]:
         return
     for key in ("attention_blocks", "mlp_blocks"):
         yield _block_range(config, key)
+    yield _one_shape(config)
     yield _ratio(config, "prune.ratio", lambda given: [given.prune.ratio])
     yield _ratio(config, "table.ratios", lambda given: given.table.ratios)
     yield _ratio(config, "ablation.ratio", lambda given: [given.ablation.ratio])
@@ -58,6 +59,15 @@ def _some(fault: str | None) -> Iterator[str]:
 
 def _block_range(config: SimpleNamespace, key: str) -> Check:
     return Check((f"prune.{key}",), lambda given: _some(structures.block_range(config, key, getattr(given.prune, key))))
+
+
+def _one_shape(config: SimpleNamespace) -> Check:
+    @reads("prune.shapes", "prune.structures", "prune.attention_blocks", "prune.mlp_blocks")
+    def check(given: SimpleNamespace) -> Iterator[str]:
+        if structures.spared(given.prune) is None:  # else a fault without the model
+            yield from _some(structures.spared(given.prune, config.num_hidden_layers))
+
+    return check
 
 
 def _ratio(config: SimpleNamespace, key: str, ratios: Callable[[SimpleNamespace], Iterable[float]]) -> Check:

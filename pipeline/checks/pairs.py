@@ -61,6 +61,12 @@ def _ordered(key: str) -> Check:
     return check
 
 
+@reads("prune.shapes", "prune.structures", "prune.attention_blocks", "prune.mlp_blocks")
+def _one_shape_spares_none(given: SimpleNamespace) -> Iterator[str]:
+    if fault := structures.spared(given.prune):
+        yield fault
+
+
 @reads("recover.batch_size", "recover.micro_batch_size")
 def _micro_batches(given: SimpleNamespace) -> Iterator[str]:
     whole, part = given.recover.batch_size, given.recover.micro_batch_size
@@ -220,6 +226,7 @@ CHECKS: tuple[Check, ...] = (
     _surgeon_refits,
     _ordered("attention_blocks"),
     _ordered("mlp_blocks"),
+    _one_shape_spares_none,
     _micro_batches,
     _patience_has_losses,
     _teacher_has_a_head,

@@ -10,6 +10,7 @@ from torch import nn
 from pipeline.data.alpaca import IGNORED
 
 _POSITIONS = 1024  # whose logits exist at once
+Keep = list[dict[str, torch.Tensor]]  # of each block: structure kind -> indices of those that stay, ascending
 Scores = list[dict[str, torch.Tensor]]  # of each block: structure kind -> score of each structure
 
 

@@ -15,15 +15,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline import architecture, checkpoint
 from pipeline.architecture import COUPLED, BlockShape
-from pipeline.compress import saliency
+from pipeline.compress import saliency, uniform
 from pipeline.compress.grams import Grams, input_grams, typical_energy
-from pipeline.compress.modules import Scores
-from pipeline.compress.structures import PruneError, Settings, block_range, fitted, kept, prunable
+from pipeline.compress.modules import Keep, Scores
+from pipeline.compress.structures import PruneError, Settings, block_range, fitted, kept, prunable, spared
 from pipeline.compress.structures import ratio as ratio_fault
 from pipeline.data.alpaca import Batch
 from pipeline.data.calibration import noised
 
-Keep = list[dict[str, torch.Tensor]]  # of each block: structure kind -> indices of those that stay, ascending
 _REFIT_DAMPING = 1.0  # of ``typical_energy``; more than the surgeon adds, as the fit has to hold on other text
 
 
@@ -106,9 +105,11 @@ def check(config: PretrainedConfig, settings: Settings) -> None:
     """Refuse settings that do not fit a model.
 
     Raises:
-        PruneError: A block range lies outside the model, or the ratio asks for more than the ranges hold.
+        PruneError: A block range lies outside the model, the ratio asks for more than the ranges hold, or one shape is
+            asked for and the ranges spare blocks.
     """
     faults = [
+        spared(settings, len(architecture.shapes(config))),
         block_range(config, "attention_blocks", settings.attention_blocks),
         block_range(config, "mlp_blocks", settings.mlp_blocks),
         ratio_fault(config, settings, "prune.ratio", settings.ratio),
@@ -136,14 +137,17 @@ def select(scores: Scores, config: PretrainedConfig, target: int, settings: Sett
 
     ``global`` ranks all structures by score per parameter and takes the lowest. ``local`` takes the same share of every
     block in range, lowest scores first. Channels go in lots, cheapest first, so that a multiple of ``multiple_of``
-    stays. Each block keeps at least one head and one lot.
+    stays. Each block keeps at least one head and one lot. With ``shapes: uniform`` all blocks get one shape instead
+    (``uniform.select``), and the target is met to within half a lot of channels in each block.
 
     Args:
         scores: Of each block and kind, [structures].
         config: The model's config.
         target: Parameters to remove.
-        settings: ``scope``, ``structures``, ``multiple_of`` and the block ranges are read.
+        settings: ``shapes``, ``scope``, ``structures``, ``multiple_of`` and the block ranges are read.
     """
+    if settings.shapes == "uniform":
+        return uniform.select(scores, config, target, settings)
     # (rank, parameters, block, kind, structures), cheapest to lose first
     ranked: list[tuple[float, int, int, str, list[int]]] = []
     for index, (shape, block) in enumerate(zip(architecture.shapes(config), scores, strict=True)):

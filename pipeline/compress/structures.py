@@ -65,6 +65,7 @@ class Settings:
         level: ``parameter`` takes absolute values before a row is summed, ``vector`` afterwards.
         aggregate: From the scores of a structure's members to its own: ``sum``, ``mean``, ``prod``, ``max``, ``last``.
         scope: ``local`` (the same share of each block) or ``global`` (one ranking of all structures).
+        shapes: ``free`` (each block its own) or ``uniform`` (one for all blocks).
         structures: Kinds that may go: ``attention``, ``mlp``.
         multiple_of: The channels that a block keeps are a multiple of it.
         attention_blocks: Where heads may go.
@@ -79,6 +80,7 @@ class Settings:
     level: str
     aggregate: str
     scope: str
+    shapes: str
     structures: tuple[str, ...]
     multiple_of: int
     attention_blocks: Range
@@ -94,6 +96,37 @@ def block_range(config: Config, key: str, span: Range) -> str | None:
     if not span.first <= counted(span, layers) < layers:
         return f"prune.{key}: {span.first} to {span.last} is no range within blocks 0 to {layers - 1}"
     return None
+
+
+class Shaped(Limits, Protocol):
+    """Limits, and whether all blocks get one shape."""
+
+    @property
+    def shapes(self) -> str:
+        """Return ``free`` or ``uniform``."""
+
+
+def spared(settings: Shaped, layers: int | None = None) -> str | None:
+    """Return what is wrong with ranges that spare blocks where all get one shape, or None.
+
+    Args:
+        settings: ``shapes``, ``structures`` and the ranges are read.
+        layers: Blocks of the model; None: not known yet, and a last block counted from the front may be the last.
+    """
+    if settings.shapes != "uniform":
+        return None
+    names = []
+    for kind in settings.structures:
+        span = span_of(settings, kind)
+        to_end = span.last == -1 or (span.last >= 0 and layers in (None, span.last + 1))
+        if span.first > 0 or not to_end:
+            names.append(f"prune.{kind}_blocks {span.first} to {span.last}")
+    if not names:
+        return None
+    return (
+        f"prune.shapes: uniform gives all blocks one shape, but {' and '.join(names)} spare some; set first to 0 and "
+        "last to -1, or shapes to free"
+    )
 
 
 def ratio(config: Config, limits: Limits, key: str, asked: float) -> str | None:

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 SHARES = (0.0, 0.25, 0.5, 1.0)
 GB = 1e9  # the paper's unit
+_REAL = {  # what real pruning does, by ``prune.shapes``
+    "free": "a real pruning differs by a few per cent",
+    "uniform": "a real one gives all blocks one shape too, but chooses by cost how much of it is heads, and keeps "
+    "channels in multiples of prune.multiple_of",
+}
 
 # Arguments of transformers' configs, by the name in a preset's `model.source`.
 _LLAMA_7B: dict[str, object] = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
@@ -272,5 +277,5 @@ def facts(asked_: Asked) -> list[str]:
         "about 1 GiB for the context, workspaces and fragmentation",
         f"- training: {setting.rows} rows of {setting.tokens // setting.rows} tokens, LoRA rank {setting.r}; "
         f"inference: {setting.inference_rows} rows of {setting.inference_tokens // setting.inference_rows} tokens",
-        "- every block loses the same share of heads and channels; a real pruning differs by a few per cent",
+        f"- every block loses the same share of heads and channels; {_REAL[asked_.params.prune.shapes]}",
     ]

@@ -1,4 +1,8 @@
-"""What the registered model is asked: inputs of three forms as Alpaca prompts, and params within their limits."""
+"""What the registered model is asked: instructions as Alpaca prompts, chats as messages, params within their limits.
+
+Inputs come as Python users give them, and as MLflow's server makes them of ``instances``, ``inputs``,
+``dataframe_split``, ``dataframe_records`` and ``messages``.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,13 @@ import pandas as pd
 from pipeline.data.prompts import prompt
 from pipeline.errors import UserError
 
+Conversation = list[dict[str, str]]  # messages with role and content, the last one the user's
+
 _FORMS = (
     "give a list of instructions, a DataFrame with a column `instruction` (and, if you like, `input`), or "
     '{"messages": [{"role": "user", "content": "..."}]}'
 )
+_OPENAI = {"max_tokens": "max_new_tokens"}  # a chat may say it as OpenAI does
 
 
 class RequestError(UserError):
@@ -55,13 +62,16 @@ def settings(params: Mapping[str, Any] | None, context: int) -> Settings:
     known = [field.name for field in fields(Settings)]
     if unknown := sorted(set(given) - set(known)):
         raise RequestError(f"unknown params {', '.join(unknown)}; known are {', '.join(known)}")
-    checked = Settings(**given | {"stop": list(given.get("stop") or [])})
+    stop = given.get("stop")
+    if not isinstance(stop, list | tuple | np.ndarray | None):
+        raise RequestError(f"stop is {_short(stop)}; it must be a list of texts")
+    checked = Settings(**given | {"stop": [] if stop is None else list(stop)})
     _whole("max_new_tokens", checked.max_new_tokens, 1, context - 1)
     _whole("seed", checked.seed, 0, 2**63 - 1)
-    if not 0 <= checked.temperature <= 100:
-        raise RequestError(f"temperature is {checked.temperature}; it must be from 0 to 100")
-    if not 0 < checked.top_p <= 1:
-        raise RequestError(f"top_p is {checked.top_p}; it must be above 0 and at most 1")
+    if not _number(checked.temperature) or not 0 <= checked.temperature <= 100:
+        raise RequestError(f"temperature is {_short(checked.temperature)}; it must be a number from 0 to 100")
+    if not _number(checked.top_p) or not 0 < checked.top_p <= 1:
+        raise RequestError(f"top_p is {_short(checked.top_p)}; it must be a number above 0 and at most 1")
     if not all(isinstance(text, str) and text for text in checked.stop):
         raise RequestError(f"stop is {checked.stop}; it must be a list of texts that are not empty")
     return checked
@@ -69,37 +79,60 @@ def settings(params: Mapping[str, Any] | None, context: int) -> Settings:
 
 def _whole(name: str, value: object, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
-        raise RequestError(f"{name} is {value}; it must be a whole number from {least} to {most}")
+        raise RequestError(f"{name} is {_short(value)}; it must be a whole number from {least} to {most}")
 
 
-def prompts(asked: object) -> list[str]:
-    """Return the prompt of each answer that is wanted.
+def _number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def is_chat(asked: object) -> bool:
+    """Return whether an input is one chat in OpenAI's form, which is answered in that form."""
+    if not isinstance(asked, Mapping) or "messages" not in asked:
+        return False
+    messages = _plain(asked["messages"])
+    return not (isinstance(messages, list) and messages and isinstance(messages[0], list))
+
+
+def questions(asked: object) -> tuple[list[str | Conversation], dict[str, Any]]:
+    """Return (what each wanted answer is to, params that stand in the input itself): Alpaca prompts or conversations.
 
     Args:
-        asked: A list of instructions; a DataFrame with a column ``instruction`` and perhaps ``input``, or with a column
-            ``messages``; one conversation as ``{"messages": [...]}`` or as the list itself.
+        asked: A list of instructions; columns ``instruction`` and perhaps ``input``, or ``messages``, as a DataFrame or
+            a mapping; one conversation as the list itself or as ``{"messages": [...]}``, params beside it.
 
     Raises:
         RequestError: It is none of these, or a text is missing or empty.
     """
-    if isinstance(asked, pd.DataFrame):
-        return _of_frame(asked)
-    if isinstance(asked, Mapping):
-        if set(asked) != {"messages"}:
-            raise RequestError(f"the input has the keys {', '.join(map(str, asked)) or 'none'}; {_FORMS}")
-        return [_conversation(asked["messages"], "messages")]
-    if isinstance(asked, np.ndarray | pd.Series):
-        asked = asked.tolist()
+    if isinstance(asked, Mapping) and is_chat(asked):
+        given = {_OPENAI.get(str(key), str(key)): value for key, value in asked.items() if key != "messages"}
+        return [_conversation(asked["messages"], "messages")], given
+    if isinstance(asked, pd.DataFrame | Mapping):
+        return _of_frame(_frame(asked)), {}
+    asked = _plain(asked)
     if not isinstance(asked, Sequence) or isinstance(asked, str | bytes) or not asked:
         raise RequestError(f"the input is {_short(asked)}; {_FORMS}")
     if isinstance(asked[0], Mapping):
-        return [_conversation(asked, "messages")]
-    return [prompt(_text(text, f"instruction {number}")) for number, text in enumerate(asked)]
+        return [_conversation(asked, "messages")], {}
+    return [prompt(_text(text, f"instruction {number}")) for number, text in enumerate(asked)], {}
 
 
-def _of_frame(frame: pd.DataFrame) -> list[str]:
+def _frame(asked: pd.DataFrame | Mapping[Any, Any]) -> pd.DataFrame:
+    """Return columns as a DataFrame; MLflow's server makes a mapping of arrays out of ``instances`` with names."""
+    if isinstance(asked, pd.DataFrame):
+        return asked
+    columns = {name: _plain(column) for name, column in asked.items()}
+    if not columns or not all(isinstance(column, list) for column in columns.values()):
+        raise RequestError(f"the input has the keys {', '.join(map(str, columns)) or 'none'}; {_FORMS}")
+    if len({len(column) for column in columns.values()}) > 1:
+        sizes = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
+        raise RequestError(f"the columns differ in length ({sizes}); give each row all of them")
+    return pd.DataFrame({name: pd.Series(column, dtype=object) for name, column in columns.items()})
+
+
+def _of_frame(frame: pd.DataFrame) -> list[str | Conversation]:
     columns = set(map(str, frame.columns))
-    if columns == {"messages"}:
+    if columns == {"messages"} and not frame.empty:
         return [_conversation(row, f"row {number}") for number, row in enumerate(frame["messages"])]
     if not {"instruction"} <= columns <= {"instruction", "input"} or frame.empty:
         named = ", ".join(map(str, frame.columns)) or "none"
@@ -112,29 +145,35 @@ def _of_frame(frame: pd.DataFrame) -> list[str]:
     ]
 
 
-def _conversation(messages: object, where: str) -> str:
-    """Return a conversation as one prompt: earlier turns with their answers, the last one open.
-
-    A system message stands before the first instruction.
-    """
-    if isinstance(messages, np.ndarray):
-        messages = messages.tolist()
+def _conversation(messages: object, where: str) -> Conversation:
+    """Return the messages of a conversation that can be answered: turns of user and assistant, the last one open."""
+    messages = _plain(messages)
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RequestError(f"{where}: is {_short(messages)}; {_FORMS}")
     for message in messages:
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise RequestError(f"{where}: {_short(message)} is no message with `role` and `content`; {_FORMS}")
     roles = [message["role"] for message in messages]
-    texts = [_text(message["content"], f"{where}, content of message {n}") for n, message in enumerate(messages)]
-    system = [texts.pop(0)] if roles[0] == "system" else []
-    turns = roles[len(system) :]
+    turns = roles[1:] if roles[0] == "system" else roles
     if turns != [("user", "assistant")[n % 2] for n in range(len(turns))] or len(turns) % 2 == 0:
         raise RequestError(
             f"{where}: the roles are {', '.join(map(str, roles))}; they must be user and assistant in turn, the last "
             "one user; one system message may come first"
         )
-    texts[0] = "\n".join([*system, texts[0]])
-    return "".join(prompt(text) if role == "user" else f"{text}\n\n" for role, text in zip(turns, texts, strict=True))
+    texts = [_text(message["content"], f"{where}, content of message {n}") for n, message in enumerate(messages)]
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+
+
+def flat(conversation: Conversation) -> str:
+    """Return a conversation as one Alpaca prompt: earlier turns with their answers, the last one open.
+
+    For models without a chat template. A system message stands before the first instruction.
+    """
+    system = [message["content"] for message in conversation if message["role"] == "system"]
+    turns = [message for message in conversation if message["role"] != "system"]
+    first = "\n".join([*system, turns[0]["content"]])
+    rest = (prompt(turn["content"]) if turn["role"] == "user" else f"{turn['content']}\n\n" for turn in turns[1:])
+    return "".join([prompt(first), *rest])
 
 
 def _text(value: object, where: str) -> str:
@@ -152,6 +191,11 @@ def _string(value: object, where: str) -> str:
 
 def _absent(value: object) -> bool:
     return value is None or (isinstance(value, float) and np.isnan(value))
+
+
+def _plain(value: Any) -> Any:
+    """Return an array's or a column's values as a list, and anything else as it is."""
+    return value.tolist() if isinstance(value, np.ndarray | pd.Series) else value
 
 
 def _short(value: object) -> str:
