@@ -2,8 +2,9 @@
 
     python -m benchmarks.served artifacts/final [prompts=8] [tokens=32] [repeats=3] [threads=2]
 
-Greedy answers of exactly so many tokens at most, in turn, medians of the repeats. Beside seconds of the clock stand
-those of the processor, which other work on the machine disturbs less; and how many answers are the same.
+Greedy answers, in turn, medians of the repeats. The prompts ask for stories, so that the answers are about alike in
+length: a batch lasts as long as its longest answer. Beside seconds of the clock stand those of the processor, which
+other work on the machine disturbs less; and how many answers are the same.
 """
 
 from __future__ import annotations
@@ -20,16 +21,11 @@ import torch
 
 from pipeline.stages import served
 
-ASKED = (
-    "Name three primary colors.",
-    "What is the capital of France?",
-    "Write a short poem about the sea.",
-    "List four animals that live in Africa.",
-    "How do I boil an egg?",
-    "Explain in two sentences why the sky is blue during the day and red in the evening.",
-    "Give me a tip for better sleep.",
-    "Describe a bicycle in one sentence.",
-)
+ASKED = tuple(
+    f"Write a long story about a {what}."
+    for what in ("sailor", "farmer who finds gold", "city under the sea", "lost dog", "teacher", "journey to the moon",
+                 "winter night in the mountains", "bridge")
+)  # fmt: skip
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
