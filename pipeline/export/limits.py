@@ -20,7 +20,8 @@ class ExportError(UserError):
 
 def rope(config: Config) -> dict[str, Any]:
     """Return how positions are rotated, as transformers 5 writes it: ``rope_type``, ``rope_theta`` and the factors."""
-    found = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    found = dict(given) if isinstance(given, dict) else {}
     found.setdefault("rope_type", found.pop("type", None) or "default")
     found.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
     return found

@@ -59,7 +59,7 @@ class Measured:
                     f"{prefix}generated_tokens_per_second": timed.generated,
                     f"{prefix}resident_bytes": timed.resident_bytes,
                 }
-            found["untouched_gguf_bytes"] = self.untouched_bytes
+            found |= {"untouched_gguf_bytes": self.untouched_bytes, "threads": llama.threads(), "batch": llama.UBATCH}
             for kind in ("prompt", "generated"):
                 found[f"{kind}_speedup"] = self._speedup(kind)
         return found
