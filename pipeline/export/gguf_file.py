@@ -8,8 +8,10 @@ rounded again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from pipeline.architecture import ATTENTION, MLP
 from pipeline.export import iq4nl, limits, vocabulary
 from pipeline.export.dense import Adapter, Dense
 
+Load = Callable[[str], torch.Tensor]  # from a name to a tensor
+Value = Callable[[], torch.Tensor]  # computed when its turn comes, so that few tensors exist at once
+Part = tuple[str, Value, Kind]
 _BLOCK = 32  # weights of a row that share a scale, in IQ4_NL and Q8_0 alike
 _OWN_NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -96,8 +101,7 @@ def write(
     try:
         _describe(writer, dense.config, name, lineage or {})
         vocabulary.write(writer, words, tokenizer)
-        for key, value, kind in _tensors(dense, types, merge):
-            _add(writer, key, value, kind)
+        _add(writer, _tensors(dense, types, merge))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -121,8 +125,8 @@ def write_adapters(path: Path, dense: Dense, name: str) -> None:
         writer.add_float32("adapter.lora.alpha", 0.0)  # the factor is in b
         for block in range(dense.config.num_hidden_layers):
             for key, a, b in _adapters(dense, block):
-                _add(writer, f"{key}.weight.lora_a", a, Kind.F16)
-                _add(writer, f"{key}.weight.lora_b", b, Kind.F16)
+                writer.add_tensor(f"{key}.weight.lora_a", encoded(a, Kind.F16), raw_dtype=Kind.F16)
+                writer.add_tensor(f"{key}.weight.lora_b", encoded(b, Kind.F16), raw_dtype=Kind.F16)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -176,41 +180,48 @@ def _describe(writer: gguf.GGUFWriter, config: Any, name: str, lineage: Mapping[
         writer.add_rope_scaling_factor(turn["factor"])
 
 
-def _tensors(dense: Dense, types: Types, merge: bool) -> Iterator[tuple[str, torch.Tensor, Kind]]:
-    """Yield each tensor's GGUF name, value and type."""
+def _tensors(dense: Dense, types: Types, merge: bool) -> Iterator[Part]:
+    """Yield each tensor's GGUF name, what computes its value, and its type."""
     config = dense.config
-    yield "token_embd.weight", dense.tensors["model.embed_tokens.weight"], types.embeddings
-    yield "output_norm.weight", dense.tensors["model.norm.weight"], Kind.F32
+
+    def kept(name: str) -> Value:
+        return partial(dense.tensors.__getitem__, name)
+
+    yield "token_embd.weight", kept("model.embed_tokens.weight"), types.embeddings
+    yield "output_norm.weight", kept("model.norm.weight"), Kind.F32
     if not config.tie_word_embeddings:
-        yield "output.weight", dense.tensors["lm_head.weight"], types.head
+        yield "output.weight", kept("lm_head.weight"), types.head
     if (factors := rope_factors(config)) is not None:
-        yield "rope_freqs.weight", factors, Kind.F32
+        yield "rope_freqs.weight", lambda: factors, Kind.F32
     for block in range(config.num_hidden_layers):
-        yield from _block(dense, block, types, merge)
+        yield from _linears(dense, block, types, merge)
+        for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
+            if (norm := f"model.layers.{block}.{name}.weight") in dense.tensors:
+                yield f"blk.{block}.{_OWN_NAMES[name]}.weight", kept(norm), Kind.F32
 
 
-def _block(dense: Dense, block: int, types: Types, merge: bool) -> Iterator[tuple[str, torch.Tensor, Kind]]:
-    config = dense.config
-    rotated = _is_paired(config)
-    fused: list[tuple[torch.Tensor, Kind]] = []
-    for name in (*ATTENTION, *MLP):
-        full = architecture.linear_name(block, name)
-        value = dense.merged(full) if merge else dense.base(full)
-        kind = types.of(dense.bits.get(full, 16))
-        turn = rotated and name in ATTENTION[:2]
-        if not rotated and name in ATTENTION[:3]:
-            fused.append((value, kind))
-            continue
-        yield f"blk.{block}.{_OWN_NAMES[name]}.weight", paired(value, config) if turn else value, kind
-        if (bias := dense.tensors.get(f"{full}.bias")) is not None:
-            yield f"blk.{block}.{_OWN_NAMES[name]}.bias", paired(bias, config) if turn else bias, Kind.F32
-    if fused:  # as llama.cpp wants them, in the type with the most bits
-        most = max((kind for _, kind in fused), key=_bits)
-        yield f"blk.{block}.attn_qkv.weight", torch.cat([value for value, _ in fused]), most
-    prefix = f"model.layers.{block}."
-    for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
-        if (norm := dense.tensors.get(f"{prefix}{name}.weight")) is not None:
-            yield f"blk.{block}.{_OWN_NAMES[name]}.weight", norm, Kind.F32
+def _linears(dense: Dense, block: int, types: Types, merge: bool) -> Iterator[Part]:
+    """Yield the weights and biases of a block's linears; q, k and v are one where the architecture has them so."""
+    names = [architecture.linear_name(block, name) for name in (*ATTENTION, *MLP)]
+    kinds = [types.of(dense.bits.get(name, 16)) for name in names]
+    weight = dense.merged if merge else dense.base
+    rotated = _is_paired(dense.config)
+    if not rotated:  # in the type with the most bits
+        yield f"blk.{block}.attn_qkv.weight", partial(_stacked, weight, names[:3]), max(kinds[:3], key=_bits)
+    for own, name, kind in list(zip((*ATTENTION, *MLP), names, kinds, strict=True))[0 if rotated else 3 :]:
+        place = partial(paired, config=dense.config) if own in ATTENTION[:2] else torch.Tensor.contiguous
+        yield f"blk.{block}.{_OWN_NAMES[own]}.weight", partial(_placed, place, weight, name), kind
+        if (bias := f"{name}.bias") in dense.tensors:
+            value = partial(_placed, place, dense.tensors.__getitem__, bias)
+            yield f"blk.{block}.{_OWN_NAMES[own]}.bias", value, Kind.F32
+
+
+def _placed(place: Callable[[torch.Tensor], torch.Tensor], load: Load, name: str) -> torch.Tensor:
+    return place(load(name))
+
+
+def _stacked(load: Load, names: Sequence[str]) -> torch.Tensor:
+    return torch.cat([load(name) for name in names])
 
 
 def _bits(kind: Kind) -> float:
@@ -248,10 +259,26 @@ def rope_factors(config: Any) -> torch.Tensor | None:
     return factors.float()
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: torch.Tensor, kind: Kind) -> None:
+def _add(writer: gguf.GGUFWriter, parts: Iterable[Part]) -> None:
+    """Compute tensors, a core each, and add them to a file.
+
+    Small products that all cores share would wait for the slowest of them thousands of times.
+    """
+    cores = torch.get_num_threads()
+    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for key, value, kind in pool.map(_computed, parts):
+                writer.add_tensor(key, value, raw_dtype=kind)
+        finally:
+            torch.set_num_threads(cores)  # threads that torch starts later take over what was set last
+
+
+def _computed(part: Part) -> tuple[str, np.ndarray, Kind]:
+    key, load, kind = part
+    value = load().float()
     if kind in (Kind.IQ4_NL, Kind.Q8_0) and value.shape[-1] % _BLOCK:
         kind = Kind.BF16
-    writer.add_tensor(key, encoded(value.float(), kind), raw_dtype=kind)
+    return key, encoded(value, kind), kind
 
 
 def encoded(value: torch.Tensor, kind: Kind) -> np.ndarray:
