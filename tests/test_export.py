@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, tiny_config
+from conftest import FAMILIES, tiny_config, tiny_model
 from gguf import GGMLQuantizationType as Kind
 
 from pipeline import architecture, checkpoint
@@ -300,6 +300,13 @@ def test_speedup_is_the_median_of_the_rounds_own_ratios():
     assert figures["generated_speedup"] == 2 and figures["prompt_speedup"] == 2
     assert figures["untouched_generated_tokens_per_second"] == 2 and figures["generated_tokens_per_second"] == 4
     assert figures["gguf_checked"] == 0 and figures["untouched_gguf_bytes"] == 11 and figures["resident_bytes"] == 7
+
+
+def test_model_is_timed_in_transformers():
+    found = speed.in_transformers(tiny_model(), rounds=2)
+    assert len(found.rounds) == 2 and found.prompt > 0 and found.generated > 0
+    figures = measured.Measured({"parameters": 1.0}, {}).timed_on_gpu({"built": found, "untouched": found}).figures()
+    assert figures["gpu_prompt_tokens_per_second"] == found.prompt and "untouched_gpu_peak_bytes" in figures
 
 
 def test_modelfile_takes_alpacas_prompt_where_there_is_no_chat_template():

@@ -24,6 +24,7 @@ class Measured:
         agreement: How the GGUF file answers; None: it was not checked.
         speeds: Of ``untouched`` (16 bits) and ``built``; None: they were not timed.
         untouched_bytes: Of the untouched model as a GGUF file of 16 bits.
+        on_gpu: Speeds of the same two in transformers on a GPU; None: there is none, or they were not timed.
     """
 
     built: Mapping[str, float]
@@ -31,6 +32,7 @@ class Measured:
     agreement: Agreement | None = None
     speeds: Mapping[str, Timed] | None = None
     untouched_bytes: int = 0
+    on_gpu: Mapping[str, Timed] | None = None
 
     def checked(self, agreement: Agreement) -> Measured:
         """Return this with how the file answers."""
@@ -39,6 +41,10 @@ class Measured:
     def timed(self, speeds: Mapping[str, Timed], untouched_bytes: int) -> Measured:
         """Return this with the speeds."""
         return replace(self, speeds=speeds, untouched_bytes=untouched_bytes)
+
+    def timed_on_gpu(self, speeds: Mapping[str, Timed]) -> Measured:
+        """Return this with the speeds on a GPU."""
+        return replace(self, on_gpu=speeds)
 
     def figures(self) -> dict[str, float]:
         """Return all of it as metrics. ``gguf_checked`` is 0 where llama.cpp was not there to check the file."""
@@ -62,6 +68,13 @@ class Measured:
             found |= {"untouched_gguf_bytes": self.untouched_bytes, "threads": llama.threads(), "batch": llama.UBATCH}
             for kind in ("prompt", "generated"):
                 found[f"{kind}_speedup"] = self._speedup(kind)
+        for name, timed in (self.on_gpu or {}).items():
+            prefix = "gpu_" if name == "built" else f"{name}_gpu_"
+            found |= {
+                f"{prefix}prompt_tokens_per_second": timed.prompt,
+                f"{prefix}generated_tokens_per_second": timed.generated,
+                f"{prefix}peak_bytes": timed.resident_bytes,
+            }
         return found
 
     def _speedup(self, kind: str) -> float:

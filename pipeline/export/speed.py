@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
+
+import torch
 
 from pipeline import architecture
 from pipeline.architecture import Config
@@ -69,6 +73,37 @@ def interleaved(
                 if number:
                     speeds[name].append(speed)
         return {name: Timed(speeds[name], model.resident_bytes()) for name, model in loaded.items()}
+
+
+@torch.inference_mode()
+def in_transformers(model: Any, rounds: int) -> Timed:
+    """Time a model in transformers, with bitsandbytes' modules where it has them.
+
+    Args:
+        model: A causal language model, plain or wrapped by PEFT.
+        rounds: How often, after a round that does not count.
+    """
+    device, generator = model.device, torch.Generator().manual_seed(0)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    speeds = []
+    for number in range(rounds + 1):
+        prompt = torch.randint(model.config.vocab_size, (1, PROMPT), generator=generator).to(device)
+        start = _now(device)
+        model(input_ids=prompt)
+        read = _now(device) - start
+        length = {"max_new_tokens": GENERATED, "min_new_tokens": GENERATED}
+        model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **length)
+        written = _now(device) - start - 2 * read  # the prompt was read once more
+        if number:
+            speeds.append(Speed(PROMPT / read, GENERATED / max(written, 1e-9)))
+    return Timed(speeds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> float:

@@ -31,6 +31,7 @@ def run(params: Params, run: Run) -> None:
     with storage.writing(EXPORT) as folder:
         if "gguf" in section.formats:
             found = _gguf(params, built, folder, found)
+        found = _on_gpu(params, found)
         if "hf" in section.formats:
             _hf(built, folder)
         name = params.register_.name
@@ -79,6 +80,16 @@ def _gguf(params: Params, built: Dense, folder: Path, found: Measured) -> Measur
             {"built": adapters} if adapters else None,
         )
         return found.timed(timed, other.stat().st_size)
+
+
+def _on_gpu(params: Params, found: Measured) -> Measured:
+    """Time both models in transformers and bitsandbytes where there is a GPU."""
+    compute, rounds = device.choose(params.device, params.dtype), params.export.rounds
+    if compute.device.type != "cuda" or not rounds:
+        return found
+    speeds = {"built": speed.in_transformers(checkpoint.load_final(FINAL, compute.device, compute.dtype), rounds)}
+    speeds["untouched"] = speed.in_transformers(checkpoint.load_base(BASE, compute.device, compute.dtype), rounds)
+    return found.timed_on_gpu(speeds)
 
 
 def _checked(params: Params, file: Path, adapters: Path | None) -> Agreement:
