@@ -27,13 +27,13 @@ from pipeline.paths import ALPACA, BASE, FINAL
 
 PLACE = Path("artifacts/benchmark")
 FORMS = {
-    "untouched-f16": (BASE, gguf_file.SIXTEEN),
-    "untouched-bf16": (BASE, Types(*(Kind.BF16,) * 5)),
+    "untouched-f16": (BASE, Types(*(Kind.F16,) * 5)),
+    "untouched-bf16": (BASE, gguf_file.SIXTEEN),
     "untouched-q8": (BASE, Types(*(Kind.Q8_0,) * 5)),
     "built": (FINAL, Types()),
     "separate": (FINAL, Types()),
     "built-q5": (FINAL, Types(four=Kind.Q5_0)),
-    "built-f16": (FINAL, gguf_file.SIXTEEN),
+    "built-f16": (FINAL, Types(*(Kind.F16,) * 5)),
 }
 QUESTIONS = (
     "What is the capital of France?",

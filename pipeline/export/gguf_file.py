@@ -68,7 +68,7 @@ class Types:
         return {4: self.four, 8: self.eight, 16: self.dense}[bits]
 
 
-SIXTEEN = Types(*(Kind.F16,) * 5)  # an untouched model as llama.cpp runs it fastest at 16 bits
+SIXTEEN = Types(*(Kind.BF16,) * 5)  # an untouched model: exact, and generates faster than F16 does
 
 
 def write(
