@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
+import torch
 
 from pipeline.export.limits import ExportError
 
@@ -37,9 +37,8 @@ def installed() -> str | None:
 
 
 def threads() -> int:
-    """Return the processor's cores that this process may use, which llama.cpp computes on."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(min(psutil.cpu_count(logical=False) or allowed, allowed), 1)
+    """Return the threads that llama.cpp computes on: as many as torch, which heeds OMP_NUM_THREADS."""
+    return torch.get_num_threads()
 
 
 @dataclass(frozen=True)
