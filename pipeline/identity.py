@@ -61,7 +61,7 @@ _ROOTS = {
     "build": ("pipeline.stages.build", *TRIAL),
     "register": ("pipeline.stages.register", "pipeline.stages.served", "pipeline.stages.serving"),
 }
-_COMPUTING = {"report": ("pipeline.results",)}
+_COMPUTING = {"report": ("pipeline.results",), "export": ("pipeline.export.remote",)}
 
 
 @dataclass(frozen=True)

@@ -266,6 +266,21 @@ class Build(Section):
     steps: Count = Field(description="Optimizer steps of the final recovery.")
 
 
+class Export(Section):
+    """The built model in the forms that other programs run."""
+
+    formats: Annotated[tuple[Literal["gguf", "hf"], ...], AsTuple, EachOnce] = Field(
+        description="gguf: a file for llama.cpp; hf: a folder for transformers, and a plain one where blocks are alike."
+    )
+    adapters: Literal["merged", "separate"] = Field(
+        "merged", description="In GGUF: added to the weights before these are rounded, or in a file of their own."
+    )
+    tolerance: float = Field(
+        gt=0, le=10, description="Nats that a response token's mean log-probability in llama.cpp may be off."
+    )
+    rounds: Count = Field(description="Rounds in which the built and the untouched model are timed; 0: they are not.")
+
+
 class Register(Section):
     """The entry in the model registry."""
 
@@ -318,6 +333,7 @@ class Params(Section):
     search: Search
     pareto: Pareto
     build: Build
+    export: Export
     register_: Register = Field(alias="register")
     table: Table
     ablation: Ablation

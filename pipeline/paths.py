@@ -3,6 +3,7 @@
 from pathlib import Path
 
 BASE, PRUNED, BANK, FINAL = (Path("artifacts") / name for name in ("base", "pruned", "bank", "final"))
+EXPORT = Path("artifacts/export")  # the built model in the forms that other programs run
 STUDY = Path("artifacts/study")
 TEACHER = Path("artifacts/teacher")  # what base models predict for rows that trials train on
 UNTOUCHED = Path("artifacts/untouched")  # results of base models, which all searches share

@@ -25,6 +25,7 @@ ROOMS = [
     ("data",),
     ("compress",),
     ("trial",),
+    ("export",),
     ("settings", "checks"),  # params turned into what algorithms take; params judged by a model
     ("search",),
     ("tracking",),

@@ -10,6 +10,7 @@ from pipeline.architecture import FAMILIES
 from pipeline.checks.check import Check, reads
 from pipeline.compress import structures
 from pipeline.errors import UserError
+from pipeline.export import limits
 
 _PRUNABLE = ("prune.structures", "prune.multiple_of", "prune.attention_blocks", "prune.mlp_blocks")
 
@@ -32,6 +33,9 @@ def checks(config: SimpleNamespace) -> Iterator[Check]:
     yield Check((), lambda given: _some(fault))
     if fault or not fits.complete(config):
         return
+    yield Check(
+        ("export.formats",), lambda given: _some(limits.gguf(config) if "gguf" in given.export.formats else None)
+    )
     for key in ("attention_blocks", "mlp_blocks"):
         yield _block_range(config, key)
     yield _one_shape(config)

@@ -1,6 +1,7 @@
 """Stage ``register``: the built checkpoint into the model registry, with its figures and, if it is better, the alias.
 
-Reads ``artifacts/final``, ``reports/build.json`` and ``reports/evaluate.json``. Writes ``reports/register.json``.
+Reads ``artifacts/final``, ``artifacts/export`` and the figures of ``build``, ``evaluate`` and ``export``. Writes
+``reports/register.json``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import asdict
 
 from pipeline import GIB, bits, console, storage, tracking
 from pipeline.params import Params, digest
-from pipeline.paths import FINAL, REPORTS
+from pipeline.paths import EXPORT, FINAL, REPORTS
 from pipeline.stages.serving import Settings
 from pipeline.stages.shell import made
 from pipeline.tracking import Packed, Registration, Run, Standing
@@ -25,10 +26,12 @@ def run(params: Params, run: Run) -> None:
     storage.verify(FINAL, "build")
     built, judged = made("build"), made("evaluate")
     lineage = storage.read_json(FINAL / "lineage.json", "build")
+    exported = made("export")
     figures = {f"build_{key}": value for key, value in built.items()} | judged
+    figures |= {f"export_{key}": value for key, value in exported.items()}
     figures["size_mb"] = sum(path.stat().st_size for path in FINAL.rglob("*") if path.is_file()) / 1e6
     standing = _standing(params, built, judged, lineage)
-    facts = _facts(built, figures["size_mb"], lineage)
+    facts = _facts(built, exported, figures["size_mb"], lineage)
     section = params.register_
     asked = Registration(
         name=section.name,
@@ -48,6 +51,7 @@ def run(params: Params, run: Run) -> None:
         requirements=pinned,
         params=asdict(Settings()),
         example=[_EXAMPLE],
+        others={"gguf": EXPORT / "gguf"} if (EXPORT / "gguf").exists() else {},
     )
     run.metrics(figures)
     registered = tracking.register_model(run, asked, packed)
@@ -70,7 +74,9 @@ def _standing(
     return Standing(objective, float(judged[objective] if objective in judged else built[objective]), items)
 
 
-def _facts(built: Mapping[str, float], size_mb: float, lineage: Mapping[str, str]) -> dict[str, str]:
+def _facts(
+    built: Mapping[str, float], exported: Mapping[str, float], size_mb: float, lineage: Mapping[str, str]
+) -> dict[str, str]:
     """Return what tells versions apart, in words."""
     text = lineage.get("bits")
     memory = {"training": "peak_memory_bytes", "inference": "inference_memory_bytes"}
@@ -78,7 +84,16 @@ def _facts(built: Mapping[str, float], size_mb: float, lineage: Mapping[str, str
         **({"bits_summary": bits.summary(text)} if text else {}),
         **{f"{name}_memory": f"{built[key] / GIB:.3f} GiB" for name, key in memory.items() if key in built},
         "size": f"{size_mb:.0f} MB",
+        **({"gguf_size": f"{exported['gguf_bytes'] / 1e6:.0f} MB"} if "gguf_bytes" in exported else {}),
+        **({"speed": _speed(exported)} if "generated_speedup" in exported else {}),
     }
+
+
+def _speed(exported: Mapping[str, float]) -> str:
+    return (
+        f"{exported['generated_tokens_per_second']:.0f} tokens/s in llama.cpp on {exported['threads']:.0f} threads, "
+        f"{exported['generated_speedup']:.2f} times the untouched model's at 16 bits"
+    )
 
 
 def _description(

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline import console, storage, tracking
 from pipeline.params import Params
 from pipeline.paths import BASE, FINAL, REPORTS
-from pipeline.results import choice, figures, report
+from pipeline.results import choice, figures, report, running
 from pipeline.results.choice import Built
 from pipeline.results.pages import Section
 from pipeline.search.pareto import Point
@@ -41,6 +41,8 @@ def run(params: Params, run: Run) -> None:
     ]
     if built := _built(points):
         sections.insert(0, choice.section(built, points, members, objective))
+        if (REPORTS / "export.json").exists():
+            sections.insert(1, running.section(made("export"), built.figures, points))
     pictures = {
         "Quality against peak memory": REPORTS / "pareto.png",
         "Accuracy (bars) and peak memory (markers) of each method": REPORTS / "methods.png",

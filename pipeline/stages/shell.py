@@ -30,6 +30,7 @@ _NEEDS: dict[str, dict[str, type]] = {
     "pareto": {"front": bool, "name": str, "bits": str, "run_id": str, "score": float},
     "build": {"accuracy": float, "accuracy_stderr": float, "gold_logprob": float},
     "evaluate": {"accuracy": float, "accuracy_stderr": float, "gold_logprob": float, "items": int},
+    "export": {"parameters": float, "multiply_adds": float, "cache_bytes": float},
     "register": {"model": str},  # its alias is null where another version keeps it
 }
 _WITHOUT_MODEL = ("fetch", "pareto", "register", "report")  # they need no torch, which takes seconds to import

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -82,6 +82,7 @@ class Packed:
     Attributes:
         model_code: The file that defines the model.
         checkpoint: The built checkpoint.
+        others: Name -> folder that lies beside the checkpoint, which serving does not read.
         code: Folders that the model's code imports.
         requirements: Pinned packages to serve it.
         params: Of a prediction, with their defaults.
@@ -94,6 +95,7 @@ class Packed:
     requirements: Sequence[str]
     params: Mapping[str, object]
     example: Sequence[str]
+    others: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def _standing(name: str, alias: str) -> Standing | None | Literal["nobody"]:
 
 
 def _log_model(run: Run, name: str, packed: Packed) -> ModelInfo:
+    folders = {"checkpoint": packed.checkpoint, **packed.others}
     # The one use of the fluent API: log_model has no client counterpart. The run exists already.
     with (
         scratch_beside(packed.checkpoint) as scratch,
@@ -175,7 +178,7 @@ def _log_model(run: Run, name: str, packed: Packed) -> ModelInfo:
         return mlflow.pyfunc.log_model(
             name="model",
             python_model=str(packed.model_code),
-            artifacts={"checkpoint": str(real_files(packed.checkpoint, scratch))},
+            artifacts={name: str(real_files(folder, scratch)) for name, folder in folders.items()},
             code_paths=[str(folder) for folder in packed.code],
             pip_requirements=list(packed.requirements),
             registered_model_name=name,

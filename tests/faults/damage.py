@@ -82,6 +82,7 @@ DAMAGES = [
             ("search", "pareto"),
             ("pareto", "build"),
             ("evaluate", "register"),
+            ("export", "register"),
             ("search", "report"),
         ]
         for how in (braces, cut, emptied)

@@ -1,0 +1,1 @@
+"""Code that travels with an exported model; nothing here imports it."""

@@ -1,0 +1,177 @@
+"""Llama, Mistral, Qwen2 and Qwen3 whose blocks have a shape each and whose linears have 4, 8 or 16 bits each.
+
+This file travels with the model: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. It needs
+transformers, bitsandbytes and peft.
+
+* ``block_shapes`` of ``config.json``: [heads, key/value heads, MLP channels] of each block.
+* ``quantization_config``: ``linear_bits`` (name of a linear -> 4 or 8), ``four_bit`` (nf4 or fp4), ``double_quant``.
+* ``adapter/``: LoRA adapters, which are added on loading.
+"""
+
+import copy
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations import bitsandbytes as bnb_loading
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
+
+
+class _PrunedConfig:
+    block_shapes: list | None = None
+
+    def validate_architecture(self):
+        """Accept head counts that do not divide the hidden size: pruning takes whole heads."""
+
+    def block(self, index):
+        """Return the config that one block is built from."""
+        config = copy.copy(self)
+        config.num_attention_heads, config.num_key_value_heads, config.intermediate_size = self.block_shapes[index]
+        return config
+
+
+class _PrunedModel:
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        for index, block in enumerate(self.model.layers):
+            self.model.layers[index] = type(block)(config.block(index), index)
+            self.model.layers[index].self_attn.config = config  # it holds what all blocks share
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, source, *args, adapters=True, **kwargs):
+        """Load the model with its adapters; without them with ``adapters=False``."""
+        model = super().from_pretrained(source, *args, **kwargs)
+        if not adapters:
+            return model
+        from peft import PeftModel
+
+        where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        return PeftModel.from_pretrained(model, source, subfolder="adapter", **where).eval()
+
+
+class PrunedLlamaConfig(_PrunedConfig, LlamaConfig):
+    model_type = "pruned_llama"
+    block_shapes: list | None = None
+
+
+class PrunedMistralConfig(_PrunedConfig, MistralConfig):
+    model_type = "pruned_mistral"
+    block_shapes: list | None = None
+
+
+class PrunedQwen2Config(_PrunedConfig, Qwen2Config):
+    model_type = "pruned_qwen2"
+    block_shapes: list | None = None
+
+
+class PrunedQwen3Config(_PrunedConfig, Qwen3Config):
+    model_type = "pruned_qwen3"
+    block_shapes: list | None = None
+
+
+class PrunedLlamaForCausalLM(_PrunedModel, LlamaForCausalLM):
+    config_class = PrunedLlamaConfig
+
+
+class PrunedMistralForCausalLM(_PrunedModel, MistralForCausalLM):
+    config_class = PrunedMistralConfig
+
+
+class PrunedQwen2ForCausalLM(_PrunedModel, Qwen2ForCausalLM):
+    config_class = PrunedQwen2Config
+
+
+class PrunedQwen3ForCausalLM(_PrunedModel, Qwen3ForCausalLM):
+    config_class = PrunedQwen3Config
+
+
+class MixedBitsConfig(QuantizationConfigMixin):
+    """Bits of every quantized linear."""
+
+    def __init__(self, linear_bits, four_bit="nf4", double_quant=False, **_):
+        self.quant_method = "mixed_bits"
+        self.linear_bits, self.four_bit, self.double_quant = dict(linear_bits), four_bit, double_quant
+
+    def for_bits(self, bits):
+        """Return the settings under which transformers builds bitsandbytes' modules of one width."""
+        if bits == 8:
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.four_bit,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+
+
+class _Dispatch(ConversionOps):
+    """Hands a linear's tensors to the converter of its bit-width."""
+
+    def __init__(self, hf_quantizer):
+        self.hf_quantizer = hf_quantizer
+        self.four = bnb_loading.Bnb4bitDeserialize(hf_quantizer)
+        self.eight = bnb_loading.Bnb8bitDeserialize(hf_quantizer)
+
+    def convert(self, input_dict, model=None, full_layer_name=None, **kwargs):
+        module, _ = get_module_from_name(model, full_layer_name or next(iter(input_dict)))
+        converter = self.eight if isinstance(module, bnb.nn.Linear8bitLt) else self.four
+        return converter.convert(input_dict, model=model, full_layer_name=full_layer_name, **kwargs)
+
+
+class MixedBitsQuantizer(Bnb4BitHfQuantizer):
+    """Loads models whose linears are 4-bit, 8-bit or dense."""
+
+    serialized_names = {
+        "weight": [*Bnb4BitHfQuantizer.serialized_names["weight"], *Bnb8BitHfQuantizer.serialized_names["weight"][1:]]
+    }
+
+    def validate_environment(self, *args, **kwargs):
+        """Accept any device."""
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) and name != "bias"
+
+    def _process_model_before_weight_loading(self, model, *args, **kwargs):
+        config = self.quantization_config
+        linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        for bits in (4, 8):
+            of_this_width = {name for name, width in config.linear_bits.items() if width == bits}
+            if of_this_width:
+                bnb_loading.replace_with_bnb_linear(
+                    model,
+                    modules_to_not_convert=[f"^{name}$" for name in linears if name not in of_this_width],
+                    quantization_config=config.for_bits(bits),
+                    pre_quantized=True,
+                )
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # peft wraps each linear by its own type
+        model._weight_conversions = None
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.support_avx512bf16_for_cpu = False  # its layout there fails on pruned shapes
+        return model
+
+    def get_load_operations(self):
+        return {"deserialize": _Dispatch}
+
+
+AUTO_QUANTIZER_MAPPING["mixed_bits"] = MixedBitsQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING["mixed_bits"] = MixedBitsConfig
