@@ -107,7 +107,7 @@ def _codes_have_text(given: SimpleNamespace) -> Iterator[str]:
     if quantize.samples == 0 and (quantize.method == "calibrated" or quantize.init == "weighted"):
         yield (
             f"quantize.samples: samples is 0, but method {quantize.method!r} with init {quantize.init!r} reads "
-            "calibration text; set samples to 24 or more"
+            "calibration text; set samples to 48 or more"
         )
 
 
