@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -195,10 +194,9 @@ def real(case: Case, context: Context, bits: tuple[int, ...]) -> tuple[int, int]
 
     # All that a training needs of a teacher: a vector a response token.
     targets = {row: torch.randn(len(row.tokens) - 1, context.config.hidden_size).bfloat16() for row in examples}
-    wise: Any = SimpleNamespace(targets=lambda _: targets)
 
     def trained() -> None:
-        recover.run(model, Rows(examples, examples[: case.rows], 0, wise), settings, 0)
+        recover.run(model, Rows(examples, examples[: case.rows], 0, targets), settings, 0)
 
     if context.device == CUDA:
         training = (memory.measured(trained, CUDA)[1] or 0) - before

@@ -157,7 +157,7 @@ def test_recovery_moves_the_predictions_towards_the_teachers(tmp_path, asked):
         predicted = logits_at(dense(), part).softmax(-1)
         before = distilled(student, part, predicted).item()
     chosen = settings(target="teacher", steps=12, learning_rate=0.01, max_length=32, batch_size=4, micro_batch_size=2)
-    found = recover.run(student, Rows(rows, rows[:2], PADDING, wise), chosen, 0)
+    found = recover.run(student, Rows(rows, rows[:2], PADDING, wise.targets(rows)), chosen, 0)
     with torch.no_grad():
         after = distilled(student.eval(), part, predicted).item()
     assert after < before - 0.5
@@ -178,6 +178,6 @@ def test_first_step_follows_the_gradient_of_the_mean_over_the_batch(tmp_path, as
     expected = gradients(student, distilled(student, part, predicted) / len(predicted))
     student.zero_grad()
     chosen = settings(target="teacher", steps=1, learning_rate=0.5, max_length=32)
-    recover.run(student, Rows(rows, rows[:2], PADDING, wise), chosen, 0)
+    recover.run(student, Rows(rows, rows[:2], PADDING, wise.targets(rows)), chosen, 0)
     moved = {name: (before[name] - value) / 0.5 for name, value in weights(student).items()}
     assert_close(moved, expected, 1e-4)

@@ -23,7 +23,7 @@ from peft import PeftModel
 
 from pipeline.data.alpaca import Example, batch
 from pipeline.trial.loss import RowLosses, mean_loss, row_losses
-from pipeline.trial.teacher import Targets, Teacher
+from pipeline.trial.teacher import Targets
 from pipeline.trial.training import RecoverError, Settings, Training, micro_batches, must_be_finite
 
 Steps = Callable[[Iterable[int]], Iterable[int]]  # shows the progress of optimizer steps
@@ -38,13 +38,13 @@ class Rows:
         train: Rows to train on.
         validation: Held-out rows.
         padding: Token id of padded positions.
-        teacher: The dense model; read if it is the target.
+        targets: What the dense model predicts for the rows of all steps; read if that is the target.
     """
 
     train: Sequence[Example]
     validation: Sequence[Example]
     padding: int
-    teacher: Teacher | None = None
+    targets: Targets | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def run(
 
     if not settings.steps:
         return Recovered.of((), held_out(0), {}, 0)
-    targets = _targets(rows, settings, seed)
+    targets = rows.targets if settings.target == "teacher" else None
+    assert (targets is not None) == (settings.target == "teacher")  # the caller asks the dense model
     torch.manual_seed(seed)
     training = Training(model, settings)
     batches = endless(rows.train, settings.batch_size, seed)
@@ -136,13 +137,11 @@ def run(
     return Recovered.of(tuple(training.losses), rows_left, training.validation, training.tokens)
 
 
-def _targets(rows: Rows, settings: Settings, seed: int) -> Targets | None:
-    """Return the teacher's targets for the rows of all steps; None if the answers are the target."""
-    if settings.target == "answers":
-        return None
-    assert rows.teacher is not None  # the caller's
-    needed = islice(endless(rows.train, settings.batch_size, seed), settings.steps)
-    return rows.teacher.targets([row for rows_of_step in needed for row in rows_of_step], settings.whole)
+def rows_of(train: Sequence[Example], settings: Settings, seed: int) -> list[Example]:
+    """Return the rows that all steps of a recovery read, in their order."""
+    if not train:
+        return []
+    return [row for rows in islice(endless(train, settings.batch_size, seed), settings.steps) for row in rows]
 
 
 def _must_have_rows(rows: Rows, settings: Settings) -> None:

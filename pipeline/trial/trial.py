@@ -93,7 +93,11 @@ def run(
     steps = (settings.recover.steps if work.steps is None else work.steps) if work.trained else 0
     limit = settings.limit if work.limit is None else work.limit
     recovery = replace(settings.recover, steps=steps)
-    rows = Rows(context.train, context.validation, tokenizer.pad_token_id, context.teacher)
+    targets = None
+    if context.teacher and steps:  # before the phases: what the dense model takes is no part of a trial
+        trained = recover.rows_of(context.train, recovery, settings.seed)
+        targets = context.teacher.targets(trained, recovery.whole)
+    rows = Rows(context.train, context.validation, tokenizer.pad_token_id, targets)
     phases = Phases(context)
     model = phases.run("assemble", lambda: assemble(context, bits))
     recovered = phases.run("recover", lambda: recover.run(model, rows, recovery, settings.seed, progress, keep))
