@@ -176,7 +176,13 @@ def test_recorded_landscape_is_fitted_again(tmp_path):
 
 def test_recording_a_tiny_model_runs_its_trials(tmp_path, tokenizer, raw_params):
     raw_params["evaluate"] |= {"tasks": ["piqa"], "limit": 2}
-    raw_params["recover"] |= {"steps": 1, "batch_size": 2, "micro_batch_size": 2}
+    raw_params["recover"] |= {
+        "target": "answers",
+        "answers_weight": 0.0,
+        "steps": 1,
+        "batch_size": 2,
+        "micro_batch_size": 2,
+    }
     raw_params["search"] |= {"max_8bit_fraction": 0.5, "average_bits": 5.5}
     settings = checks.parse(raw_params)
     config, state = banks.pruned()

@@ -144,7 +144,7 @@ def test_ablation_in_markdown_has_benchmarks_as_rows(ablation):
     made, every = ablation
     lines = table.ablation_markdown(made, every, TASKS, []).splitlines()
     assert lines[2] == "- failed: 20% 4-bit type FP4: ValueError: no"
-    assert lines[4].startswith("| benchmark | 4-bit type: NF4 | 4-bit type: FP4 | initialization: LoftQ |")
+    assert lines[4].startswith("| benchmark | 4-bit type: NF4 | 4-bit type: FP4 | 4-bit codes: nearest |")
     assert lines[6].startswith("| PIQA | 0.0 ± 2.0 | failed | 10.0 ± 2.0 | 15.0 ± 2.0 |")
     names = [line.split(" | ")[0] for line in lines[6:13]]
     assert names == [
@@ -165,12 +165,15 @@ def test_ablation_in_markdown_has_benchmarks_as_rows(ablation):
 def test_ablation_in_latex_groups_the_variants_below_their_factors(ablation):
     made, every = ablation
     lines = table.ablation_latex(made, every, ("piqa",), "").splitlines()
-    assert r"\begin{tabular}{lcc|ccc|ccc|cc}" in lines
+    assert r"\begin{tabular}{lcc|cc|cccc|cc|ccc|cc}" in lines
     assert (
-        r" & \multicolumn{2}{c}{4-bit type} & \multicolumn{3}{c}{initialization} "
-        r"& \multicolumn{3}{c}{LoftQ iterations} & \multicolumn{2}{c}{importance} \\"
+        r" & \multicolumn{2}{c}{4-bit type} & \multicolumn{2}{c}{4-bit codes} & \multicolumn{4}{c}{initialization} "
+        r"& \multicolumn{2}{c}{target} & \multicolumn{3}{c}{LoftQ iterations} & \multicolumn{2}{c}{importance} \\"
     ) in lines
     (piqa,) = [line for line in lines if line.startswith("PIQA")]
-    assert piqa == r"PIQA & 0.0 & failed & 10.0 & 15.0 & 20.0 & 25.0 & 30.0 & 35.0 & 40.0 & 45.0 \\"
+    assert (
+        piqa
+        == r"PIQA & 0.0 & failed & 10.0 & 15.0 & 20.0 & 25.0 & 30.0 & 35.0 & 40.0 & 45.0 & 50.0 & 55.0 & 60.0 & 65.0 & 70.0 \\"
+    )
     rows = [line for line in lines if line.endswith(r"\\")]
-    assert {line.count(" & ") for line in rows[1:]} == {10}
+    assert {line.count(" & ") for line in rows[1:]} == {15}

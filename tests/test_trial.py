@@ -152,7 +152,9 @@ def in_full(request, default, tokenizer, tmp_path):
     model = tiny_model(family, torch.bfloat16, tie_word_embeddings=tied)
     whole = checkpoint.pruned_config(model.config, architecture.shapes(model.config)), model.state_dict()
     # a rate that moves even a norm's weights, about 1, by more than bf16 rounds away
-    context = context_of(whole, changed(default, "recover", train="full", learning_rate=0.05), tmp_path)
+    context = context_of(
+        whole, changed(default, "recover", target="answers", train="full", learning_rate=0.05), tmp_path
+    )
     context = replace(context, tokenizer=tokenizer)
     bits, widths = in_turn(context)
     trained = assemble(context, bits)

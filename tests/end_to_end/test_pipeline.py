@@ -154,7 +154,8 @@ print(json.dumps({"answer": answer, "short": short, "logits": logits.flatten().t
     built = tmp_path / "built.safetensors"
     own = command(project, sys.executable, "-m", "pipeline.trial.probe", "artifacts/final", str(built), "cpu", "auto")
     assert own.returncode == 0, own.stderr
-    assert load_file(built)["logits"].flatten().tolist() == found["logits"]
+    # On a CPU it computes with dense weights; bitsandbytes' int8 modules round what they receive, too.
+    assert found["logits"] == pytest.approx(load_file(built)["logits"].flatten().tolist(), abs=0.02)
     client = MlflowClient(store["MLFLOW_TRACKING_URI"])
     tags = client.get_model_version_by_alias("qpruner", "champion").tags
     assert {"alpaca_md5", "pruned_checkpoint", "git_commit", "search_run", "bits", "size", "score"} <= set(tags)

@@ -53,6 +53,6 @@ def test_table_and_ablation_from_a_clone_lose_nothing_to_a_kill(project):
 
     done = command(project, *RUN, "ablation")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(by_stage(project, "cell")) == 5 + 6 and len(by_stage(project, "trial")) == 4
+    assert len(by_stage(project, "cell")) == 5 + 9 and len(by_stage(project, "trial")) == 4
     assert "| PIQA | " in (project / "reports/ablation.md").read_text()
     assert not [run for run in runs(project) if run.info.status == "RUNNING"]
