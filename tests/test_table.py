@@ -171,9 +171,7 @@ def test_ablation_in_latex_groups_the_variants_below_their_factors(ablation):
         r"& \multicolumn{2}{c}{target} & \multicolumn{3}{c}{LoftQ iterations} & \multicolumn{2}{c}{importance} \\"
     ) in lines
     (piqa,) = [line for line in lines if line.startswith("PIQA")]
-    assert (
-        piqa
-        == r"PIQA & 0.0 & failed & 10.0 & 15.0 & 20.0 & 25.0 & 30.0 & 35.0 & 40.0 & 45.0 & 50.0 & 55.0 & 60.0 & 65.0 & 70.0 \\"
-    )
+    values = ["0.0", "failed", *(f"{5 * number}.0" for number in range(2, 15))]
+    assert piqa == rf"PIQA & {' & '.join(values)} \\"
     rows = [line for line in lines if line.endswith(r"\\")]
     assert {line.count(" & ") for line in rows[1:]} == {15}
