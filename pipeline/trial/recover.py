@@ -121,7 +121,7 @@ def run(
     for step in progress(range(training.step, settings.steps)):
         model.train()
         parts = micro_batches(next(batches), settings)
-        wanted = None if targets is None else [torch.cat([targets[row] for row in part]) for part in parts]
+        wanted = None if targets is None else [[targets[row] for row in part] for part in parts]
         training.take_step([batch(part, rows.padding, settings.whole) for part in parts], wanted)
         due = settings.validate_every and training.step % settings.validate_every == 0
         if due or (settings.validate_every and training.step == settings.steps):

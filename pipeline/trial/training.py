@@ -120,12 +120,12 @@ class Training:
         self.rows: RowLosses = ()  # at the lowest loss, as ``row_losses`` returns them
         self.best: list[torch.Tensor] | None = None
 
-    def take_step(self, parts: Sequence[Batch], targets: Sequence[torch.Tensor] | None = None) -> None:
+    def take_step(self, parts: Sequence[Batch], targets: Sequence[Sequence[torch.Tensor]] | None = None) -> None:
         """Train on one batch, given as micro-batches.
 
         Args:
             parts: The micro-batches.
-            targets: Of each the teacher's, [predicted tokens, hidden]; None: the answers are the target.
+            targets: Of each the teacher's for each row, [predicted tokens, hidden]; None: the answers are the target.
 
         Raises:
             RecoverError: The loss or its gradient is not finite.
@@ -137,7 +137,7 @@ class Training:
         for number, part in enumerate(parts):
             here, wanted = part.to(device), None
             if targets is not None:
-                wanted = blended(self.model, here, targets[number], self.settings.answers_weight)
+                wanted = blended(self.model, here, torch.cat([*targets[number]]), self.settings.answers_weight)
             value, _ = response_loss(self.model, here, wanted)
             (value / count).backward()
             total += value.item() / count
