@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -135,6 +136,12 @@ class Llama:
         return psutil.Process(self._process.pid).memory_info().rss - self._before
 
 
+def _environment() -> dict[str, str]:
+    """Return an environment in which this package is found from any folder."""
+    root = str(Path(__file__).resolve().parents[2])
+    return os.environ | {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 @contextmanager
 def running(
     file: Path, threads: int, context: int = 1024, slots: int = 1, adapters: Path | None = None
@@ -154,7 +161,9 @@ def running(
     command = [sys.executable, "-m", "pipeline.export.worker", str(file), str(threads), str(context), str(slots)]
     command += [str(adapters)] if adapters else []
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=_environment()
+        )
         try:
             yield Llama(process, slots, said)
         finally:
