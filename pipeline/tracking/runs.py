@@ -274,7 +274,8 @@ def kill_project_run() -> None:
     """Mark the project's run KILLED, now and once more when ``mlflow run`` has ended.
 
     An interrupted ``mlflow run`` overwrites any status with FAILED as its last act, so a process that outlives it has
-    the last word. It also ends the runs of stages that had to be killed.
+    the last word. It also ends the runs of stages that had to be killed. `mlflow run` lives as long as this process,
+    which may take 90 seconds to end its stages.
     """
     if run_id := parent_run():
         starter = signals.started_by()
@@ -293,7 +294,7 @@ import sys
 import psutil
 from pipeline import tracking
 if psutil.pid_exists(int(sys.argv[2])):
-    psutil.wait_procs([psutil.Process(int(sys.argv[2]))], timeout=10)
+    psutil.wait_procs([psutil.Process(int(sys.argv[2]))], timeout=120)
 tracking.Run(sys.argv[1], "").finish("KILLED")
 tracking.reap()
 """
