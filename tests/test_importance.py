@@ -12,21 +12,8 @@ from torch.nn import functional as F
 
 from pipeline import architecture
 from pipeline.compress import importance
-from pipeline.compress.quantize import Settings, dequantize, quantize
+from pipeline.compress.quantize import dequantize, quantize
 from pipeline.data.alpaca import IGNORED
-
-
-def quantization(**changes):
-    values = {
-        "method": "nearest",
-        "four_bit": "nf4",
-        "double_quant": False,
-        "init": "loftq",
-        "iterations": 1,
-        "r": 4,
-        "lora_alpha": 8,
-    }
-    return Settings(**values | changes)
 
 
 def settings(**changes):
@@ -155,7 +142,7 @@ def divergence(model, other, calibration):
     ],
 )
 def test_sensitivity_is_the_slope_of_the_divergence_from_4_towards_8_bits(granularity, family, four_bit):
-    chosen, calibration = quantization(four_bit=four_bit), batches(2)
+    chosen, calibration = banks.settings(four_bit=four_bit), batches(2)
     model = tiny_model(family)
     units = architecture.units(model.config, granularity)
     gains, base = importance.sensitivity(model, calibration, units, banks.codes_of(model, chosen))
@@ -186,7 +173,7 @@ def test_sensitivity_of_units_adds_up_to_the_same_for_any_granularity():
             tiny_model(),
             batches(2),
             architecture.units(tiny_model().config, each),
-            banks.codes_of(tiny_model(), quantization()),
+            banks.codes_of(tiny_model(), banks.settings()),
         )
         for each in architecture.GRANULARITIES
     ]
@@ -195,7 +182,7 @@ def test_sensitivity_of_units_adds_up_to_the_same_for_any_granularity():
 
 
 def test_sensitivity_leaves_every_linear_at_4_bits():
-    model, chosen = tiny_model(), quantization()
+    model, chosen = tiny_model(), banks.settings()
     importance.sensitivity(model, batches(1), architecture.units(model.config, "group"), banks.codes_of(model, chosen))
     four = tiny_model()
     simulate(four, architecture.linears(four.config), 4, chosen)
@@ -207,7 +194,7 @@ def test_sensitivity_leaves_every_linear_at_4_bits():
 def test_sensitivity_counts_labelled_tokens_only():
     (part,) = batches(1, rows=3)
     part.labels[0, :7] = IGNORED
-    model, chosen = tiny_model(), quantization()
+    model, chosen = tiny_model(), banks.settings()
     _, base = importance.sensitivity(
         model, [part], architecture.units(model.config, "block"), banks.codes_of(model, chosen)
     )
@@ -242,7 +229,7 @@ def test_run_gives_each_unit_its_blocks_information(granularity):
     calibration = batches(3)
     model = tiny_model()
     units = architecture.units(model.config, granularity)
-    found = importance.run(model, calibration, units, settings(), banks.codes_of(model, quantization()), 1)
+    found = importance.run(model, calibration, units, settings(), banks.codes_of(model, banks.settings()), 1)
     by_block = importance.mutual_information(tiny_model(), calibration, settings(), 1)
     assert found.units == tuple(unit.name for unit in units)
     assert found.mutual_information == tuple(by_block[unit.block] for unit in units)
@@ -258,7 +245,7 @@ def test_run_is_repeatable():
             batches(3),
             architecture.units(model.config, "block"),
             settings(),
-            banks.codes_of(model, quantization()),
+            banks.codes_of(model, banks.settings()),
             1,
         )
         for model in (tiny_model(), tiny_model())

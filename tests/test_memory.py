@@ -1,6 +1,7 @@
 import random
 from dataclasses import replace
 
+import banks
 import pytest
 import torch
 from conftest import FAMILIES, batches, tiny_config, tiny_model
@@ -11,7 +12,7 @@ from benchmarks import memory as benchmark
 from pipeline import architecture, checkpoint
 from pipeline.architecture import BlockShape
 from pipeline.compress.layer_bank import linear_bits
-from pipeline.compress.quantize import Settings, quantize, stored_bytes
+from pipeline.compress.quantize import quantize, stored_bytes
 from pipeline.search.allocate import Space
 from pipeline.trial import kernels, memory, traced
 from pipeline.trial.setting import Setting
@@ -39,19 +40,6 @@ def peak(config, bits, **changes):
 def whole(config, widths, one):
     """Trace training and inference of all blocks at their own bits."""
     return tuple(step(traced.model_of(config, widths, one), one)[1] for step in (traced.training, traced.inference))
-
-
-def quantization(**changes):
-    values = {
-        "method": "nearest",
-        "four_bit": "nf4",
-        "double_quant": False,
-        "init": "loftq",
-        "iterations": 1,
-        "r": 4,
-        "lora_alpha": 8,
-    }
-    return Settings(**values | changes)
 
 
 # --- the prediction against a trace of the whole model -----------------------------------------------------------
@@ -246,7 +234,7 @@ def test_stored_bytes_by_hand(outputs, inputs, bits, double_quant, expected):
 def test_stored_bytes_are_those_of_the_tensors(bits, double_quant):
     outputs, inputs = 48, 128
     torch.manual_seed(0)
-    stored = quantize(torch.randn(outputs, inputs), bits, quantization(double_quant=double_quant))
+    stored = quantize(torch.randn(outputs, inputs), bits, banks.settings(double_quant=double_quant))
     packed = {name: value for name, value in stored.items() if "bitsandbytes__" not in name and name != "weight_format"}
     total = sum(value.numel() * value.element_size() for value in packed.values())
     assert stored_bytes(outputs, inputs, bits, double_quant) == total
