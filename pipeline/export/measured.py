@@ -137,9 +137,10 @@ def forms(name: str, folder: Path, found: Measured) -> list[Form]:
 def _answers(agreement: Agreement | None) -> str:
     if agreement is None:
         return f"not checked: llama.cpp was not there (pip install {llama.WHEEL})"
+    word = "worse" if agreement.difference < 0 else "better"
     return (
-        f"{agreement.difference:+.4f} ± {agreement.stderr:.4f} nats a response token beside the built model, on "
-        f"{agreement.tokens} tokens of held-out rows ({agreement.apart:.4f} apart in the mean)"
+        f"{abs(agreement.difference):.4f} ± {agreement.stderr:.4f} nats a response token {word} than the built model, "
+        f"on {agreement.tokens} tokens of held-out rows ({agreement.apart:.4f} apart in the mean)"
     )
 
 

@@ -57,9 +57,11 @@ def _lines(exported: Mapping[str, float]) -> list[str]:
             f"{exported['prompt_speedup']:.2f} times the prompt's"
         )
     if exported.get("gguf_checked"):
+        difference = exported["gguf_difference"]
         lines.append(
-            f"The GGUF file's answers: {exported['gguf_difference']:+.4f} ± {exported['gguf_difference_stderr']:.4f} "
-            f"nats a response token beside the built model's, on {exported['gguf_tokens']:.0f} tokens"
+            f"The GGUF file's answers: {abs(difference):.4f} ± {exported['gguf_difference_stderr']:.4f} nats a "
+            f"response token {'worse' if difference < 0 else 'better'} than the built model's, on "
+            f"{exported['gguf_tokens']:.0f} held-out tokens"
         )
     elif "gguf_bytes" in exported:
         lines.append("The GGUF file was not checked: llama.cpp was not there")
