@@ -27,7 +27,7 @@ F32 = gguf_file.Types(*(Kind.F32,) * 5)
 @pytest.fixture(scope="module")
 def rows():
     generator = torch.Generator().manual_seed(3)
-    return [[torch.randint(3, 512, (size,), generator=generator).tolist() for size in (9, 6)] for _ in range(2)]
+    return [[torch.randint(3, 512, (size,), generator=generator).tolist() for size in (9, 40)] for _ in range(2)]
 
 
 # --- IQ4_NL ------------------------------------------------------------------------------------------------------
@@ -89,15 +89,17 @@ LLAMA3 = {
 def test_gguf_answers_like_the_built_model(tmp_path, tokenizer, rows, family, changes):
     built = save_built(tmp_path / "built", tokenizer, family, **changes)
     ours, model = answers.log_probabilities(built, rows), dense.read(tmp_path / "built")
-    # In 32 bits only the order of sums, and bitsandbytes' rounding of what int8 linears receive, tell them apart.
-    for types, mean, apart in ((F32, 0.01, 0.03), (gguf_file.Types(), 0.05, 0.15)):
+    # In 32 bits only the order of sums, and bitsandbytes' rounding of what int8 linears receive, tell them apart. The
+    # file's own 4 bits move random weights' tokens by 0.05 to 0.1 nats, either way; 8 other draws of the rows had means
+    # within 0.03.
+    for types, mean, apart in ((F32, 0.01, 0.03), (gguf_file.Types(), 0.1, 0.2)):
         file = tmp_path / "model.gguf"
         gguf_file.write(file, model, checkpoint.load_tokenizer(tmp_path / "built"), "tiny", types)
         with llama.running(file, 1, 64) as running:
             found = answers.compare(running.log_probabilities(rows), ours)
             text = "Give three tips for 12 healthy days, 1234!"
             answers.check_tokens(running, [text], [tokenizer.encode(text)])
-        assert found.tokens == 12 and abs(found.difference) < mean and found.apart < apart
+        assert found.tokens > 60 and abs(found.difference) < mean and found.apart < apart
 
 
 @needs_llama
