@@ -119,8 +119,9 @@ def parse(name: str, settings: dict[str, int]) -> Arm:
 
 def measure(arm: Arm, text: str) -> dict[str, Any]:
     """Return all figures of an arm."""
-    overrides.adopt(overrides.DEFAULT, arm.changes)
-    params, start = checks.load(), time.perf_counter()
+    named = {key: (key, value) for key, value in arm.changes.items()}
+    faults = overrides.adopt(overrides.DEFAULT, "", named)
+    params, start = checks.load(more=faults), time.perf_counter()
     context = Supplies(params).context
     made = time.perf_counter() - start
     judge, vector = Judge(context, text), (arm.bits,) * len(context.units)
