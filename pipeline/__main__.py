@@ -37,7 +37,12 @@ _REMEDIES = {
     errno.EIO: "the disk cannot be read or written: check it",
 }
 # Short parameters of the entry points -> the keys that they set.
-_SHORT = {"n_trials": "search.n_trials", "memory_budget_gib": "search.memory_budget_gib", "ratio": "prune.ratio"}
+_SHORT = {
+    "n_trials": "search.n_trials",
+    "memory_budget_gib": "search.memory_budget_gib",
+    "memory": "search.memory",
+    "ratios": "prune.ratios",
+}
 _AS_IT_SAYS = "params.yaml"  # the default of MLproject's parameters
 
 

@@ -114,15 +114,18 @@ def length(config: Config, section: str, max_length: int) -> str | None:
 def seed_bits(config: Config, seeds: Sequence[str], granularity: str) -> str | None:
     """Refuse bit strings that do not have one digit for each unit."""
     for seed in seeds:
-        if len(seed) != _units(config, granularity):
-            return f"search.seed_bits: {_miscounted(config, granularity, seed)}"
+        _, letters = bits.split(seed) or (None, seed)
+        if len(letters) != _units(config, granularity):
+            return f"search.seed_bits: {_miscounted(config, granularity, letters)}"
     return None
 
 
 def choice(config: Config, choose: str, granularity: str) -> str | None:
     """Refuse a bit string to build that does not have one digit for each unit; a run's id has 32 digits."""
-    if bits.is_text(choose) and len(choose) not in (32, _units(config, granularity)):
-        return f"build.choose: {_miscounted(config, granularity, choose)}"
+    ratio, letters = bits.split(choose) or (None, "")
+    allowed = [_units(config, granularity), *([32] if ratio is None else [])]
+    if letters and len(letters) not in allowed:
+        return f"build.choose: {_miscounted(config, granularity, letters)}"
     return None
 
 

@@ -39,6 +39,10 @@ Length = Annotated[int, Field(ge=2, le=_MOST_COUNT)]  # tokens: the first one pr
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1, max_length=_LONGEST_NAME)]
 Text = Annotated[str, Field(max_length=_LONGEST_TEXT)]
+# A number stands for a list of it.
+_ALONE = BeforeValidator(
+    lambda value: (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
+)
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # YAML knows lists only
 EachOnce = AfterValidator(_each_once)
 
@@ -100,7 +104,10 @@ class BlockRange(Section):
 class Prune(Section):
     """Structured pruning (paper section 3.1)."""
 
-    ratio: float = Field(ge=0, lt=MOST, description="Fraction of the whole model's parameters to remove.")
+    ratios: Annotated[tuple[Annotated[float, Field(ge=0, lt=MOST)], ...], _ALONE, AsTuple, EachOnce] = Field(
+        min_length=1,
+        description="Fractions of the whole model's parameters to remove, which the search chooses from; 0: not pruned.",
+    )
     importance: Literal[
         "taylor1", "taylor2", "taylor_mix", "magnitude", "random", "activation", "fisher_mask", "surgeon"
     ] = Field(description="Score of a coupled structure; taylor1 is the paper's Element1, taylor2 its Element2.")
@@ -126,6 +133,18 @@ class Prune(Section):
     max_length: Length = Field(description="Tokens of a calibration row.")
     steps: Positive = Field(description="1: one shot; more: score again after each part of the removal.")
     compensate: bool = Field(description="Refit down_proj and o_proj to the dense outputs by least squares.")
+
+    @field_validator("ratios")
+    @classmethod
+    def _ascending(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
+        if list(ratios) != sorted(ratios):
+            raise ValueError(f"must ascend; write {sorted(ratios)}")
+        return ratios
+
+    @property
+    def ratio(self) -> float:
+        """Return the only ratio, where one model is made (cells of the paper's tables)."""
+        return self.ratios[0]
 
 
 class Importance(Section):
@@ -202,11 +221,18 @@ class Search(Section):
         description="What the search raises: the mean accuracy; the mean log-probability of the gold answer; that of a "
         "response token on held-out rows."
     )
+    memory: Literal["training", "inference"] = Field(
+        "training", description="The peak that the front and the budget are about."
+    )
+    context: Count = Field(0, description="Tokens whose keys and values the inference memory holds as well.")
+    bits: Annotated[tuple[Literal[4, 8, 16], ...], AsTuple, EachOnce] = Field(
+        (4, 8), min_length=2, description="What a unit may have, ascending; 16 is not quantized."
+    )
     n_trials: Positive = Field(description="Finished trials that the study should hold.")
     n_random: Count = Field(description="Random feasible vectors before the sampler takes over.")
-    max_8bit_fraction: Fraction = Field(description="Largest share of units at 8 bits.")
+    max_8bit_fraction: Fraction = Field(description="Largest share of units above the lowest bits.")
     average_bits: float | None = Field(
-        ge=4, le=8, description="Largest mean of the bits over the units' parameters (B_avg, section 3.2); null: any."
+        ge=4, le=16, description="Largest mean of the bits over the units' parameters (B_avg, section 3.2); null: any."
     )
     memory_budget_gib: float | None = Field(gt=0, le=1e6, description="Largest peak memory of a trial; null: none.")
     patience: Count = Field(
@@ -218,7 +244,7 @@ class Search(Section):
         "sampler, but are no trials: they do not count and stand on no front. null: none."
     )
     seed_bits: Annotated[tuple[Text, ...], AsTuple, EachOnce] = Field(
-        description="Vectors of your own to try first, such as '4484...'."
+        description="Vectors of your own to try first, such as '0.2:4484...', or '4484...' where there is one ratio."
     )
     references: Annotated[tuple[Literal["dense", "llm_pruner", "uniform8"], ...], AsTuple, EachOnce] = Field(
         description="Reference rows measured once, outside the front."
@@ -242,9 +268,21 @@ class Search(Section):
     @classmethod
     def _bit_strings(cls, seeds: tuple[str, ...]) -> tuple[str, ...]:
         for seed in seeds:
-            if not bits.is_text(seed):
-                raise ValueError(f"{shown(seed)} is no string of 4s and 8s, one for each unit")
+            if bits.split(seed) is None:
+                raise ValueError(
+                    f"{shown(seed)} is no string of 4s, 8s and fs (16 bits), one for each unit, after a ratio and a "
+                    "colon where there are several"
+                )
         return seeds
+
+    @field_validator("bits")
+    @classmethod
+    def _from_four_up(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
+        if list(widths) != sorted(widths):
+            raise ValueError(f"must ascend; write {sorted(widths)}")
+        if widths[0] != 4:
+            raise ValueError("must begin with 4: the sensitivities are measured from there; add 4")
+        return widths
 
 
 class Pareto(Section):
@@ -259,9 +297,10 @@ class Build(Section):
     """The model that is handed over."""
 
     choose: str = Field(
-        pattern=r"^(best|[0-9a-f]{32}|[48]+)$",
+        pattern=r"^(best|[0-9a-f]{32}|(0(\.[0-9]+)?:)?[48f]+)$",
         max_length=_LONGEST_TEXT,
-        description="`best` (highest expected score on the front), the id of a trial's run, or a bit string.",
+        description="`best` (highest expected score on the front), the id of a trial's run, or a vector such as "
+        "0.2:4484 (4484 where there is one ratio).",
     )
     steps: Count = Field(description="Optimizer steps of the final recovery.")
 
@@ -349,7 +388,9 @@ def read_history(path: str) -> list[dict[str, Any]]:
         results = json.loads(Path(path).read_text(encoding="utf-8"))["results"]
         for result in results:
             if not bits.is_text(result["bits"]):
-                raise ValueError(f"{shown(result['bits'])} is no string of 4s and 8s")
+                raise ValueError(f"{shown(result['bits'])} is no string of 4s, 8s and fs")
+            if not isinstance(result["ratio"], (int, float)) or not 0 <= result["ratio"] < 1:
+                raise ValueError(f"ratio {shown(result['ratio'])} is no share")
             for name in (f"{objective}{ending}" for objective in get_args(Objective) for ending in ("", "_stderr")):
                 if not isinstance(result[name], (int, float)) or not math.isfinite(result[name]):
                     raise ValueError(f"{name} {shown(result[name])} is no number")

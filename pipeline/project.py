@@ -26,6 +26,7 @@ from pipeline.stages.shell import made
 
 # The main job goes all the way to a registered model; every other entry point is the stage of its name.
 TARGETS = {"search": ("report", "register")}
+_RUN_ID = 32  # digits of a run's id
 _LOCK = Path(".dvc/tmp/qpruner.lock")
 _DVC = "pipeline.repro"
 _SOURCES = Path(".dvc/tmp/qpruner.sources.json")  # what `path:` sources were when they were last fetched
@@ -108,7 +109,7 @@ def _refuse_unknown_run(checked: Params) -> None:
         ParamsError: ``build.choose`` is the id of no run.
     """
     choose = checked.build.choose
-    if choose == "best" or bits.is_text(choose):
+    if choose == "best" or ":" in choose or (bits.is_text(choose) and len(choose) != _RUN_ID):
         return
     if tracking.reopen(choose) is None:
         raise ParamsError(

@@ -31,6 +31,7 @@ def pruning(section: Prune) -> structures.Settings:
     return settings_of(
         structures.Settings,
         section,
+        ratio=section.ratio,
         attention_blocks=_span(section.attention_blocks),
         mlp_blocks=_span(section.mlp_blocks),
     )

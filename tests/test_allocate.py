@@ -1,11 +1,12 @@
 import random
+from dataclasses import replace
 from itertools import product
 
-import numpy as np
 import pytest
 
+from pipeline.bits import Vector
 from pipeline.search import SearchError
-from pipeline.search.allocate import Space
+from pipeline.search.allocate import Space, Spaces
 
 COSTS = (5, 3, 8, 1, 4)
 SIZES = (2, 2, 2, 12, 4)  # parameters
@@ -16,7 +17,7 @@ def predict(bits):
 
 
 def space(max_eights=5, budget=None, deltas=COSTS):
-    return Space(100, tuple(deltas), max_eights, budget)
+    return Space(100, (tuple(deltas),), max_eights, budget)
 
 
 def every():
@@ -42,7 +43,7 @@ def importances(count=6):
 
 def test_of_measures_an_exact_linear_model():
     found = Space.of(predict, 5, 0.5, None)
-    assert (found.base, found.deltas, found.max_eights, found.units) == (100, COSTS, 2, 5)
+    assert (found.base, found.deltas, found.max_raised, found.units) == (100, (COSTS,), 2, 5)
     for bits in every():
         assert found.memory(bits) == predict(bits)
 
@@ -57,7 +58,7 @@ def test_of_asks_once_a_unit_and_once_for_the_base():
     "units, fraction, expected", [(28, 0.25, 7), (30, 0.25, 7), (10, 0.3, 3), (100, 0.29, 29), (5, 0.0, 0), (5, 1.0, 5)]
 )
 def test_most_units_at_8_bits_is_the_floor_of_the_fraction(units, fraction, expected):
-    assert Space.of(lambda bits: 0, units, fraction, None).max_eights == expected
+    assert Space.of(lambda bits: 0, units, fraction, None).max_raised == expected
 
 
 def test_budget_below_the_base_is_refused():
@@ -90,16 +91,16 @@ def test_limits_that_forbid_every_raise_are_refused_by_name(fraction, budget, av
     "limit, budget, average", list(product((1, 2, 5), (None, 104, 109), (None, 4.0, 4.5, 4.8, 5.5, 8.0)))
 )
 def test_every_limit_holds_at_once(limit, budget, average):
-    found = Space(100, COSTS, limit, budget, SIZES, average)
+    found = Space(100, (COSTS,), limit, budget, SIZES, average)
 
     def mean(bits):
         return sum(size * width for size, width in zip(SIZES, bits, strict=True)) / sum(SIZES)
 
     expected = {bits for bits in feasible(limit, budget) if average is None or mean(bits) <= average}
     assert {bits for bits in every() if bits in found} == expected
-    raised = np.array(every()) == 8
-    assert found.feasible(raised).tolist() == [bits in expected for bits in every()]
-    assert found.memories(raised).tolist() == [predict(bits) for bits in every()]
+    levels = found.levels(every())
+    assert found.feasible(levels).tolist() == [bits in expected for bits in every()]
+    assert found.memories(levels).tolist() == [predict(bits) for bits in every()]
     assert found.ceiling >= max(predict(bits) for bits in expected)
     for importance in importances(2):
         order = sorted(range(5), key=lambda index: -importance[index])
@@ -223,5 +224,73 @@ def test_per_byte_divides_by_what_a_unit_costs():
 
 
 def test_reach_is_a_tenth_beyond_the_dearest_vector():
-    assert Space(base=1000, deltas=(10, 30, 20), max_eights=2, budget=None).reach == pytest.approx(1.1 * 50)
-    assert Space(base=1000, deltas=(10, 30, 20), max_eights=2, budget=1040).reach == pytest.approx(1.1 * 40)
+    one = Space(base=1000, deltas=((10, 30, 20),), max_raised=2, budget=None)
+    assert Spaces({0.2: one}, {}).reach == pytest.approx(1.1 * 50)
+    assert Spaces({0.2: replace(one, budget=1040)}, {}).reach == pytest.approx(1.1 * 40)
+    assert Spaces({0.0: one, 0.5: replace(one, base=700)}, {}).reach == pytest.approx(1.1 * 350)
+
+
+# --- three widths ------------------------------------------------------------------------------------------------
+
+THREE = (4, 8, 16)
+DEAR = (12, 9, 20, 4, 10)  # bytes at 16 bits
+
+
+def peak(bits):
+    cost = {4: lambda unit: 0, 8: lambda unit: COSTS[unit], 16: lambda unit: DEAR[unit]}
+    return 100 + sum(cost[width](unit) for unit, width in enumerate(bits))
+
+
+@pytest.mark.parametrize(
+    "fraction, budget, average", list(product((0.4, 1.0), (None, 115, 130), (None, 5.0, 9.0)))
+)
+def test_limits_over_three_widths_agree_with_brute_force(fraction, budget, average):
+    found = Space.of(peak, 5, fraction, budget, SIZES, average, THREE)
+    vectors = list(product(THREE, repeat=5))
+
+    def allowed(bits):
+        mean = sum(size * width for size, width in zip(SIZES, bits, strict=True)) / sum(SIZES)
+        few = sum(width > 4 for width in bits) <= int(5 * fraction)
+        return few and (budget is None or peak(bits) <= budget) and (average is None or mean <= average)
+
+    expected = [allowed(bits) for bits in vectors]
+    assert found.feasible(found.levels(vectors)).tolist() == expected
+    assert found.memories(found.levels(vectors)).tolist() == [peak(bits) for bits in vectors]
+    assert [found.bits(row) for row in found.levels(vectors)] == vectors
+    generator = random.Random(2)
+    drawn = {found.draw(generator) for _ in range(4000)}
+    assert drawn <= {bits for bits, fits in zip(vectors, expected, strict=True) if fits}
+    assert found.ceiling >= max(peak(bits) for bits in drawn)
+
+
+# --- several ratios ----------------------------------------------------------------------------------------------
+
+
+def several(budget=None):
+    spaces = {ratio: Space(base, (COSTS,), 5, None) for ratio, base in ((0.5, 60), (0.0, 140), (0.2, 100))}
+    return Spaces.within(spaces, budget)
+
+
+def test_ratios_that_exceed_the_budget_are_left_out_by_name():
+    assert several().ratios == [0.0, 0.2, 0.5] and several().too_large == {}
+    fitting = several(105)
+    assert fitting.ratios == [0.2, 0.5] and fitting.too_large == {0.0: 140}
+    assert Vector(0.2, (4, 8, 4, 8, 4)) in fitting  # 104
+    assert Vector(0.2, (8, 8, 4, 4, 4)) not in fitting and Vector(0.0, (4,) * 5) not in fitting
+    assert fitting.smallest() == Vector(0.5, (4,) * 5) and fitting.memory(Vector(0.5, (8, 4, 4, 4, 4))) == 65
+
+
+def test_budget_below_the_smallest_model_names_its_size():
+    spaces = {0.2: Space(3 * 2**30, (COSTS,), 5, None), 0.5: Space(2 * 2**30, (COSTS,), 5, None)}
+    with pytest.raises(SearchError, match="0.5 pruned .* 2.000 GiB, more than the budget of 1.000; .*prune.ratios"):
+        Spaces.within(spaces, 2**30)
+
+
+def test_unseen_vectors_of_all_ratios_are_found_then_none():
+    spaces, generator = several(105), random.Random(0)
+    seen = {spaces.smallest()}  # which no draw gives
+    while (vector := spaces.unseen(seen, generator)) is not None:
+        assert vector in spaces and vector not in seen
+        seen.add(vector)
+    assert {vector.ratio for vector in seen} == {0.2, 0.5}
+    assert len(seen) == 32 + sum(predict(bits) <= 105 for bits in every())

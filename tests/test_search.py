@@ -11,7 +11,10 @@ from pipeline.search.search import Ended, Problem, Settings
 from pipeline.search.study import Candidate, Study
 from pipeline.search.surrogate import Observation
 from pipeline.trial.result import Result
-from tests.fixtures.searches import PRIORS, PROBLEM, SPACE, STUDY, UNITS, result
+from pipeline import bits as bit_text
+from pipeline.bits import Vector
+from pipeline.search.allocate import Spaces
+from tests.fixtures.searches import PRIORS, PROBLEM, RATIO, SPACE, SPACES, STUDY, UNITS, at, result
 
 
 @pytest.fixture
@@ -22,11 +25,11 @@ def settings():
 def searcher(study, tried, failing=()):
     def attempt(trial, candidate, done):
         tried.append(candidate)
-        if candidate.bits in failing:
+        if candidate.vector.bits in failing:
             error = MemoryError("out of memory")
             study.fail(trial, error)
             return error
-        found = result(candidate.bits)
+        found = result(candidate.vector.bits)
         study.complete(trial, f"run{trial.number}", found)
         return found
 
@@ -36,7 +39,7 @@ def searcher(study, tried, failing=()):
 def run(folder, settings, failing=(), identity=STUDY, history=()):
     tried = []
     study = Study(folder, identity, settings.objective)
-    ended = search.run(study, settings, Problem(SPACE, PRIORS, history), searcher(study, tried, failing))
+    ended = search.run(study, settings, Problem(SPACES, {RATIO: PRIORS}, history), searcher(study, tried, failing))
     return study, tried, ended
 
 
@@ -45,12 +48,12 @@ def test_search_starts_from_the_papers_vectors_and_stays_feasible(tmp_path, sett
     assert [candidate.method for candidate in tried] == [
         "qpruner1", "qpruner2", "sensitivity", "random", "random", "sampler", "sampler"
     ]  # fmt: skip
-    assert tried[0].bits == (4,) * UNITS
-    assert tried[1].bits == (4, 8, 4, 8, 4, 4, 4, 4)
-    assert tried[2].bits == (8, 4, 4, 4, 4, 4, 8, 4)
+    assert tried[0].vector.bits == (4,) * UNITS
+    assert tried[1].vector.bits == (4, 8, 4, 8, 4, 4, 4, 4)
+    assert tried[2].vector.bits == (8, 4, 4, 4, 4, 4, 8, 4)
     assert ended == Ended("7 trials are finished (search.n_trials)", 0)
-    assert all(candidate.bits in SPACE for candidate in tried)
-    assert len({candidate.bits for candidate in tried}) == len(tried) == len(study.finished())
+    assert all(candidate.vector in SPACES for candidate in tried)
+    assert len({candidate.vector for candidate in tried}) == len(tried) == len(study.finished())
 
 
 def test_search_resumes_with_every_finished_trial_once(tmp_path, settings):
@@ -58,7 +61,7 @@ def test_search_resumes_with_every_finished_trial_once(tmp_path, settings):
     study, second, _ = run(tmp_path, settings)
     assert len(first) == 4 and len(second) == 3
     assert [one.result.bits for one in study.finished()] == [
-        "".join(map(str, candidate.bits)) for candidate in first + second
+        bit_text.write(candidate.vector.bits) for candidate in first + second
     ]
 
 
@@ -70,15 +73,15 @@ def test_search_with_enough_trials_runs_none(tmp_path, settings):
 def test_interrupted_trial_runs_again_first(tmp_path, settings):
     study, _, _ = run(tmp_path, dataclasses.replace(settings, n_trials=3))
     bits = (4, 4, 4, 4, 8, 8, 4, 4)
-    study.start(Candidate(bits, "sampler"))  # and the process dies here
+    study.start(Candidate(at(*bits), "sampler"), PROBLEM.options)  # and the process dies here
     _, tried, _ = run(tmp_path, dataclasses.replace(settings, n_trials=4))
-    assert tried == [Candidate(bits, "sampler")]
+    assert tried == [Candidate(at(*bits), "sampler")]
 
 
 def test_result_that_a_kill_left_untold_is_a_finished_trial(tmp_path, settings):
     study, _, _ = run(tmp_path, dataclasses.replace(settings, n_trials=3))
     bits = (4, 4, 4, 4, 8, 8, 4, 4)
-    trial = study.start(Candidate(bits, "sampler"))
+    trial = study.start(Candidate(at(*bits), "sampler"), PROBLEM.options)
     trial.set_user_attr("run_id", "run")
     trial.set_user_attr("result", result(bits).as_json())  # and the process dies here
     again, tried, _ = run(tmp_path, dataclasses.replace(settings, n_trials=4))
@@ -89,7 +92,7 @@ def test_result_that_a_kill_left_untold_is_a_finished_trial(tmp_path, settings):
 @pytest.mark.parametrize("figure", ["accuracy", "gold_logprob", "validation_loss"])
 def test_score_that_is_no_number_is_refused(tmp_path, figure):
     study = Study(tmp_path, STUDY)
-    trial = study.start(Candidate((4,) * UNITS, "qpruner1"))
+    trial = study.start(Candidate(at(*(4,) * UNITS), "qpruner1"), PROBLEM.options)
     with pytest.raises(SearchError, match="is nan; lower recover.learning_rate"):
         study.complete(trial, "run", result((4,) * UNITS, **{figure: float("nan")}))
     assert study.finished() == []
@@ -139,9 +142,9 @@ def read(text):
 def test_sampler_proposes_unseen_feasible_vectors():
     generator = random.Random(0)
     past = [result(SPACE.draw(generator)) for _ in range(6)]
-    candidate = search.propose(past, PROBLEM, "gold_logprob", {(8,) + (4,) * 7}, seed=1)
-    assert candidate.bits in SPACE
-    assert "".join(map(str, candidate.bits)) not in {"84444444"} | {one.bits for one in past}
+    candidate = search.propose(past, PROBLEM, "gold_logprob", {at(8, *(4,) * 7)}, seed=1)
+    assert candidate.vector in SPACES
+    assert bit_text.write(candidate.vector.bits) not in {"84444444"} | {one.bits for one in past}
 
 
 @pytest.mark.parametrize(
@@ -159,8 +162,8 @@ def test_sampler_maximizes_the_objective_of_the_search():
     opposed = [Result.from_json(one.as_json() | {"gold_logprob": -one.gold_logprob}) for one in tried]
     up = search.propose(opposed, PROBLEM, "accuracy", set(), 0)
     down = search.propose(opposed, PROBLEM, "gold_logprob", set(), 0)
-    assert result(up.bits).accuracy >= 0.07
-    assert down.bits == (4,) * UNITS or result(down.bits).accuracy <= 0.03
+    assert result(up.vector.bits).accuracy >= 0.07
+    assert down.vector.bits == (4,) * UNITS or result(down.vector.bits).accuracy <= 0.03
 
 
 def test_stale_counts_the_samplers_trials_since_the_front_grew():
@@ -218,18 +221,18 @@ def test_exported_history_is_imported_as_observations(tmp_path):
     vectors = [(4,) * UNITS, (8,) + (4,) * 7]
     path = exported(tmp_path, vectors)
     assert json.loads((tmp_path / "earlier.json").read_text())["results"][1] == {
-        "bits": "84444444", "accuracy": 0.01, "accuracy_stderr": 0.01, "gold_logprob": -0.99,
+        "ratio": RATIO, "bits": "84444444", "accuracy": 0.01, "accuracy_stderr": 0.01, "gold_logprob": -0.99,
         "gold_logprob_stderr": 0.005, "response_logprob": -2.0, "response_logprob_stderr": 0.1,
-        "peak_memory_bytes": 1010,
+        "peak_memory_bytes": 1010, "inference_memory_bytes": 500,
     }  # fmt: skip
-    assert import_history(path, UNITS, "gold_logprob") == [
-        Observation(vectors[0], -1.0, 0.005, True), Observation(vectors[1], -0.99, 0.005, True)
+    assert import_history(path, UNITS, [RATIO], "gold_logprob") == [
+        Observation(at(*vectors[0]), -1.0, 0.005, True), Observation(at(*vectors[1]), -0.99, 0.005, True)
     ]  # fmt: skip
-    assert import_history(path, UNITS, "accuracy")[1] == Observation(vectors[1], 0.01, 0.01, True)
+    assert import_history(path, UNITS, [RATIO], "accuracy")[1] == Observation(at(*vectors[1]), 0.01, 0.01, True)
 
 
 def test_no_history_teaches_nothing():
-    assert import_history(None, UNITS, "accuracy") == []
+    assert import_history(None, UNITS, [RATIO], "accuracy") == []
 
 
 def test_history_of_another_number_of_units_is_refused(tmp_path):
@@ -237,26 +240,84 @@ def test_history_of_another_number_of_units_is_refused(tmp_path):
     with pytest.raises(
         SearchError, match="search.history: .*earlier.json holds bits '4484'.* 4 units.*this model has 8"
     ):
-        import_history(path, UNITS, "accuracy")
+        import_history(path, UNITS, [RATIO], "accuracy")
 
 
 def test_history_teaches_the_sampler_but_is_no_trial(tmp_path, settings):
     generator = random.Random(5)
     vectors = {SPACE.draw(generator) for _ in range(25)}
-    history = import_history(exported(tmp_path, sorted(vectors)), UNITS, "gold_logprob")
+    history = import_history(exported(tmp_path, sorted(vectors)), UNITS, [RATIO], "gold_logprob")
     misled = dataclasses.replace(PRIORS, sensitivity=tuple(reversed(range(UNITS))))
     start = [result((4,) * UNITS)]
-    taught = search.propose(start, Problem(SPACE, misled, history), "gold_logprob", set(), 0)
-    untaught = search.propose(start, Problem(SPACE, misled), "gold_logprob", set(), 0)
-    assert taught.bits == (4,) * 7 + (8,)  # the best unit
-    assert untaught.bits == (8,) + (4,) * 7  # the best by the misleading prior
+    taught = search.propose(start, Problem(SPACES, {RATIO: misled}, history), "gold_logprob", set(), 0)
+    untaught = search.propose(start, Problem(SPACES, {RATIO: misled}), "gold_logprob", set(), 0)
+    assert taught.vector.bits == (4,) * 7 + (8,)  # the best unit
+    assert untaught.vector.bits == (8,) + (4,) * 7  # the best by the misleading prior
     study, tried, _ = run(tmp_path, dataclasses.replace(settings, n_trials=5), history=history)
     assert len(tried) == len(study.finished()) == 5
-    assert not {one.bits for one in tried if one.method == "random"} & vectors
+    assert not {one.vector.bits for one in tried if one.method == "random"} & vectors
 
 
 def test_imported_result_of_a_vector_tried_here_no_longer_teaches():
-    wrong = Observation((4,) * 7 + (8,), -50.0, 0.005, True)
-    tried = [result((4,) * UNITS), result(wrong.bits), result((8,) + (4,) * 7)]
-    taught = search.propose(tried, Problem(SPACE, PRIORS, [wrong]), "gold_logprob", set(), 0)
+    wrong = Observation(at(*(4,) * 7, 8), -50.0, 0.005, True)
+    tried = [result((4,) * UNITS), result(wrong.vector.bits), result((8,) + (4,) * 7)]
+    taught = search.propose(tried, Problem(SPACES, {RATIO: PRIORS}, [wrong]), "gold_logprob", set(), 0)
     assert taught == search.propose(tried, PROBLEM, "gold_logprob", set(), 0)
+
+
+# --- several ratios ----------------------------------------------------------------------------------------------
+
+JOINT = Spaces({ratio: dataclasses.replace(SPACE, base=1100 - int(500 * ratio), max_raised=8) for ratio in (0.0, 0.2, 0.5)}, {})
+
+
+def joint_result(vector):
+    found = result(vector.bits)
+    changes = {"ratio": vector.ratio, "gold_logprob": found.gold_logprob - 2 * vector.ratio}
+    return Result.from_json(found.as_json() | changes | {"peak_memory_bytes": JOINT.memory(vector)})
+
+
+def run_joint(folder, settings):
+    tried, study = [], Study(folder, STUDY, settings.objective)
+
+    def attempt(trial, candidate, done):
+        tried.append(candidate)
+        found = joint_result(candidate.vector)
+        study.complete(trial, f"run{trial.number}", found)
+        return found
+
+    problem = Problem(JOINT, dict.fromkeys(JOINT.at, PRIORS))
+    search.run(study, settings, problem, attempt)
+    return study, tried
+
+
+def test_joint_search_begins_with_the_ends_and_the_papers_methods(tmp_path, settings):
+    study, tried = run_joint(tmp_path, dataclasses.replace(settings, n_random=0, n_trials=12))
+    named = [(candidate.method, candidate.vector.ratio, bit_text.summary(bit_text.write(candidate.vector.bits)))
+             for candidate in tried[:5]]  # fmt: skip
+    assert named == [
+        ("smallest", 0.5, "all 4"),
+        ("uniform", 0.0, "all 4"),
+        ("uniform", 0.0, "all 8"),
+        ("qpruner1", 0.2, "all 4"),
+        ("qpruner2", 0.2, "all 8"),
+    ]
+    assert {candidate.method for candidate in tried[5:]} == {"sampler"}
+    assert all(candidate.vector in JOINT for candidate in tried)
+    assert [one.result.vector for one in study.finished()] == [candidate.vector for candidate in tried]
+
+
+def test_joint_search_resumes_with_ratio_and_bits(tmp_path, settings):
+    few = dataclasses.replace(settings, n_random=0, n_trials=6)
+    study, first = run_joint(tmp_path, few)
+    study.start(Candidate(Vector(0.0, (8, 4) * 4), "sampler"), Problem(JOINT, dict.fromkeys(JOINT.at, PRIORS)).options)
+    _, second = run_joint(tmp_path, dataclasses.replace(few, n_trials=8))
+    assert len(first) == 6 and second[0] == Candidate(Vector(0.0, (8, 4) * 4), "sampler") and len(second) == 2
+
+
+def test_trials_in_the_study_have_ratio_and_bits_as_parameters(tmp_path, settings):
+    study, tried = run_joint(tmp_path, dataclasses.replace(settings, n_random=0, n_trials=4))
+    (trial, *_), first = study._study.trials, tried[0].vector
+    assert trial.params == {"ratio": 0.5, **{f"bits_{unit}": 4 for unit in range(UNITS)}}
+    assert trial.distributions["ratio"].choices == (0.0, 0.2, 0.5)
+    assert trial.distributions["bits_3"].choices == (4, 8)
+    assert trial.values[1] == JOINT.memory(first)

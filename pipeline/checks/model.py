@@ -39,7 +39,7 @@ def checks(config: SimpleNamespace) -> Iterator[Check]:
     for key in ("attention_blocks", "mlp_blocks"):
         yield _block_range(config, key)
     yield _one_shape(config)
-    yield _ratio(config, "prune.ratio", lambda given: [given.prune.ratio])
+    yield _ratio(config, "prune.ratios", lambda given: given.prune.ratios)
     yield _ratio(config, "table.ratios", lambda given: given.table.ratios)
     yield _ratio(config, "ablation.ratio", lambda given: [given.ablation.ratio])
     yield Check(("quantize.r",), lambda given: _some(fits.rank(config, given.quantize.r)))
@@ -97,22 +97,24 @@ def _budget(config: SimpleNamespace) -> Check:
     for blocks that all lose the same share, which traces a model, less a margin.
     """
 
-    @reads("search.memory_budget_gib", "prune.ratio", "prune.multiple_of", "quantize", "recover", "evaluate")
+    @reads(
+        "search.memory_budget_gib", "search.memory", "prune.ratios", "prune.multiple_of", "quantize", "recover", "evaluate"
+    )
     def check(given: SimpleNamespace) -> Iterator[str]:
-        budget = given.search.memory_budget_gib
-        if budget is None:
+        budget, ratio = given.search.memory_budget_gib, given.prune.ratios[-1]
+        if budget is None or given.search.memory != "training":
             return
         from pipeline.checks.memory import memory_setting  # which import torch
         from pipeline.trial import even
 
         setting = memory_setting(given.recover, given.evaluate, given.quantize)
         try:
-            least = even.least_training_gib(config, given.prune.ratio, given.prune.multiple_of, setting)
+            least = even.least_training_gib(config, ratio, given.prune.multiple_of, setting)
         except UserError:  # the config's or the ratio's own fault
             return
         if budget < least:
             yield (
-                f"search.memory_budget_gib: {budget} GiB, but recovery with {given.prune.ratio} pruned and 4 bits "
+                f"search.memory_budget_gib: {budget} GiB, but recovery with {ratio:g} pruned and 4 bits "
                 f"everywhere takes about {least:.3g}; raise it, prune more, or lower recover.micro_batch_size "
                 "(`mlflow run . -e plan` tells what fits)"
             )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
-from pipeline import fits
+from pipeline import bits, fits
 from pipeline.architecture import FAMILIES
 from pipeline.checks.check import Check, reads
 from pipeline.compress import structures
 from pipeline.data import definitions
 from pipeline.errors import UserError, shown
 from pipeline.params import Objective
+
+_RUN_ID = 32  # digits of a run's id
 
 
 @reads("prune.samples", "prune.importance", "prune.compensate")
@@ -140,13 +142,40 @@ def _enough_tokens(given: SimpleNamespace) -> Iterator[str]:
 def _seeds_within_limit(given: SimpleNamespace) -> Iterator[str]:
     limit = given.search.max_8bit_fraction
     for seed in given.search.seed_bits:
-        share = seed.count("8") / len(seed)
+        _, letters = bits.split(seed) or (None, seed)
+        share = bits.share_raised(letters)
         if share > limit:
             yield (
-                f"search.seed_bits: seed_bits {shown(seed)} has {seed.count('8')} of {len(seed)} units at 8 bits "
-                f"({share:.0%}), but max_8bit_fraction allows {limit:.0%}; lower the one or raise the other"
+                f"search.seed_bits: seed_bits {shown(seed)} has {len(letters) - letters.count('4')} of {len(letters)} "
+                f"units above 4 bits ({share:.0%}), but max_8bit_fraction allows {limit:.0%}; lower the one or raise "
+                "the other"
             )
             return
+
+
+@reads("search.seed_bits", "search.bits", "prune.ratios")
+def _seeds_are_searched(given: SimpleNamespace) -> Iterator[str]:
+    ratios, widths = given.prune.ratios, given.search.bits
+    for seed in given.search.seed_bits:
+        yield from _searched(f"search.seed_bits: seed_bits {shown(seed)}", seed, ratios, widths)
+
+
+@reads("build.choose", "search.bits", "prune.ratios")
+def _choice_is_searched(given: SimpleNamespace) -> Iterator[str]:
+    choose = given.build.choose
+    if bits.split(choose) and len(choose) != _RUN_ID:
+        yield from _searched(f"build.choose: {shown(choose)}", choose, given.prune.ratios, bits.WIDTHS)
+
+
+def _searched(what: str, text: str, ratios: Sequence[float], widths: Sequence[int]) -> Iterator[str]:
+    """Yield why a vector's text is none of those that are searched."""
+    ratio, letters = bits.split(text) or (None, "")
+    if ratio is None and len(ratios) > 1:
+        yield f"{what} names no ratio, and prune.ratios has several; write it before a colon, such as 0.2:4484"
+    elif ratio is not None and ratio not in ratios:
+        yield f"{what} has ratio {ratio:g}, which is none of prune.ratios; add it there, or take one of them"
+    if beyond := set(bits.read(letters)) - set(widths):
+        yield f"{what} has {min(beyond)} bits, which are none of search.bits; add them there"
 
 
 @reads("search.average_bits", "search.max_8bit_fraction")
@@ -236,6 +265,8 @@ CHECKS: tuple[Check, ...] = (
     _warmup_ends("build.steps"),
     _enough_tokens,
     _seeds_within_limit,
+    _seeds_are_searched,
+    _choice_is_searched,
     _average_leaves_room,
     _supported_family,
     _tasks_can_be_run,

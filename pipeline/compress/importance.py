@@ -5,10 +5,9 @@ Reads ``artifacts/pruned`` and Alpaca rows. Writes ``reports/importance.json`` a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,11 @@ from transformers import PreTrainedModel
 
 from pipeline import architecture
 from pipeline.architecture import Unit
+from pipeline.bits import DENSE, WIDTHS
 from pipeline.compress import quantize
 from pipeline.compress.layer_bank import BITS, Bank
 from pipeline.compress.modules import head_of, last_states, mean_embedding, weight_of
+from pipeline.compress.priors import Priors
 from pipeline.console import progress
 from pipeline.data.alpaca import IGNORED, Batch
 
@@ -38,40 +39,6 @@ class Settings:
     outcomes: int
 
 
-@dataclass(frozen=True)
-class Priors:
-    """What is known of the units before any trial.
-
-    Attributes:
-        units: Names of the units.
-        mutual_information: Of each unit's block with the prediction, in nats.
-        sensitivity: Fall of the divergence, in nats a token and to first order, when the unit goes from 4 to 8 bits.
-        divergence: Of the predictions with every unit at 4 bits from those of the unquantized model.
-        tokens: Positions that the figures come from.
-    """
-
-    units: tuple[str, ...]
-    mutual_information: tuple[float, ...]
-    sensitivity: tuple[float, ...]
-    divergence: float
-    tokens: int
-
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> Priors:
-        """Return the priors from what JSON made of them."""
-        return Priors(
-            units=tuple(values["units"]),
-            mutual_information=tuple(values["mutual_information"]),
-            sensitivity=tuple(values["sensitivity"]),
-            divergence=values["divergence"],
-            tokens=values["tokens"],
-        )
-
-
-# Part of what names kept priors: a version that measures something else, or otherwise, measures anew.
-MEASURED = [*(figure.name for figure in fields(Priors)), "by gradient", "of the bank"]
-
-
 def run(
     model: PreTrainedModel,
     calibration: Sequence[Batch],
@@ -79,6 +46,7 @@ def run(
     settings: Settings,
     bank: Bank,
     seed: int,
+    dense: Predictions | None = None,
 ) -> Priors:
     """Measure both importances.
 
@@ -89,16 +57,21 @@ def run(
         settings: How mutual information is estimated.
         bank: Its layer bank; the codes are read.
         seed: Of k-means.
+        dense: What the model before pruning predicts; None: it is this one.
     """
     model.eval()
     calibration = [part.to(model.device) for part in calibration]
     by_block = mutual_information(model, calibration, settings, seed)
-    gains, divergence = sensitivity(model, calibration, units, bank)
+    pruned = predictions(model, calibration)
+    wanted = pruned if dense is None else dense.to(model.device)
+    gains, losses = sensitivity(model, calibration, units, bank, pruned, wanted)
     return Priors(
         units=tuple(unit.name for unit in units),
         mutual_information=tuple(by_block[unit.block] for unit in units),
-        sensitivity=tuple(gains),
-        divergence=divergence,
+        sensitivity=tuple(gains[8]),
+        dense_gains=tuple(gains[16]),
+        divergence=losses[0],
+        distance=losses[1],
         tokens=sum(int((part.labels != IGNORED).sum()) for part in calibration),
     )
 
@@ -164,54 +137,95 @@ def discrete_mutual_information(x: np.ndarray, y: np.ndarray) -> float:
     return max(plug_in - float(bias), 0.0)
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts at the labelled tokens of a calibration set.
+
+    Attributes:
+        wanted: Of each batch W'p of each prediction p, with W the head, [positions, hidden] in fp32.
+        entropy: Sum of the predictions' entropies, in nats.
+    """
+
+    wanted: list[torch.Tensor]
+    entropy: float
+
+    def to(self, device: torch.device) -> Predictions:
+        """Return the same on a device."""
+        return Predictions([part.to(device) for part in self.wanted], self.entropy)
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, calibration: Sequence[Batch]) -> Predictions:
+    """Return what a model predicts at the labelled tokens."""
+    wanted, entropy = [], 0.0
+    for part in calibration:
+        last = _states(model, part)
+        wanted.append(mean_embedding(model, last))
+        entropy += _cross_entropy(model, last, wanted[-1]).item()
+    return Predictions(wanted, entropy)
+
+
 def sensitivity(
-    model: PreTrainedModel, calibration: Sequence[Batch], units: Sequence[Unit], bank: Bank
-) -> tuple[list[float], float]:
-    """Return (what each unit alone gains by going from 4 to 8 bits, the divergence with all at 4 bits), nats a token.
+    model: PreTrainedModel,
+    calibration: Sequence[Batch],
+    units: Sequence[Unit],
+    bank: Bank,
+    pruned: Predictions,
+    dense: Predictions,
+) -> tuple[dict[int, list[float]], tuple[float, float]]:
+    """Return (what each unit alone gains by going from 4 bits to 8 and to 16, the divergences with all at 4 bits).
 
     The divergence is Kullback and Leibler's, of the predictions from those of the unquantized model: the rise of the
     loss that is to be expected, without the chance of which token came next. A gain is its fall to first order, the
     gradient with all units at 4 bits, where a search starts, along the change of the unit's weights: one pass back for
-    all units. Raising each in turn costs a pass a unit and chooses no better (docs/log.md).
+    all units. Raising each in turn costs a pass a unit and chooses no better (docs/log.md). All are in nats a token.
 
     The model's linears are left at 4 bits. What waits for its turn, changes of weights, waits in the CPU's memory.
+
+    Args:
+        model: The pruned model.
+        calibration: Token batches.
+        units: What one bit choice covers.
+        bank: Its layer bank.
+        pruned: What the model predicts itself; gains and the first divergence are of these.
+        dense: What the model before pruning predicts; the second divergence is from these.
     """
     model.requires_grad_(False)
-    wanted, entropy = [], 0.0
-    with torch.no_grad():
-        for part in calibration:
-            last = _states(model, part)
-            wanted.append(mean_embedding(model, last))
-            entropy += _cross_entropy(model, last, wanted[-1]).item()
     names = [name for unit in units for name in unit.linears]
     weights = {name: weight_of(model, name) for name in names}
-    changes: dict[str, torch.Tensor] = {}
-    gains = dict.fromkeys(names, 0.0)
+    changes: dict[str, dict[int, torch.Tensor]] = {}
+    gains = {width: dict.fromkeys(names, 0.0) for width in WIDTHS[1:]}
     for name, weight in weights.items():
         four, eight = (quantize.dequantize(bank.codes(name, bits), weight.dtype) for bits in BITS)
-        changes[name] = eight - four
+        changes[name] = {8: eight - four, DENSE: weight.detach().to("cpu", copy=True) - four}
         weight.copy_(four)
 
     def take(name: str, weight: torch.Tensor) -> None:  # one weight's gradient exists at a time
         assert weight.grad is not None  # the hook runs after it was accumulated
-        change = changes[name].to(weight.device)
-        gains[name] -= (weight.grad.float() * change.float()).sum().item()
+        for width, change in changes[name].items():
+            gains[width][name] -= (weight.grad.float() * change.to(weight.device).float()).sum().item()
         weight.grad = None
 
     handles = [
         weight.requires_grad_(True).register_post_accumulate_grad_hook(partial(take, name))
         for name, weight in weights.items()
     ]
-    base = 0.0
-    for part, target in zip(progress(calibration, "sensitivity"), wanted, strict=True):
-        value = _cross_entropy(model, _states(model, part), target)
+    from_pruned, from_dense = -pruned.entropy, -dense.entropy
+    steps = zip(progress(calibration, "sensitivity"), pruned.wanted, dense.wanted, strict=True)
+    for part, wanted, dense_wanted in steps:
+        last = _states(model, part)
+        from_dense += _cross_entropy(model, last.detach(), dense_wanted).item()
+        value = _cross_entropy(model, last, wanted)
         value.backward()
-        base += value.item()
+        from_pruned += value.item()
     for handle in handles:
         handle.remove()
     model.requires_grad_(False)
-    count = sum(map(len, wanted))
-    return [sum(gains[name] for name in unit.linears) / count for unit in units], (base - entropy) / count
+    count = sum(map(len, pruned.wanted))
+    by_unit = {
+        width: [sum(by_name[name] for name in unit.linears) / count for unit in units] for width, by_name in gains.items()
+    }
+    return by_unit, (from_pruned / count, from_dense / count)
 
 
 def _states(model: nn.Module, part: Batch) -> torch.Tensor:

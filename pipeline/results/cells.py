@@ -57,7 +57,7 @@ class Outcome:
 
 def at_ratio(params: Params, ratio: float) -> Params:
     """Return the params with another pruning ratio."""
-    return changed(params, "prune", ratio=ratio)
+    return changed(params, "prune", ratios=(ratio,))
 
 
 def changed(params: Params, section: str, **values: object) -> Params:
@@ -112,7 +112,9 @@ def definition(cell: Cell, origin: Mapping[str, object]) -> dict[str, object]:
         defining["bits"] = cell.bits
     if cell.row in ("qpruner2", "qpruner3"):
         defining["importance"] = params.importance.model_dump(mode="json")
-        defining["space"] = [search[name] for name in ("max_8bit_fraction", "memory_budget_gib", "average_bits")]
+        defining["space"] = [
+            search[name] for name in ("bits", "max_8bit_fraction", "memory", "memory_budget_gib", "average_bits")
+        ]
     if cell.row == "qpruner3":
         defining["search"] = search | {"n_trials": params.table.n_trials, "trial_steps": params.recover.steps}
     return defining

@@ -51,7 +51,7 @@ def _reason(built: Built, points: Sequence[Point], members: Sequence[Point], obj
     if not chosen:
         return "build.choose gave its bits"
     (point,) = chosen
-    name = f"{labels.trial(point)} was built ({labels.method(point.method)}; {bits.summary(point.bits)})"
+    name = f"{labels.trial(point)} was built ({labels.ratio(point.ratio)}, {bits.summary(point.bits)}; {labels.method(point.method)})"
     if not members or pareto.best(members).run_id != point.run_id:
         return f"{name}: build.choose names it"
     judged = pareto.best(members)
@@ -91,7 +91,7 @@ def _table(built: Built, points: Sequence[Point]) -> Table:
         for point in points:
             if point.method == name:
                 trained = name != labels.UNTOUCHED
-                training = point.memory if trained else None
+                training = point.metrics.get("peak_memory_bytes") if trained else None
                 inference = point.metrics.get("inference_memory_bytes")
                 size = None if trained else built.sizes.get("untouched")
                 rows.append([labels.method(name), *_amounts(training, inference, size)])

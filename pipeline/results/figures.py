@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from pipeline import GIB
+from pipeline import GIB, bits
 from pipeline.results import labels, style
 from pipeline.results.style import BLUE, ERROR_BARS, GREY, INK, PALE, RED, SERIES, SMALL, picture
 from pipeline.search.pareto import Point, best
@@ -21,20 +21,24 @@ if TYPE_CHECKING:
 
 COMPARED = ("llm_pruner", "qpruner1", "qpruner2", "qpruner3")  # 16-bit LoRA, uniform 4-bit, mixed by two rules
 _BAR_COLORS = (GREY, BLUE, "#7fa8d6", RED)
-MEMORY_AXIS = "peak memory of training, GiB"
 
 
 # --- the front ---------------------------------------------------------------------------------------------------
 
 
-def front(points: Sequence[Point], members: Sequence[Point], objective: str, path: Path) -> None:
+def front(
+    points: Sequence[Point], members: Sequence[Point], objective: str, path: Path, memory: str = "training"
+) -> None:
     """Draw quality against peak memory: the trials alone, and beside them all points where there are references.
+
+    Where trials differ in their ratio, that is their colour.
 
     Args:
         points: All points of a study.
         members: Its front, lowest memory first.
         objective: What they were judged by.
         path: The PNG.
+        memory: The peak that counts.
     """
     trials = [point for point in points if not point.reference]
     panels = {"trials": trials} if len(trials) == len(points) else {"trials": trials, "with references": points}
@@ -43,7 +47,7 @@ def front(points: Sequence[Point], members: Sequence[Point], objective: str, pat
         for (title, shown), axes in zip(panels.items(), grid[0], strict=True):
             _panel(axes, shown, members, labels.scale(objective)[0])
             axes.set_title(title)
-            axes.set_xlabel(f"{MEMORY_AXIS} ({source})")
+            axes.set_xlabel(f"{labels.memory(memory)} ({source})")
         grid[0, 0].set_ylabel(labels.scale(objective)[1])
         figure.suptitle("error bars: ± 1 standard error of the differences between trials", fontsize=style.FONT)
         figure.tight_layout()
@@ -55,18 +59,32 @@ def _panel(axes: Axes, points: Sequence[Point], members: Sequence[Point], factor
     """Draw points and the front as a step line, without names."""
     inside = {member.run_id for member in members}
     others = [point for point in points if point.run_id not in inside and not point.reference]
-    references = [point for point in points if point.reference and point.method != labels.UNTOUCHED]
-    _scatter(axes, others, factor, "o", GREY, 4, "trial")
-    _scatter(axes, references, factor, "D", BLUE, 5, "reference")
+    references = [point for point in labels.placed(points) if point.reference]
+    ratios = sorted({point.ratio for point in points if not point.reference})
     steps = [point.memory / GIB for point in members], [factor * point.score for point in members]
-    axes.step(*steps, where="post", color=RED, lw=1, alpha=0.6)
-    _scatter(axes, members, factor, "o", RED, 6, "Pareto front")
+    axes.step(*steps, where="post", color=RED, lw=1, alpha=0.6, label="Pareto front" if len(ratios) > 1 else None)
+    _scatter(axes, references, factor, "D", GREY if len(ratios) > 1 else BLUE, 5, "reference")
+    if len(ratios) > 1:  # on the front marks are large
+        for ratio, color in zip(ratios, ratio_colors(len(ratios)), strict=True):
+            _scatter(axes, [point for point in others if point.ratio == ratio], factor, "o", color, 3)
+            of_front = [point for point in members if point.ratio == ratio]
+            _scatter(axes, of_front, factor, "o", color, 6)
+            axes.plot([], [], "o", color=color, ms=5, label=labels.ratio(ratio))
+    else:
+        _scatter(axes, others, factor, "o", GREY, 4, "trial")
+        _scatter(axes, members, factor, "o", RED, 6, "Pareto front")
     for point in points:
-        if point.method == labels.UNTOUCHED:  # it is not trained, so it has no place on the axis of memory
+        if not labels.placed([point]):
             axes.axhline(factor * point.score, color=BLUE, lw=1, ls="--", label=labels.method(labels.UNTOUCHED))
     axes.margins(x=0.12, y=0.18)  # room for names
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower right")
+
+
+def ratio_colors(count: int) -> list[str]:
+    """Return a colour for each of several ratios, ascending."""
+    known = style.RATIOS
+    return [known[round(index * (len(known) - 1) / max(count - 1, 1))] for index in range(count)]
 
 
 def _scatter(
@@ -88,7 +106,7 @@ def _scatter(
 
 def _name(axes: Axes, points: Sequence[Point], members: Sequence[Point], factor: float) -> None:
     """Write names beside points: in a panel of trials all that there are, beside references those of methods alone."""
-    placed = [point for point in points if point.method != labels.UNTOUCHED]
+    placed = labels.placed(points)
     crowded = any(point.reference for point in points)
     xs = [point.memory / GIB for point in placed]
     ys = [factor * point.score for point in placed]
@@ -112,19 +130,22 @@ def names_in_picture(point: Point, members: Sequence[Point]) -> tuple[str, str]:
     """
     inside = any(member.run_id == point.run_id for member in members)
     names = []
-    if inside and best(members).run_id == point.run_id:
+    if inside and best(members).run_id == point.run_id and len({member.ratio for member in members}) == 1:
         names.append(labels.method(labels.QPRUNER3))
     if point.reference or point.method in ("qpruner1", "qpruner2", "sensitivity"):
         names.append(labels.method(point.method))
+    elif point.method == "uniform" and not point.ratio:
+        names.append(f"not pruned, {bits.summary(point.bits)}")
     return ", ".join(names), labels.trial(point) if not point.reference and (inside or names) else ""
 
 
-def benchmark_fronts(points_by_task: Mapping[str, Sequence[Point]], path: Path) -> None:
+def benchmark_fronts(points_by_task: Mapping[str, Sequence[Point]], path: Path, memory: str = "training") -> None:
     """Draw the paper's figures 3 and 4: accuracy against memory for each benchmark, its own front red and numbered.
 
     Args:
         points_by_task: Benchmark -> the points, scored by it; references are left out.
         path: The PNG.
+        memory: The peak that counts.
     """
     across = min(4, len(points_by_task))
     down = -(-len(points_by_task) // across)
@@ -148,7 +169,7 @@ def benchmark_fronts(points_by_task: Mapping[str, Sequence[Point]], path: Path) 
             axes.set_title(labels.task(task))
         for axes in grid[:, 0]:
             axes.set_ylabel("accuracy, %")
-        figure.supxlabel(f"{MEMORY_AXIS}; numbers: trials of each benchmark's own front", fontsize=style.FONT)
+        figure.supxlabel(f"{labels.memory(memory)}; numbers: trials of each benchmark's own front", fontsize=style.FONT)
 
 
 # --- methods -----------------------------------------------------------------------------------------------------
@@ -216,25 +237,24 @@ def heat_map(members: Sequence[Point], units: Sequence[str], path: Path) -> None
     """
     from matplotlib.colors import ListedColormap
 
-    shown = [member for member in members if member.bits != "16"]
     parts = _parts(units)
-    pixels = bands([member.bits for member in shown], len(units), len(parts))
+    pixels = bands([member.bits for member in members], len(units), len(parts))
     tall, blocks = pixels.shape[1:]
     pixels = pixels.reshape(-1, blocks)
     size = max(6, blocks * 0.28), 1.2 + (0.32 if tall == 1 else 0.17) * len(pixels)
     with picture(path, size) as (_, grid):
         axes = grid[0, 0]
-        axes.imshow(pixels, cmap=ListedColormap([PALE, RED]), vmin=4, vmax=8, aspect="auto")
+        axes.imshow(pixels, cmap=ListedColormap([PALE, RED, INK]), vmin=0, vmax=2, aspect="auto")
         axes.set_yticks(
-            [tall * index + (len(parts) - 1) / 2 for index in range(len(shown))],
-            [f"{labels.trial(member)}\n{member.memory / GIB:.3f} GiB" for member in shown],
+            [tall * index + (len(parts) - 1) / 2 for index in range(len(members))],
+            [f"{labels.trial(member)}\n{100 * member.ratio:g} %, {member.memory / GIB:.3f} GiB" for member in members],
             fontsize=SMALL,
         )
-        for index in range(len(shown)):
+        for index in range(len(members)):
             for row, part in enumerate(parts):
                 axes.text(blocks - 0.3, tall * index + row, part, fontsize=SMALL - 1, va="center")
         _name_blocks(axes, blocks)
-        axes.set_xlabel("block (red: 8 bits, grey: 4 bits)")
+        axes.set_xlabel("block (grey: 4 bits, red: 8, black: 16)")
         axes.set_xticks([x - 0.5 for x in range(blocks + 1)], minor=True)
         axes.set_yticks([y - 0.5 for y in range(len(pixels) + 1)], minor=True)
         axes.grid(visible=False)
@@ -245,13 +265,13 @@ def heat_map(members: Sequence[Point], units: Sequence[str], path: Path) -> None
 
 
 def bands(texts: Sequence[str], units: int, parts: int) -> np.ndarray:
-    """Return bit texts as bands of pixels, [texts, parts of a block, blocks].
+    """Return bit texts as bands of pixels, [texts, parts of a block, blocks]: 0 for 4 bits, 1 for 8, 2 for 16.
 
     Where a block has several parts a band ends with a row of nan, the gap to the next one.
     """
     pixels = np.full((len(texts), parts + (parts > 1), units // parts), np.nan)
     for band, text in zip(pixels, texts, strict=True):
-        band[:parts] = np.array([int(digit) for digit in text]).reshape(-1, parts).T
+        band[:parts] = np.array([bits.WIDTHS.index(width) for width in bits.read(text)]).reshape(-1, parts).T
     return pixels
 
 

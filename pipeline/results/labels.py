@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 from pipeline.search.pareto import Point
 
@@ -16,6 +17,9 @@ METHODS: Mapping[str, str] = {
     "qpruner2": "QPruner2",
     QPRUNER3: "QPruner3",
     "sensitivity": "sensitivity",
+    "smallest": "smallest",
+    "uniform": "same bits everywhere",
+    "best": "best of all",
     "sampler": "sampler",
     "random": "random",
     "seed": "seed_bits",
@@ -53,6 +57,21 @@ def scale(objective: str) -> tuple[float, str]:
 def short(objective: str) -> str:
     """Return an objective's name with the unit where room is short."""
     return _SHORT_LOGPROBS.get(objective) or scale(objective)[1]
+
+
+def ratio(value: float) -> str:
+    """Return a pruning ratio as users read it."""
+    return f"{100 * value:g} % pruned" if value else "not pruned"
+
+
+def memory(step: str) -> str:
+    """Return what the axis of memory is called: of ``training`` or ``inference``."""
+    return f"peak memory of {step}, GiB"
+
+
+def placed(points: Sequence[Point]) -> list[Point]:
+    """Return the points that have a place on the axis of memory: an untrained model has none in training's."""
+    return [point for point in points if math.isfinite(point.memory)]
 
 
 def error(point: Point) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline import GIB
-from pipeline.results import labels, style
+from pipeline.results import figures, labels, style
 from pipeline.results.tables import Table
 from pipeline.search.pareto import Point
 
@@ -77,7 +77,9 @@ def report(
 # --- the front ---------------------------------------------------------------------------------------------------
 
 
-def front(points: Sequence[Point], members: Sequence[Point], objective: str, table: Table) -> str:
+def front(
+    points: Sequence[Point], members: Sequence[Point], objective: str, table: Table, memory: str = "training"
+) -> str:
     """Return the picture of the front as a page with each point's figures under the pointer.
 
     Args:
@@ -85,29 +87,51 @@ def front(points: Sequence[Point], members: Sequence[Point], objective: str, tab
         members: Its front, lowest memory first.
         objective: What they were judged by.
         table: The figures of ``points``, a row each; it stands below the picture, too.
+        memory: The peak that counts.
     """
     tips = {
         point.run_id: "\n".join(f"{column}: {text}" for column, text in zip(table.columns, row, strict=True))
         for point, row in zip(points, table.texts, strict=True)
     }
     panels = {"Trials": [point for point in points if not point.reference], "Trials and references": points}
-    names = {"Pareto front": style.RED, "trial": style.GREY, "reference": style.BLUE}
+    colors = _colors(points)
     return render(
         "front.html",
         title="Pareto front",
-        legend=list(names.items()),
-        plots=[_plot(title, shown, members, objective, tips) for title, shown in panels.items()],
+        legend=list(colors.items()),
+        plots=[_plot(title, shown, members, objective, tips, colors, memory) for title, shown in panels.items()],
         table=table,
     )
 
 
+def _colors(points: Sequence[Point]) -> dict[str, str]:
+    """Return what the colours of marks mean: the ratio where there are several, else whether a trial is on the front."""
+    ratios = sorted({point.ratio for point in points if not point.reference})
+    if len(ratios) > 1:
+        shades = zip(map(labels.ratio, ratios), figures.ratio_colors(len(ratios)), strict=True)
+        return {**dict(shades), "reference": style.GREY}
+    return {"Pareto front": style.RED, "trial": style.GREY, "reference": style.BLUE}
+
+
+def _color(point: Point, colors: Mapping[str, str], *, on_front: bool) -> str:
+    if point.reference:
+        return colors["reference"]
+    return colors.get(labels.ratio(point.ratio)) or colors["Pareto front" if on_front else "trial"]
+
+
 def _plot(
-    title: str, points: Sequence[Point], members: Sequence[Point], objective: str, tips: Mapping[str, str]
+    title: str,
+    points: Sequence[Point],
+    members: Sequence[Point],
+    objective: str,
+    tips: Mapping[str, str],
+    colors: Mapping[str, str],
+    memory: str,
 ) -> dict[str, object]:
     """Return what the template draws: places of marks, ticks and lines, and each mark's figures."""
     factor, y_name = labels.scale(objective)
-    trained = [point for point in points if point.method != labels.UNTOUCHED]  # the others have no memory of training
-    untouched = [point for point in points if point.method == labels.UNTOUCHED]
+    trained = labels.placed(points)
+    untouched = [point for point in points if not labels.placed([point])]
     ends = [factor * (point.score + sign * labels.error(point)) for point in trained for sign in (-1, 1)]
     across = _Axis([point.memory / GIB for point in trained], _LEFT, _RIGHT)
     up = _Axis([*ends, *(factor * point.score for point in untouched)], _BOTTOM, _TOP)
@@ -123,7 +147,7 @@ def _plot(
                 "low": up.at(value - error),
                 "high": up.at(value + error),
                 "radius": 7 if on_front else 5,
-                "color": style.RED if on_front else style.BLUE if point.reference else style.GREY,
+                "color": _color(point, colors, on_front=on_front),
                 "tip": tips[point.run_id],
                 "on_front": on_front,
             }
@@ -136,7 +160,7 @@ def _plot(
         "right": _RIGHT,
         "top": _TOP,
         "bottom": _BOTTOM,
-        "x_name": "peak memory of training, GiB",
+        "x_name": labels.memory(memory),
         "y_name": y_name,
         "x_ticks": across.ticks(),
         "y_ticks": up.ticks(),

@@ -17,10 +17,13 @@ from pipeline.search.pareto import Point
 
 MIB = 2**20
 TITLE = "QPruner report"
-_ORDER = (UNTOUCHED, "llm_pruner", "uniform8", "qpruner1", "qpruner2", "sensitivity")
+_ORDER = (UNTOUCHED, "llm_pruner", "uniform8", "smallest", "uniform", "qpruner1", "qpruner2", "sensitivity")
+_BUDGETS = 5
 
 GLOSSARY = (
-    ("trial", "One bit vector: the pruned model quantized by it, recovered with LoRA and scored. Trials count from 1."),
+    ("trial", "A pruning ratio and bits: the model pruned and quantized by them, recovered with LoRA and scored. Trials "
+     "count from 1."),
+    ("pruned", "Share of the model's parameters that was removed (prune.ratios)."),
     ("reference", "A model measured in the same way for comparison. It is never on the front."),
     ("bits", "How many bits the weights of each unit have. “30 of 120 at 8” means 30 units at 8 bits, the rest at 4."),
     ("unit", "What one choice of bits covers (search.granularity): a block, a group of linears or a single linear."),
@@ -41,7 +44,9 @@ GLOSSARY = (
     ("QPruner1", "Pruned, all units at 4 bits."),
     ("QPruner2", "Pruned, 8 bits where the mutual information with the output is highest."),
     ("sensitivity", "Pruned, 8 bits where 4 bits change the output most."),
-    ("QPruner3", "The best trial of the whole search, by its expected score."),
+    ("smallest", "Pruned most, with the lowest bits everywhere."),
+    ("QPruner3, best of all", "The best trial of the whole search, by its expected score. QPruner3 where all are pruned "
+     "alike."),
     ("sampler, random, seed_bits", "Where a trial's bits come from: proposed by the search's model, drawn, or given."),
 )  # fmt: skip
 
@@ -56,8 +61,29 @@ def methods(points: Sequence[Point], members: Sequence[Point]) -> list[tuple[str
     """
     rows = [(labels.method(name), point) for name in _ORDER for point in points if point.method == name]
     if members:
-        rows.append((labels.method(labels.QPRUNER3), pareto.best(members)))
+        alike = len({member.ratio for member in members}) == 1
+        rows.append((labels.method(labels.QPRUNER3 if alike else "best"), pareto.best(members)))
     return rows
+
+
+def budgets(members: Sequence[Point], objective: str) -> Table:
+    """Return what to choose at a handful of memory budgets: of the members that fit the best by its expected score.
+
+    Args:
+        members: The front, lowest memory first.
+        objective: What they were judged by.
+    """
+    factor, _ = labels.scale(objective)
+    digits = 1 if factor == 100 else 3
+    memories = [member.memory for member in members]
+    steps = [memories[0] + (memories[-1] - memories[0]) * step / (_BUDGETS - 1) for step in range(_BUDGETS)]
+    body: list[list[Cell]] = []
+    for budget in dict.fromkeys(steps):
+        chosen = pareto.best([member for member in members if member.memory <= budget])
+        expected = chosen.score if chosen.expected is None else chosen.expected
+        body.append([f"{budget / GIB:.3f}", labels.number(chosen), f"{factor * expected:.{digits}f}", *_costs(chosen)])
+    columns = ["budget, GiB", "trial", f"{labels.short(objective)}, expected", *_COSTS]
+    return Table("What to choose at a memory budget", columns, body)
 
 
 def method_table(rows: Sequence[tuple[str, Point]]) -> Table:
@@ -114,13 +140,17 @@ def front_table(members: Sequence[Point], objective: str, title: str = "Pareto f
     return Table(title, columns, body)
 
 
-_COSTS = ("training, GiB", "inference, MiB", "bits")
+_COSTS = ("training, GiB", "inference, MiB", "pruned, %", "bits")
 
 
 def _costs(point: Point) -> list[Cell]:
-    training = "-" if point.method == UNTOUCHED else f"{point.memory / GIB:.3f}"  # it is not trained
-    inference = point.metrics.get("inference_memory_bytes")
-    return [training, "-" if inference is None else f"{inference / MIB:.0f}", bits.summary(point.bits)]
+    training, inference = (point.metrics.get(key) for key in pareto.PEAKS.values())
+    return [
+        "-" if training is None else f"{training / GIB:.3f}",
+        "-" if inference is None else f"{inference / MIB:.0f}",
+        f"{100 * point.ratio:g}",
+        bits.summary(point.bits),
+    ]
 
 
 def bars_of(rows: Sequence[tuple[str, Point]], tasks: Sequence[str]) -> list[Bars]:
@@ -136,19 +166,29 @@ def bars_of(rows: Sequence[tuple[str, Point]], tasks: Sequence[str]) -> list[Bar
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def write_front(points: Sequence[Point], members: Sequence[Point], objective: str, folder: Path) -> list[Path]:
-    """Write all points as CSV and JSON (rows for DVC's plots), the front as PNG and as a page; return the paths."""
+def write_front(
+    points: Sequence[Point], members: Sequence[Point], objective: str, folder: Path, memory: str = "training"
+) -> list[Path]:
+    """Write all points as CSV and JSON (rows for DVC's plots), the front as PNG and as a page; return the paths.
+
+    Args:
+        points: All points of a study.
+        members: Its front.
+        objective: What they were judged by.
+        folder: Where the files go.
+        memory: The peak that counts.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"pareto.{ending}" for ending in ("csv", "json", "png", "html")]
     rows = pareto.table(points, members)
     storage.write_text(paths[0], rows.to_csv(index=False))
     plain = rows.astype(object).where(rows.notna(), None)  # JSON knows no NaN
     storage.write_text(paths[1], json.dumps(plain.to_dict(orient="records"), indent=1))
-    figures.front(points, members, objective, paths[2])
+    figures.front(points, members, objective, paths[2], memory)
     judged = {member.run_id: member for member in members}
     ordered = [*members, *(point for point in points if point.run_id not in judged)]
     shown = front_table(ordered, objective, "All trials and references")
-    storage.write_text(paths[3], pages.front(ordered, members, objective, shown))
+    storage.write_text(paths[3], pages.front(ordered, members, objective, shown, memory))
     return paths
 
 

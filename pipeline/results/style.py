@@ -26,6 +26,7 @@ BLUE = "#2f6fbb"
 RED = "#c8442c"  # what a reader should look at: the front, QPruner3, 8 bits
 PALE = "#dbe4ee"
 SERIES = (BLUE, RED, "#d99a26", "#3a8f66", "#7a5ea8", GREY, "#2a9fb0", "#8c5a3c", INK, "#b5528f")
+RATIOS = ("#173f5f", "#2f6fbb", "#2a9fb0", "#3a8f66", "#d99a26", "#e0722c")  # not pruned to pruned most
 FONT = 9
 SMALL = 7
 DPI = 150

@@ -11,8 +11,12 @@ import pandas as pd
 
 from pipeline import GIB
 from pipeline import bits as bit_text
+from pipeline.bits import Vector
 from pipeline.search import SearchError, paired, surrogate
-from pipeline.search.surrogate import Observation
+from pipeline.search.surrogate import Belief, Observation
+
+
+PEAKS = {"training": "peak_memory_bytes", "inference": "inference_memory_bytes"}  # the metrics of the two peaks
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,10 @@ class Point:
         name: What it is called: ``trial 3``, or a reference's name.
         method: ``qpruner1``, ``qpruner2``, ``sensitivity``, ``random``, ``sampler``, ... or a reference's name.
         bits: Its bit string.
+        ratio: The share of the parameters that was pruned.
         score: The objective, higher is better.
         stderr: Its standard error.
-        memory: Peak bytes of training, lower is better; nan for the untouched model, which is not trained.
+        memory: The peak bytes that count, lower is better; nan for those of training of a model that is not trained.
         source: ``measured`` or ``predicted``.
         reference: Whether it stands outside the front.
         metrics: All its metrics.
@@ -39,6 +44,7 @@ class Point:
     name: str
     method: str
     bits: str
+    ratio: float
     score: float
     stderr: float
     memory: float
@@ -48,6 +54,11 @@ class Point:
     paired: float | None = None
     expected: float | None = None
     probability: float | None = None
+
+    @property
+    def vector(self) -> Vector:
+        """Return its ratio and its bits."""
+        return Vector(self.ratio, bit_text.read(self.bits))
 
 
 class _Run(Protocol):
@@ -66,12 +77,13 @@ class _Run(Protocol):
     def tags(self) -> Mapping[str, str]: ...
 
 
-def points(runs: Sequence[_Run], objective: str) -> list[Point]:
+def points(runs: Sequence[_Run], objective: str, memory: str = "training") -> list[Point]:
     """Return the points of one study's MLflow runs; unfinished and failed ones are left out.
 
     Args:
         runs: As ``tracking.trials`` returns them.
         objective: An objective of section ``search``, or a benchmark's name.
+        memory: The peak that counts: ``training`` or ``inference``.
     """
     finished = []
     for run in runs:
@@ -84,9 +96,10 @@ def points(runs: Sequence[_Run], objective: str) -> list[Point]:
                 name=tags["name"],
                 method=tags["method"],
                 bits=tags["bits"],
+                ratio=float(tags["ratio"]),
                 score=metrics[objective],
                 stderr=metrics[f"{objective}_stderr"],
-                memory=metrics.get("peak_memory_bytes", math.nan),
+                memory=metrics.get(PEAKS[memory], math.nan),
                 source=tags["memory_source"],
                 reference=tags["stage"] == "reference",
                 metrics=dict(metrics),
@@ -134,7 +147,7 @@ def growth(points: Sequence[tuple[float, float]], reach: float, known: int = 0) 
     """Return the front's hypervolume after each trial of a search, in units of the score times GiB.
 
     Args:
-        points: (score, bytes) of the finished trials in their order. The first is where the gain begins: all at 4 bits.
+        points: (score, bytes) of the finished trials in their order. The first is where the gain begins: the smallest.
         reach: Bytes beyond the first one's in which gains count.
         known: First trials that are left out.
     """
@@ -161,23 +174,19 @@ def compared(points: Sequence[Point], records: Sequence[paired.Items], objective
     ]
 
 
-def judge(members: Sequence[Point], trials: Sequence[Point], prior: Sequence[float]) -> list[Point]:
+def judge(members: Sequence[Point], trials: Sequence[Point], beliefs: Mapping[float, Belief]) -> list[Point]:
     """Return the front's members with their expected scores.
 
     Args:
         members: The front.
         trials: All finished trials.
-        prior: Sensitivity of each unit; the model that expects is the search's own, fitted on the trials.
+        beliefs: Of each ratio, as the search had them; the model that expects is its own, fitted on the trials.
     """
     if not members:
         return []
-    tried = [Observation(_bits(point), point.score, point.stderr) for point in trials]
-    expected, _ = surrogate.Model(tried, prior).predict(surrogate.raised_of([_bits(point) for point in members]))
+    tried = [Observation(point.vector, point.score, point.stderr) for point in trials]
+    expected, _ = surrogate.Model(tried, beliefs).predict([point.vector for point in members])
     return [replace(point, expected=float(value)) for point, value in zip(members, expected, strict=True)]
-
-
-def _bits(point: Point) -> tuple[int, ...]:
-    return bit_text.parse(point.bits, len(point.bits))
 
 
 def best(members: Sequence[Point]) -> Point:
@@ -205,14 +214,22 @@ def table(points: Sequence[Point], members: Sequence[Point]) -> pd.DataFrame:
             "front": [point.run_id in inside for point in order],
             "name": [point.name for point in order],
             "method": [point.method for point in order],
+            "ratio": [point.ratio for point in order],
             "bits": [point.bits for point in order],
             "score": [point.score for point in order],
             "stderr": [point.stderr for point in order],
             "paired_stderr": [point.paired for point in order],
             "expected": [point.expected for point in order],
             "probability": [point.probability for point in order],
-            "peak_memory_bytes": pd.array([point.memory for point in order], dtype="Int64"),
+            "peak_memory_bytes": _bytes(order, "training"),
+            "inference_memory_bytes": _bytes(order, "inference"),
+            "memory_bytes": pd.array([point.memory for point in order], dtype="Int64"),
             "memory_source": [point.source for point in order],
             "run_id": [point.run_id for point in order],
         }
     )
+
+
+def _bytes(points: Sequence[Point], peak: str) -> pd.api.extensions.ExtensionArray:
+    """Return one of the two peaks of each point, in bytes."""
+    return pd.array([point.metrics.get(PEAKS[peak], math.nan) for point in points], dtype="Int64")

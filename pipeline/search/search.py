@@ -1,4 +1,4 @@
-"""Bayesian optimization of the bit vector (paper algorithm 1): what is tried, in which order, and when it ends.
+"""Bayesian optimization of ratio and bits (paper algorithm 1): what is tried, in which order, and when it ends.
 
 The vectors of the paper and random ones come first (``history.seeds``), then those that ``surrogate`` proposes. Results
 are kept in a ``study.Study``. All that decides comes from the study, so that an interrupted search goes on as if it had
@@ -8,21 +8,22 @@ not been.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from pipeline import bits as bit_text
+from pipeline.bits import Vector
 from pipeline.search import SearchError, surrogate
-from pipeline.search.allocate import Bits, Space
+from pipeline.search.allocate import Spaces
 from pipeline.search.history import seeds
-from pipeline.search.study import Candidate, Study
-from pipeline.search.surrogate import Observation
+from pipeline.search.study import Candidate, Study, options_of
+from pipeline.search.surrogate import Belief, Observation
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
-    from pipeline.compress.importance import Priors
+    from pipeline.compress.priors import Priors
     from pipeline.trial.result import Result
 
 _FAILURES_IN_A_ROW = 3
@@ -39,7 +40,8 @@ class Settings:
         patience: Trials of the sampler in a row without a better front that end the search; 0: never.
         objective: The quality.
         seed: Of random vectors and of the sampler.
-        seed_bits: The user's own vectors to try first, as text.
+        memory: The peak that counts: ``training`` or ``inference``.
+        seed_vectors: The user's own vectors to try first.
     """
 
     n_trials: int
@@ -47,7 +49,8 @@ class Settings:
     patience: int
     objective: str
     seed: int
-    seed_bits: tuple[str, ...] = ()
+    memory: str = "training"
+    seed_vectors: tuple[Vector, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,43 @@ class Problem:
     """What is searched, and what is known of it before any trial.
 
     Attributes:
-        space: The feasible vectors.
-        priors: Importance of the units.
+        spaces: The feasible vectors.
+        priors: Ratio -> importance of the units.
         history: Results of an earlier search; they teach, and random starts among them are left out.
     """
 
-    space: Space
-    priors: Priors
+    spaces: Spaces
+    priors: Mapping[float, Priors]
     history: Sequence[Observation] = ()
+
+    @cached_property
+    def beliefs(self) -> dict[float, Belief]:
+        """Return what is known of each ratio before any trial."""
+        return beliefs(self.priors, self.widths)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Return the bits that a unit may have, ascending."""
+        return next(iter(self.spaces.at.values())).widths
+
+    @property
+    def options(self) -> dict[str, tuple[float, ...]]:
+        """Return a trial's parameters in the study, with their values."""
+        names = next(iter(self.priors.values())).units
+        return options_of(sorted(self.priors), names, self.widths)
+
+
+def beliefs(priors: Mapping[float, Priors], widths: Sequence[int]) -> dict[float, Belief]:
+    """Return what the sampler's model is told of each ratio.
+
+    Args:
+        priors: Ratio -> importance of the units.
+        widths: The bits that a unit may have, ascending; 4 is the lowest that gains are known from.
+    """
+    return {
+        ratio: Belief(-prior.distance, tuple(prior.gains(width) for width in widths[1:]), tuple(widths[1:]))
+        for ratio, prior in priors.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -73,7 +105,7 @@ class Ended:
     failed: int
 
 
-def stale(finished: Sequence[tuple[str, Result]], objective: str) -> int:
+def stale(finished: Sequence[tuple[str, Result]], objective: str, memory: str = "training") -> int:
     """Return how many of the sampler's trials have passed since the front's hypervolume last grew.
 
     It grows with a trial if and only if no earlier one is at least as good in both objectives.
@@ -81,21 +113,22 @@ def stale(finished: Sequence[tuple[str, Result]], objective: str) -> int:
     Args:
         finished: (method, result) in the order of the trials.
         objective: Name of the quality.
+        memory: The peak that counts.
     """
     count = 0
     earlier: list[tuple[float, float]] = []
     for method, result in finished:
-        score, memory = result.score(objective)[0], float(result.peak_memory_bytes or 0)
-        if not any(other >= score and cost <= memory for other, cost in earlier):
+        score, peak = result.score(objective)[0], float(result.peak(memory) or 0)
+        if not any(other >= score and cost <= peak for other, cost in earlier):
             count = 0
         elif method == "sampler":
             count += 1
-        earlier.append((score, memory))
+        earlier.append((score, peak))
     return count
 
 
 def propose(
-    finished: Sequence[Result], problem: Problem, objective: str, exclude: set[Bits], seed: int
+    finished: Sequence[Result], problem: Problem, objective: str, exclude: set[Vector], seed: int
 ) -> Candidate | None:
     """Return the vector that should improve the front most; None if every feasible one is excluded.
 
@@ -109,20 +142,16 @@ def propose(
         seed: Of some of the sampler's starts.
     """
     generator = random.Random(seed)
-    measured = [Observation(_bits(result), *result.score(objective)) for result in finished]
-    tried = {observation.bits for observation in measured}
+    measured = [Observation(result.vector, *result.score(objective)) for result in finished]
+    tried = {observation.vector for observation in measured}
     if not measured:
-        bits = problem.space.unseen(exclude, generator)
+        vector = problem.spaces.unseen(exclude, generator)
     else:
-        taught = [observation for observation in problem.history if observation.bits not in tried]
-        bits = surrogate.propose(
-            [*measured, *taught], problem.space, problem.priors.sensitivity, exclude | tried, generator
+        taught = [observation for observation in problem.history if observation.vector not in tried]
+        vector = surrogate.propose(
+            [*measured, *taught], problem.spaces, problem.beliefs, exclude | tried, generator
         )
-    return None if bits is None else Candidate(bits, "sampler")
-
-
-def _bits(result: Result) -> Bits:
-    return bit_text.parse(result.bits, len(result.bits))
+    return None if vector is None else Candidate(vector, "sampler")
 
 
 def run(study: Study, settings: Settings, problem: Problem, attempt: Attempt) -> Ended:
@@ -138,15 +167,15 @@ def run(study: Study, settings: Settings, problem: Problem, attempt: Attempt) ->
         SearchError: Three trials in a row failed.
     """
     queue = _queue(study, settings, problem)
-    failed: set[Bits] = set()
+    failed: set[Vector] = set()
     in_a_row = 0
     while True:
         records = study.finished()
         finished = [record.result for record in records]
         if reason := _end(settings, [(record.method, record.result) for record in records]):
             return Ended(reason, len(failed))
-        seen = {_bits(result) for result in finished} | failed
-        queue = [candidate for candidate in queue if candidate.bits not in seen]
+        seen = {result.vector for result in finished} | failed
+        queue = [candidate for candidate in queue if candidate.vector not in seen]
         candidate = (
             queue.pop(0)
             if queue
@@ -154,11 +183,11 @@ def run(study: Study, settings: Settings, problem: Problem, attempt: Attempt) ->
         )
         if candidate is None:
             return Ended("every feasible vector was tried", len(failed))
-        outcome = attempt(study.start(candidate), candidate, len(finished))
+        outcome = attempt(study.start(candidate, problem.options), candidate, len(finished))
         if not isinstance(outcome, BaseException):
             in_a_row = 0
             continue
-        failed.add(candidate.bits)
+        failed.add(candidate.vector)
         in_a_row += 1
         if in_a_row == _FAILURES_IN_A_ROW:
             raise SearchError(
@@ -169,11 +198,11 @@ def run(study: Study, settings: Settings, problem: Problem, attempt: Attempt) ->
 
 def _queue(study: Study, settings: Settings, problem: Problem) -> list[Candidate]:
     """Return what is tried before the sampler: what a killed process left open, then the seeds."""
-    known = {observation.bits for observation in problem.history}
+    known = {observation.vector for observation in problem.history}
     generator = random.Random(settings.seed)
-    starts = seeds(problem.space, problem.priors, settings.seed_bits, settings.n_random, generator)
+    starts = seeds(problem.spaces, problem.priors, settings.seed_vectors, settings.n_random, generator)
     return study.abandoned() + [
-        candidate for candidate in starts if candidate.method != "random" or candidate.bits not in known
+        candidate for candidate in starts if candidate.method != "random" or candidate.vector not in known
     ]
 
 
@@ -181,6 +210,6 @@ def _end(settings: Settings, finished: Sequence[tuple[str, Result]]) -> str:
     """Return why a search is at its end, or an empty text."""
     if len(finished) >= settings.n_trials:
         return f"{len(finished)} trials are finished (search.n_trials)"
-    if settings.patience and stale(finished, settings.objective) >= settings.patience:
+    if settings.patience and stale(finished, settings.objective, settings.memory) >= settings.patience:
         return f"{settings.patience} trials of the sampler in a row did not improve the front (search.patience)"
     return ""

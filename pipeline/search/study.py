@@ -12,37 +12,39 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import optuna
+from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from pipeline import bits as bit_text
 from pipeline import signals
+from pipeline.bits import Vector
 from pipeline.identity import Identity
 from pipeline.locks import Lock
 from pipeline.params import Objective
 from pipeline.search import SearchError, journal
-from pipeline.search.allocate import Bits
 from pipeline.storage import CheckpointError, again
 
 if TYPE_CHECKING:
     from pipeline.trial.result import Result
 
 _REFERENCE = "reference:"  # before a reference's name in the study's attributes
+RATIO = "ratio"  # the first parameter of a trial; those of the units follow
 _RECORDED = {"run_id", "method", "result"}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A bit vector to try and how it was found: a method's name or ``random``, ``sampler``, ``seed``, ``retry``."""
+    """A vector to try and how it was found: a method's name or ``random``, ``sampler``, ``seed``."""
 
-    bits: Bits
+    vector: Vector
     method: str
 
 
@@ -120,6 +122,7 @@ class Study:
         folder: Where the journal is; this process has it to itself from then on.
         identity: What names the study.
         objective: The quality, as section ``search`` names it: the study's first value.
+        memory: The peak that counts, ``training`` or ``inference``: its second.
 
     Attributes:
         name: The study's name.
@@ -131,12 +134,14 @@ class Study:
         SearchError: Another process searches there.
     """
 
-    def __init__(self, folder: Path, identity: Identity, objective: str = "gold_logprob"):
+    def __init__(
+        self, folder: Path, identity: Identity, objective: str = "gold_logprob", memory: str = "training"
+    ):
         _hold(folder)
         self.path = folder / journal.NAME
         self.mended = journal.mend(self.path)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._identity, self.name, self.objective = identity, identity.name, objective
+        self._identity, self.name, self.objective, self.memory = identity, identity.name, objective, memory
         self._stored = journal.opened(self.path)
         if self.name in _names(self._stored):
             self._study = optuna.load_study(study_name=self.name, storage=self._stored)
@@ -184,21 +189,32 @@ class Study:
         candidates = []
         for trial in self._running():
             self._study.tell(trial.number, state=TrialState.FAIL)
-            text = trial.user_attrs.get("bits")
-            if text is not None and "method" in trial.user_attrs:
-                candidates.append(Candidate(bit_text.parse(text, len(text)), trial.user_attrs["method"]))
+            if "method" in trial.user_attrs and RATIO in trial.params:
+                candidates.append(Candidate(vector_of(trial.params), trial.user_attrs["method"]))
         return candidates
 
     def _running(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
 
-    def start(self, candidate: Candidate) -> Trial:
-        """Open a trial of a bit vector."""
-        with signals.held():
-            trial = self._study.ask()
-            trial.set_user_attr("method", candidate.method)
-            trial.set_user_attr("bits", bit_text.write(candidate.bits))
-        return trial
+    def start(self, candidate: Candidate, options: Mapping[str, Sequence[float]]) -> Trial:
+        """Open a trial of a vector.
+
+        Args:
+            candidate: The vector and how it was found.
+            options: Parameter -> its values in the space of the search (``options_of``); in Optuna's tools these are
+                the trial's parameters.
+        """
+        params = params_of(candidate.vector, options)
+        opened = create_trial(
+            state=TrialState.RUNNING,
+            params=params,
+            distributions={name: CategoricalDistribution(values) for name, values in options.items()},
+            user_attrs={"method": candidate.method, "bits": bit_text.write(candidate.vector.bits)},
+        )
+        with signals.held():  # one line in the journal
+            number = len(self._study.get_trials(deepcopy=False))
+            self._study.add_trial(opened)
+            return Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
 
     def complete(self, trial: Trial, run_id: str, result: Result) -> None:
         """Record a finished trial. Its result goes first: from then on no kill can lose it.
@@ -215,13 +231,29 @@ class Study:
             self._tell(trial, result)
 
     def _tell(self, trial: Trial | int, result: Result) -> None:
-        self._study.tell(trial, [result.score(self.objective)[0], float(result.peak_memory_bytes or 0)])
+        self._study.tell(trial, [result.score(self.objective)[0], float(result.peak(self.memory) or 0)])
 
     def fail(self, trial: Trial, error: BaseException) -> None:
         """Record a trial that did not finish, with its cause and no score."""
         with signals.held():
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
             self._study.tell(trial, state=TrialState.FAIL)
+
+
+def options_of(ratios: Sequence[float], units: Sequence[str], widths: Sequence[int]) -> dict[str, tuple[float, ...]]:
+    """Return the parameters of a search's trials with their values: the ratio, and the bits of each unit by its name."""
+    return {RATIO: tuple(ratios), **{f"bits_{unit}": tuple(widths) for unit in units}}
+
+
+def params_of(vector: Vector, names: Iterable[str]) -> dict[str, float]:
+    """Return a vector as a trial's parameters; the reverse of ``vector_of``."""
+    return dict(zip(names, (vector.ratio, *vector.bits), strict=True))
+
+
+def vector_of(params: Mapping[str, float]) -> Vector:
+    """Return the vector that a trial's parameters are."""
+    ratio, *bits = params.values()
+    return Vector(ratio, tuple(int(width) for width in bits))
 
 
 def _names(stored: JournalStorage) -> list[str]:

@@ -1,13 +1,16 @@
 """What the search believes of vectors not tried yet, and which of them it tries next (paper algorithm 1).
 
-Peak memory is known exactly, so only quality needs a model. Raising units from 4 to 8 bits adds up nearly, thus
+Peak memory is known exactly, so only quality needs a model. Raising units adds up nearly, and the same units matter at
+every pruning ratio, thus
 
-    quality(z) = level + b . (s . z) + c . |z| + sum_i w_i z_i + sum_i v_i s_i z_i + pairs(z) + noise,
+    quality(r, z) = level + d . e_r + l_r + (b + b_r) . (s_r . z) + c . |z| + sum_i (w_i + w_ri) z_i + sum_i v_i s_ri z_i
+                    + pairs(z) + noise,
 
-with z the raised units, s their sensitivities, and independent normal priors on b, c, w, v and the
-products of pairs: a Gaussian process with a linear kernel a term. How much each term matters is learnt, so scores that
-mislead cost little. The noise has the observations' own standard errors, times a learnt factor below one: trials answer
-the same items, and what the items have in common moves all of them alike.
+with z the raised (unit, width)s, e_r and s_r what was measured before any trial at ratio r (the quality with the lowest
+bits everywhere, and the gain of each z), and independent normal priors on d, l, b, c, w, v and the products of pairs: a
+Gaussian process with a linear kernel a term. So trials at one ratio teach the gains at others. How much each term
+matters is learnt, so scores that mislead cost little. The noise has the observations' own standard errors, times a
+learnt factor below one: trials answer the same items, and what the items have in common moves all of them alike.
 
 The next vector maximizes the expected improvement of the front's hypervolume, over feasible vectors only.
 """
@@ -15,7 +18,7 @@ The next vector maximizes the expected improvement of the front's hypervolume, o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -26,7 +29,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Kernel
 
-from pipeline.search.allocate import Bits, Space, bits_of, raised_of
+from pipeline.bits import Bits, Vector
+from pipeline.search.allocate import Space, Spaces
 
 _SHORTLIST = 24  # units to raise, and to lower, that swaps are made of
 _STARTS = 6
@@ -34,19 +38,34 @@ _STARTS = 6
 
 @dataclass(frozen=True)
 class Observation:
-    """The measured quality of one bit vector.
+    """The measured quality of one vector.
 
     Attributes:
-        bits: The vector.
+        vector: Its ratio and its bits.
         score: The objective; higher is better.
         stderr: Its standard error.
         imported: Whether it comes from another search, whose level may differ.
     """
 
-    bits: Bits
+    vector: Vector
     score: float
     stderr: float
     imported: bool = False
+
+
+@dataclass(frozen=True)
+class Belief:
+    """What is known of a pruning ratio before any trial.
+
+    Attributes:
+        quality: Expected with the lowest bits everywhere, in nats a token; only differences between ratios count.
+        gains: Of each unit at each width above the lowest, [widths, units]; higher means more quality; zeros: unknown.
+        widths: The bits that the gains are of, ascending.
+    """
+
+    quality: float
+    gains: tuple[tuple[float, ...], ...]
+    widths: tuple[int, ...] = (8,)
 
 
 class Linear(Kernel):
@@ -83,48 +102,76 @@ class KnownNoise(Linear):
 
 
 class Model:
-    """A Gaussian process over bit vectors.
+    """A Gaussian process over vectors.
 
     Args:
         observations: At least one.
-        prior: Score of each unit, higher means more quality at 8 bits; zeros: nothing is known.
+        beliefs: Of each ratio that is searched or was observed.
     """
 
-    def __init__(self, observations: Sequence[Observation], prior: Sequence[float]):
-        scores = np.maximum(np.array(prior, dtype=float), 0)
-        self._units = len(scores)
-        self._prior = scores / max(np.sqrt((scores**2).mean()), 1e-12)
+    def __init__(self, observations: Sequence[Observation], beliefs: Mapping[float, Belief]):
+        self._ratios = sorted(beliefs)
+        gains = np.maximum([np.ravel(beliefs[ratio].gains) for ratio in self._ratios], 0)  # [ratios, steps]
+        self._gains = gains / max(np.sqrt((gains**2).mean()), 1e-12)
+        expected = np.array([beliefs[ratio].quality for ratio in self._ratios])
+        self._expected = (expected - expected.mean()) / max(expected.std(), 1e-12)
+        first = next(iter(beliefs.values()))
+        self._widths, self._units = first.widths, len(first.gains[0])
         values = np.array([seen.score for seen in observations])
         errors = np.array([seen.stderr for seen in observations])
+        at = np.array([self._ratios.index(seen.vector.ratio) for seen in observations])
         self._level = values.mean()
-        self._scale = max(values.std(), errors.mean(), 1e-9)
-        raised = raised_of([seen.bits for seen in observations])
-        inputs = self._inputs(raised, errors / self._scale, np.array([seen.imported for seen in observations]))
-        self._process = GaussianProcessRegressor(self._kernel(), alpha=1e-8, optimizer=_most_plausible)
+        self._scale = max(_spread_within(values, at), errors.mean(), 1e-9)
+        hot = np.array([self._hot(seen.vector.bits) for seen in observations])
+        imported = np.array([seen.imported for seen in observations])
+        inputs = self._inputs(at, hot, errors / self._scale, imported)
+        apart = max(values.std() / self._scale, 1.0) ** 2  # ratios differ by more than bits do
+        self._process = GaussianProcessRegressor(self._kernel(apart), alpha=1e-8, optimizer=_most_plausible)
         with warnings.catch_warnings():  # a term that does not matter ends at its bound
             warnings.simplefilter("ignore", ConvergenceWarning)
             self._process.fit(inputs, (values - self._level) / self._scale)
 
+    def _hot(self, bits: Bits) -> np.ndarray:
+        """Return a bit vector as indicators of (width, unit)."""
+        return np.concatenate([np.array(bits) == width for width in self._widths]).astype(float)
+
     def _inputs(
-        self, raised: np.ndarray, errors: np.ndarray | float = 0.0, imported: np.ndarray | bool = False
+        self, at: np.ndarray, hot: np.ndarray, errors: np.ndarray | float = 0.0, imported: np.ndarray | bool = False
     ) -> np.ndarray:
-        """Return the columns that the kernel's terms read, [vectors, 2 units + 5]."""
-        ups: np.ndarray = raised.astype(float)
-        columns = np.empty((len(ups), 2 * self._units + 5))
+        """Return the columns that the kernel's terms read, [vectors, 6 + ratios + 2 steps].
+
+        Args:
+            at: Index of each vector's ratio, [vectors].
+            hot: Raised (width, unit)s, [vectors, steps].
+            errors: Standard errors, [vectors].
+            imported: Whether the vectors come from another search, [vectors].
+        """
+        root, ratios, steps = self._units**0.5, len(self._ratios), hot.shape[1]
+        columns = np.zeros((len(hot), 6 + ratios + 2 * steps))
+        weighted = hot * self._gains[at]
         columns[:, 0] = 1
         columns[:, 1] = imported
-        columns[:, 2] = ups @ self._prior / self._units**0.5
-        columns[:, 3] = ups.sum(axis=1) / self._units**0.5
+        columns[:, 2] = weighted.sum(axis=1) / root
+        columns[:, 3] = hot.sum(axis=1) / root
         columns[:, 4] = errors
-        columns[:, 5 : 5 + self._units] = ups
-        columns[:, 5 + self._units :] = ups * self._prior
+        columns[:, 5] = self._expected[at]
+        columns[np.arange(len(hot)), 6 + at] = 1
+        columns[:, 6 + ratios : 6 + ratios + steps] = hot
+        columns[:, 6 + ratios + steps :] = weighted
         return columns
 
-    def _kernel(self) -> Kernel:
-        each, weighted = (5, 5 + self._units), (5 + self._units, 5 + 2 * self._units)
+    def _kernel(self, apart: float) -> Kernel:
+        """Return the sum of the terms.
+
+        Args:
+            apart: Variance of the qualities of all vectors, of that within a ratio.
+        """
+        ratios, steps = len(self._ratios), len(self._widths) * self._units
+        own, each = (6, 6 + ratios), (6 + ratios, 6 + ratios + steps)
+        weighted = (each[1], each[1] + steps)
         wide = (1e-6, 1e4)
-        return (
-            ConstantKernel(10.0, "fixed") * Linear((0, 2))
+        kernel = (
+            ConstantKernel(10.0 * apart, "fixed") * Linear((0, 2))
             + ConstantKernel(1.0, wide) * Linear((2, 3))
             + ConstantKernel(0.3, wide) * Linear((3, 4))
             + ConstantKernel(0.05, wide) * Linear(each)
@@ -132,18 +179,39 @@ class Model:
             + ConstantKernel(1e-3, wide) * Linear(each) ** 2
             + ConstantKernel(0.3, (1e-4, 1.0)) * KnownNoise((4, 5))
         )
+        if ratios == 1:
+            return kernel
+        return (
+            kernel
+            + ConstantKernel(apart, (1e-6, 1e6)) * Linear((5, 6))
+            + ConstantKernel(0.1 * apart, (1e-6, 1e6)) * Linear(own)
+            + ConstantKernel(0.1, wide) * Linear(own) * Linear((2, 3))
+            + ConstantKernel(0.01, wide) * Linear(own) * Linear(each)
+        )
 
-    def predict(self, raised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation of the quality itself, without noise.
+    def predict(self, vectors: Sequence[Vector]) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation of the vectors' qualities themselves, without noise; two arrays."""
+        at = np.array([self._ratios.index(vector.ratio) for vector in vectors])
+        return self._of(at, np.array([self._hot(vector.bits) for vector in vectors]))
+
+    def at(self, ratio: float, hot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what ``predict`` does for vectors of one ratio.
 
         Args:
-            raised: [vectors, units], True at 8 bits.
-
-        Returns:
-            Two arrays [vectors].
+            ratio: The ratio.
+            hot: Raised (width, unit)s, [vectors, steps].
         """
-        mean, deviation = self._process.predict(self._inputs(raised), return_std=True)
+        return self._of(np.full(len(hot), self._ratios.index(ratio)), hot)
+
+    def _of(self, at: np.ndarray, hot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mean, deviation = self._process.predict(self._inputs(at, hot), return_std=True)
         return mean * self._scale + self._level, deviation * self._scale
+
+
+def _spread_within(values: np.ndarray, at: np.ndarray) -> float:
+    """Return the standard deviation of the values of a ratio around their mean, over all ratios."""
+    rest = np.concatenate([values[at == ratio] - values[at == ratio].mean() for ratio in np.unique(at)])
+    return float(np.sqrt((rest**2).mean()))
 
 
 def _most_plausible(
@@ -212,25 +280,33 @@ def improvement(mean: np.ndarray, deviation: np.ndarray, memories: np.ndarray, f
 
 
 def climb(value: Callable[[np.ndarray], np.ndarray], space: Space, start: np.ndarray) -> tuple[np.ndarray, float]:
-    """Raise, lower or swap one unit at a time while that improves the value; return the last vector and its value.
+    """Change one unit, or raise one and lower another, while that improves the value.
 
     Args:
-        value: [vectors, units] -> [vectors].
+        value: [vectors, units] of levels -> [vectors].
         space: What is feasible.
-        start: A feasible vector, [units], True at 8 bits.
+        start: The levels of a feasible vector, [units].
+
+    Returns:
+        The last vector's levels and its value.
     """
     current, best = start, float(value(start[None])[0])
+    units, levels = np.tile(np.arange(space.units), space.top + 1), np.repeat(np.arange(space.top + 1), space.units)
     while True:
-        flips = current ^ np.eye(space.units, dtype=bool)
+        changed = current[units] != levels
+        unit, level = units[changed], levels[changed]
+        flips = np.repeat(current[None], len(unit), axis=0)
+        flips[np.arange(len(unit)), unit] = level
         worth = value(flips)
         ups, downs = (  # most promising first
-            np.array(sorted(np.flatnonzero(group), key=lambda unit: -worth[unit])[:_SHORTLIST], dtype=int)
-            for group in (~current, current)
+            np.flatnonzero(group)[np.argsort(-worth[group], kind="stable")][:_SHORTLIST]
+            for group in (level > current[unit], level < current[unit])
         )
-        swaps = np.repeat(current[None], len(ups) * len(downs), axis=0)
-        rows = np.arange(len(swaps))
-        swaps[rows, np.repeat(ups, len(downs))] = True
-        swaps[rows, np.tile(downs, len(ups))] = False
+        up, down = np.repeat(ups, len(downs)), np.tile(downs, len(ups))
+        swaps = np.repeat(current[None], len(up), axis=0)
+        rows = np.arange(len(up))
+        swaps[rows, unit[down]] = level[down]
+        swaps[rows, unit[up]] = level[up]
         near = np.concatenate([flips, swaps])
         near = near[space.feasible(near)]
         worth = value(near) if len(near) else np.array([-np.inf])
@@ -239,56 +315,76 @@ def climb(value: Callable[[np.ndarray], np.ndarray], space: Space, start: np.nda
         current, best = near[worth.argmax()], float(worth.max())
 
 
-def acquisition(model: Model, space: Space, tried: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the expected hypervolume improvement as a function of vectors, [vectors, units] -> [vectors].
+def acquisition(model: Model, spaces: Spaces, tried: Sequence[Vector]) -> Callable[[float, np.ndarray], np.ndarray]:
+    """Return the expected hypervolume improvement as a function of a ratio and levels, [vectors, units] -> [vectors].
 
     The front to improve is that of the model's means at the tried vectors: a lucky observation makes no front.
     """
-    front = Front.of(space.memories(tried), model.predict(tried)[0], space.base + space.reach + 1)
-    return lambda raised: improvement(*model.predict(raised), space.memories(raised), front)
+    memories = np.array([spaces.memory(vector) for vector in tried], dtype=float)
+    front = Front.of(memories, model.predict(tried)[0], spaces.base + spaces.reach + 1)
+
+    def gain(ratio: float, levels: np.ndarray) -> np.ndarray:
+        space = spaces.at[ratio]
+        return improvement(*model.at(ratio, space.hot(levels)), space.memories(levels), front)
+
+    return gain
 
 
 def propose(
-    observations: Sequence[Observation], space: Space, prior: Sequence[float], exclude: set[Bits], generator: Random
-) -> Bits | None:
+    observations: Sequence[Observation],
+    spaces: Spaces,
+    beliefs: Mapping[float, Belief],
+    exclude: set[Vector],
+    generator: Random,
+) -> Vector | None:
     """Return the feasible vector that should improve the front most; None if all were tried.
 
     Imported observations teach the model, but the front to improve is that of the search's own vectors.
 
     Args:
         observations: What is known; at least one that is not imported.
-        space: What is feasible.
-        prior: Score of each unit.
+        spaces: What is feasible.
+        beliefs: Of each ratio.
         exclude: Vectors not to propose.
         generator: Draws some of the starts.
     """
-    model = Model(observations, prior)
-    tested = raised_of([seen.bits for seen in observations if not seen.imported])
-    gain = acquisition(model, space, tested)
-    tried = {row.tobytes() for row in raised_of(sorted(exclude))} if exclude else set()
+    model = Model(observations, beliefs)
+    tested = [seen.vector for seen in observations if not seen.imported and seen.vector.ratio in spaces.at]
+    gain = acquisition(model, spaces, tested)
+    tops = []
+    for ratio, space in spaces.at.items():
+        tried = {row.tobytes() for row in space.levels([vector.bits for vector in exclude if vector.ratio == ratio])}
 
-    def value(raised: np.ndarray) -> np.ndarray:
-        return np.where([row.tobytes() in tried for row in raised], -1.0, gain(raised))
+        def value(levels: np.ndarray, ratio: float = ratio, tried: set[bytes] = tried) -> np.ndarray:
+            return np.where([row.tobytes() in tried for row in levels], -1.0, gain(ratio, levels))
 
-    starts = _starts(model, space, tested, prior, generator)
-    order = np.argsort(-gain(starts), kind="stable")
-    tops = [climb(value, space, starts[index]) for index in order[:_STARTS]]
-    best, height = max(tops, key=lambda top: top[1])
-    return bits_of(best) if height >= 0 else space.unseen(exclude, generator)
+        here = [vector.bits for vector in tested if vector.ratio == ratio]
+        starts = _starts(model, ratio, space, here, beliefs[ratio], generator)
+        order = np.argsort(-gain(ratio, starts), kind="stable")
+        tops += [(ratio, *climb(value, space, starts[index])) for index in order[:_STARTS]]
+    ratio, best, height = max(tops, key=lambda top: top[2])
+    return Vector(ratio, spaces.at[ratio].bits(best)) if height >= 0 else spaces.unseen(exclude, generator)
 
 
-def _starts(model: Model, space: Space, tested: np.ndarray, prior: Sequence[float], generator: Random) -> np.ndarray:
-    """Return where to climb from: greedy vectors of every size by model and by prior, the tried ones, random ones."""
-    alone: np.ndarray = np.eye(space.units, dtype=bool)
-    gains = model.predict(alone)[0] - model.predict(np.zeros((1, space.units), dtype=bool))[0]
-    starts = [*tested[space.feasible(tested)], *(raised_of([space.draw(generator)])[0] for _ in range(8))]
-    for importance in (gains.tolist(), prior):
+def _starts(
+    model: Model, ratio: float, space: Space, tested: Sequence[Bits], belief: Belief, generator: Random
+) -> np.ndarray:
+    """Return where to climb from: greedy vectors of every size by model and by belief, the tried ones, random ones."""
+    low: np.ndarray = np.zeros((1, space.units), dtype=int)
+    alone = space.single_raises
+    gains = model.at(ratio, space.hot(alone))[0] - model.at(ratio, space.hot(low))[0]
+    starts = [low[0], *space.levels([space.draw(generator) for _ in range(8)])]
+    if tested:
+        levels = space.levels(tested)
+        starts += list(levels[space.feasible(levels)])
+    for importance in (gains.tolist(), np.ravel(belief.gains).tolist()):
         for weights in (importance, space.per_byte(importance)):
-            raised: np.ndarray = np.zeros(space.units, dtype=bool)
-            for unit in np.argsort(-np.array(weights), kind="stable"):
-                raised[unit] = True
-                if space.feasible(raised[None])[0]:
-                    starts.append(raised.copy())
-                else:
-                    raised[unit] = False
+            current = low[0].copy()
+            for step in np.argsort(-np.array(weights), kind="stable"):
+                unit, level = step % space.units, step // space.units + 1
+                raised = current.copy()
+                raised[unit] = level
+                if level > current[unit] and space.feasible(raised[None])[0]:
+                    current = raised
+                    starts.append(raised)
     return np.unique(np.array(starts), axis=0)

@@ -24,6 +24,7 @@ from pipeline.results import cells, labels
 from pipeline.results.cells import VARIANT, Cell, Outcome
 from pipeline.search import pareto, search
 from pipeline.search.history import import_history
+from pipeline.search.search import Settings
 from pipeline.search.study import Study
 from pipeline.stages import trials
 from pipeline.stages.agreement import verified_runs
@@ -136,7 +137,8 @@ class Cells:
             reopened = tracking.reopen(kept["run_id"]) or self._open(cell, key)
             _log(reopened, cell, result, kept["study"])
             if kept["study"]:
-                study = _study(Identity(**kept["study"]), cell.params.search.objective)
+                settings = search_settings(cell.params, len(result.vector.bits))
+                study = _study(Identity(**kept["study"]), settings)
                 Recorder(reopened, study, cell.params).agree()
             reopened.finish()
             run_id = reopened.run_id
@@ -207,30 +209,34 @@ def _bits(cell: Cell, cell_run: Run, supplies: Supplies) -> tuple[tuple[int, ...
     if cell.row == "qpruner1":
         return (4,) * units, None
     if cell.row == "qpruner2":
-        return supplies.space.allocate(supplies.priors.mutual_information), None
+        space = supplies.spaces.at[cell.params.prune.ratio]
+        return space.allocate(supplies.priors.mutual_information), None
     return _searched(supplies, cell_run)
 
 
 def _searched(supplies: Supplies, cell_run: Run) -> tuple[tuple[int, ...], dict[str, str]]:
     """Hold QPruner3's search below its cell's run; return the best vector and the study's identity."""
     params = cells.changed(supplies.params, "search", n_trials=supplies.params.table.n_trials)
-    settings, context = search_settings(params), supplies.context
-    history = import_history(params.search.history, len(context.units), settings.objective)
-    identity = study_identity(params, supplies.pruned, supplies.bank, prefix="table-")
-    study = _study(identity, settings.objective)
+    units, ratio = len(supplies.context.units), params.prune.ratio
+    settings = search_settings(params, units)
+    history = import_history(params.search.history, units, [ratio], settings.objective, params.search.bits)
+    identity = study_identity(params, (supplies.pruned, supplies.bank), prefix="table-")
+    study = _study(identity, settings)
     cell_run.tags({"study_digest": study.name, "journal": study.journal})
-    recorder = Recorder(cell_run, study, params, context, supplies.space)
+    recorder = Recorder(cell_run, study, params, supplies.contexts, supplies.spaces)
+    problem = search.Problem(supplies.spaces, {ratio: supplies.priors}, history)
     recorder.announce()
     recorder.agree()
     with recorder.screen, tracking.patient():
-        search.run(study, settings, search.Problem(supplies.space, supplies.priors, history), recorder.attempt())
-    points = pareto.points(verified_runs(study.name, study.journal, study.finished()), settings.objective)
-    members = pareto.judge(pareto.front(points), points, supplies.priors.sensitivity)
-    return bits.parse(pareto.best(members).bits, len(context.units)), asdict(identity)  # as ``build`` chooses
+        search.run(study, settings, problem, recorder.attempt())
+    runs = verified_runs(study.name, study.journal, study.finished())
+    points = pareto.points(runs, settings.objective, settings.memory)
+    members = pareto.judge(pareto.front(points), points, problem.beliefs)
+    return pareto.best(members).vector.bits, asdict(identity)  # as ``build`` chooses
 
 
-def _study(identity: Identity, objective: str) -> Study:
-    return Study(KEPT / "study", identity, objective)
+def _study(identity: Identity, settings: Settings) -> Study:
+    return Study(KEPT / "study", identity, settings.objective, settings.memory)
 
 
 # --- what a command says and writes ------------------------------------------------------------------------------

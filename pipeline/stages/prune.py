@@ -1,12 +1,13 @@
 """Stage ``prune``: remove the structures that the loss misses least (paper section 3.1).
 
-Reads ``artifacts/base`` and ``data/alpaca.jsonl``. Writes ``artifacts/pruned``, ``reports/prune.json`` and
-``reports/prune.png``.
+Reads ``artifacts/base`` and ``data/alpaca.jsonl``. Writes a model for each of ``prune.ratios`` into
+``artifacts/pruned``, ``reports/prune.json`` and ``reports/prune.png``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from pipeline.compress.prune import Pruned
 from pipeline.data import calibration
 from pipeline.data.alpaca import Batch
 from pipeline.params import Params
-from pipeline.paths import ALPACA, BASE, PRUNED, REPORTS
+from pipeline.paths import ALPACA, BASE, PRUNED, REPORTS, at_ratio
 from pipeline.results import figures
 from pipeline.settings import pruning
 from pipeline.stages.shell import keep_figures
@@ -30,25 +31,29 @@ if TYPE_CHECKING:
 def run(params: Params, run: Run) -> None:
     """Run the stage."""
     run.dataset(ALPACA, "alpaca", "calibration")
-    pruned = write(params, {params.prune.ratio: PRUNED})
-    before, after = pruned.parameters
-    keep_figures(run, "prune", {"ratio": pruned.ratio, "parameters_before": before, "parameters_after": after})
-    _draw(pruned)
+    models = write(params, {ratio: at_ratio(PRUNED, ratio) for ratio in params.prune.ratios})
+    figures: dict[str, float] = {"parameters_before": next(iter(models.values())).parameters[0]}
+    for ratio, pruned in models.items():
+        figures |= {f"ratio_{ratio:g}": pruned.ratio, f"parameters_{ratio:g}": pruned.parameters[1]}
+    keep_figures(run, "prune", figures)
+    _draw(models)
     run.artifact(REPORTS / "prune.png")
 
 
-def write(params: Params, targets: Mapping[float, Path]) -> Pruned:
-    """Prune the base model to each ratio into its checkpoint folder; return the last one."""
+def write(params: Params, targets: Mapping[float, Path]) -> dict[float, Pruned]:
+    """Prune the base model to each ratio into its checkpoint folder; return the models without their tensors."""
     storage.verify(BASE, "fetch")
     compute = device.choose(params.device, params.dtype)
     model, tokenizer = checkpoint.load_base(BASE, compute.device, compute.dtype), checkpoint.load_tokenizer(BASE)
     parts = calibration_set(params, tokenizer, model.device)
     at_ratios = prune.at_ratios(model, parts, pruning(params.prune), list(targets), params.seed)
-    for target, pruned in zip(targets.values(), at_ratios, strict=True):
+    models = {}
+    for (ratio, target), pruned in zip(targets.items(), at_ratios, strict=True):
         with storage.writing(target) as folder:
             checkpoint.from_state(pruned.config, checkpoint.stored(pruned.state)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    return pruned
+        models[ratio] = replace(pruned, state={})
+    return models
 
 
 def calibration_set(
@@ -70,7 +75,14 @@ def calibration_set(
     )
 
 
-def _draw(pruned: Pruned) -> None:
+def _draw(models: Mapping[float, Pruned]) -> None:
+    """Draw what each block keeps at the ratios that remove something, else at the only one."""
     kinds = {"attention": "key/value heads kept", "mlp": "MLP channels kept"}
-    series = {label: [len(block[kind]) for block in pruned.kept] for kind, label in kinds.items()}
-    figures.bar_chart([str(index) for index in range(len(pruned.kept))], series, REPORTS / "prune.png")
+    shown = {ratio: model for ratio, model in models.items() if ratio} or models
+    series = {
+        f"{label}, {100 * ratio:g} %": [len(block[kind]) for block in model.kept]
+        for kind, label in kinds.items()
+        for ratio, model in shown.items()
+    }
+    blocks = len(next(iter(shown.values())).kept)
+    figures.bar_chart([str(index) for index in range(blocks)], series, REPORTS / "prune.png")

@@ -1,6 +1,6 @@
 """Stage ``quantize``: the layer bank, every linear at 4 and at 8 bits with its adapter (paper sections 2.1 and 3.3).
 
-Reads ``artifacts/pruned`` and ``data/alpaca.jsonl``. Writes ``artifacts/bank``.
+Reads ``artifacts/pruned`` and ``data/alpaca.jsonl``. Writes a bank for each of its models into ``artifacts/bank``.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from pipeline.compress import bank_writer, layer_bank, linear_grams, quantize
 from pipeline.data import calibration
 from pipeline.data.alpaca import Batch
 from pipeline.params import Params
-from pipeline.paths import ALPACA, BANK, PRUNED
+from pipeline.paths import ALPACA, BANK, PRUNED, at_ratio
 from pipeline.settings import settings_of
 from pipeline.tracking import Run
 
 
 def run(params: Params, run: Run) -> None:
     """Run the stage."""
-    storage.verify(PRUNED, "prune")
     if settings_of(quantize.Settings, params.quantize).reads_inputs:
         run.dataset(ALPACA, "alpaca", "calibration")
-    uncalibrated = write(params, PRUNED, BANK)
-    size = sum(path.stat().st_size for path in BANK.iterdir())
+    uncalibrated = 0
+    for ratio in params.prune.ratios:
+        pruned = at_ratio(PRUNED, ratio)
+        storage.verify(pruned, "prune")
+        uncalibrated += write(params, pruned, at_ratio(BANK, ratio))
+    size = sum(path.stat().st_size for path in BANK.glob("*/*"))
     run.metrics({"bank_bytes": size, "uncalibrated_linears": uncalibrated})
 
 

@@ -6,17 +6,20 @@ search: what it lacks waits (``tracking.patient``). What is lost with the proces
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import GIB, console, device, identity, storage, tracking
 from pipeline import bits as bit_text
 from pipeline.architecture import GRANULARITIES
+from pipeline.bits import Vector
 from pipeline.identity import Identity
 from pipeline.params import Params, digest
 from pipeline.paths import ALPACA, BENCHMARKS, UNFINISHED
 from pipeline.results import labels
-from pipeline.search.allocate import Bits, Space
+from pipeline.search.allocate import Spaces
+from pipeline.search.history import paper_ratio
 from pipeline.search.search import Attempt, Settings
 from pipeline.search.study import Candidate, Study, trial_name
 from pipeline.stages.agreement import by_journal_run
@@ -24,29 +27,38 @@ from pipeline.tracking import Run
 
 if TYPE_CHECKING:
     from pipeline.search.study import Trial
-    from pipeline.trial.context import Context
+    from pipeline.stages.trials import Contexts
     from pipeline.trial.recover import Steps
     from pipeline.trial.result import Result
 
+# What of section ``search`` names a study: what may be tried, and by what it is judged.
+_SPACE = {"granularity", "objective", "memory", "context", "bits", "max_8bit_fraction", "memory_budget_gib", "average_bits"}
 
-def study_identity(params: Params, pruned: Path, bank: Path, prefix: str = "") -> Identity:
+
+def study_identity(params: Params, folders: Sequence[Path], prefix: str = "") -> Identity:
     """Return what names a study: the models, the data, how and where a trial is run, what is searched, and the code.
 
     A GPU's trials measure their memory, a CPU's predict it, and types round differently: they do not belong on one
     front.
+
+    Args:
+        params: The params.
+        folders: The checkpoints that trials are made of: pruned models and layer banks.
+        prefix: Before the study's name.
     """
-    parts = [storage.sha256(folder / storage.CHECKSUMS) for folder in (pruned, bank)]
+    parts = [storage.sha256(folder / storage.CHECKSUMS) for folder in folders]
     data = [tracking.md5(ALPACA), *(tracking.md5(BENCHMARKS / f"{task}.jsonl") for task in params.evaluate.tasks)]
-    space = params.search.model_dump(
-        include={"granularity", "objective", "max_8bit_fraction", "memory_budget_gib", "average_bits"}
-    )
-    settings = [params.recover, params.evaluate, params.data.validation_rows, space, params.seed]
+    space = params.search.model_dump(include=_SPACE)
+    ratios = list(params.prune.ratios)
+    settings = [params.recover, params.evaluate, params.data.validation_rows, ratios, space, params.seed]
     where = str(device.choose(params.device, params.dtype))
     return Identity(prefix + digest(parts, data, *settings, where), identity.code(*identity.TRIAL))
 
 
-def search_settings(params: Params) -> Settings:
-    """Return how the search of some params goes."""
+def search_settings(params: Params, units: int) -> Settings:
+    """Return how the search of some params over a number of units goes."""
+    from pipeline.stages import trials  # torch
+
     section = params.search
     return Settings(
         n_trials=section.n_trials,
@@ -54,7 +66,8 @@ def search_settings(params: Params) -> Settings:
         patience=section.patience,
         objective=section.objective,
         seed=params.seed,
-        seed_bits=section.seed_bits,
+        memory=section.memory,
+        seed_vectors=tuple(trials.vector(text, params.prune.ratios, units) for text in section.seed_bits),
     )
 
 
@@ -65,14 +78,14 @@ class Recorder:
         run: The search's own run.
         study: The study.
         params: The params.
-        context: What the trials share; None where none is run.
-        space: The feasible vectors; None where none is run.
+        contexts: What the trials share, by ratio; None where none is run.
+        spaces: The feasible vectors; None where none is run.
     """
 
     def __init__(
-        self, run: Run, study: Study, params: Params, context: Context | None = None, space: Space | None = None
+        self, run: Run, study: Study, params: Params, contexts: Contexts | None = None, spaces: Spaces | None = None
     ):
-        self.run, self.study, self.params, self.context, self.space = run, study, params, context, space
+        self.run, self.study, self.params, self.contexts, self.spaces = run, study, params, contexts, spaces
         self.screen = console.Search(params.search.n_trials)
         self._followed = 0  # finished trials whose front's hypervolume is logged
 
@@ -86,7 +99,7 @@ class Recorder:
         for record in [*self.study.finished(), *self.study.references()]:
             tracked = known.get(record.run_id)
             if tracked is None:  # the store was lost, is another one, or could not be reached
-                run = self._open(record.name, record.method, record.values["bits"], reference=record.number is None)
+                run = self._open(record.name, record.method, record.result.vector, reference=record.number is None)
                 run.tags({tracking.JOURNAL_ID: record.run_id})
             else:
                 run = Run(tracked.run_id, tracked.experiment_id)
@@ -119,16 +132,19 @@ class Recorder:
         from pipeline.stages import trials
         from pipeline.trial import trial
 
-        assert self.context is not None
-        bits = (8 if name == "uniform8" else bit_text.DENSE,) * len(self.context.units)
-        run = self._open(name, name, bit_text.write(bits), reference=True)
+        assert self.contexts is not None
+        width = 8 if name == "uniform8" else bit_text.DENSE
+        ratio = 0.0 if name == "dense" else paper_ratio(list(self.contexts.folders))
+        vector = Vector(ratio, (width,) * len(self.contexts.any.units))
+        run = self._open(name, name, vector, reference=True)
         kept = unfinished(self.study.name, name)
         self.screen.begin(f"reference {labels.method(name)}")
         try:
             if name == "dense":
-                result = trials.untouched(self.params, self.context)
+                result = trials.untouched(self.params, self.contexts.any)
             else:
-                result, _ = trial.run(self.context, bits, progress=self.screen.steps, keep=kept)
+                context = self.contexts.at(ratio)
+                result, _ = trial.run(context, vector.bits, progress=self.screen.steps, keep=kept)
         except Exception as error:
             run.finish("FAILED", error)
             console.note(f"reference {name} failed: {error}")
@@ -150,14 +166,15 @@ class Recorder:
     def _attempt(self, opened: Trial, candidate: Candidate, done: int) -> Result | BaseException:
         from pipeline.trial import trial
 
-        assert self.context is not None
-        text, name = bit_text.write(candidate.bits), trial_name(opened.number)
-        run = self._open(name, candidate.method, text, reference=False, bits=candidate.bits)
+        assert self.contexts is not None
+        vector, name = candidate.vector, trial_name(opened.number)
+        run = self._open(name, candidate.method, vector, reference=False)
         label = f"{name} ({labels.method(candidate.method)})"
         self.screen.begin(label)
-        kept = unfinished(self.study.name, text)
+        kept = unfinished(self.study.name, bit_text.write_vector(vector))
         try:
-            result, _ = trial.run(self.context, candidate.bits, progress=self.screen.steps, keep=kept)
+            context = self.contexts.at(vector.ratio)
+            result, _ = trial.run(context, vector.bits, progress=self.screen.steps, keep=kept)
             self.study.complete(opened, run.run_id, result)
         except Exception as error:
             self.study.fail(opened, error)
@@ -173,29 +190,33 @@ class Recorder:
         """Log the hypervolume after each finished trial that has none yet."""
         from pipeline.search import pareto
 
-        if self.space is None:
+        if self.spaces is None:
             return
         results = [record.result for record in self.study.finished()]
-        points = [(result.score(self.study.objective)[0], float(result.peak_memory_bytes or 0)) for result in results]
-        growth = pareto.growth(points, self.space.reach, self._followed)
+        points = [
+            (result.score(self.study.objective)[0], float(result.peak(self.study.memory) or 0)) for result in results
+        ]
+        growth = pareto.growth(points, self.spaces.reach, self._followed)
         self.run.series("hypervolume", enumerate(growth, self._followed + 1))
         self._followed = len(results)
 
-    def _open(self, name: str, method: str, text: str, reference: bool, bits: Bits | None = None) -> Run:
-        """Open the run of a trial or a reference with what it is: its bits, and what compares it with others."""
-        kind = "reference" if reference else "trial"
+    def _open(self, name: str, method: str, vector: Vector, reference: bool) -> Run:
+        """Open the run of a trial or a reference with what it is: its vector, and what compares it with others."""
+        kind, text = "reference" if reference else "trial", bit_text.write(vector.bits)
         belongs = {"stage": kind, "study": self.study.name, "journal": self.study.journal}
-        run = self.run.child(name, {**belongs, "method": method, "name": name, "bits": text})
+        decided = {"ratio": f"{vector.ratio:g}", "bits": text}
+        run = self.run.child(name, {**belongs, "method": method, "name": name, **decided})
         granularity = self.params.search.granularity
         shown: dict[str, object] = {
             "bits": bit_text.grouped(text, len(GRANULARITIES[granularity])),
             "method": method,
             "granularity": granularity,
-            "ratio": self.params.prune.ratio,
-            "share_8bit": round(text.count("8") / len(text), 4),
+            "ratio": vector.ratio,
+            "share_raised": round(bit_text.share_raised(text), 4),
         }
-        if bits is not None and self.space is not None and self.space.sizes:
-            shown["average_bits"] = round(self.space.average(bits), 4)
+        space = None if self.spaces is None else self.spaces.at.get(vector.ratio)
+        if space is not None and space.sizes:
+            shown["average_bits"] = round(space.average(vector.bits), 4)
         run.params(shown)
         return run
 
@@ -233,7 +254,8 @@ def told(label: str, result: Result) -> str:
 def _figures(result: Result) -> str:
     text, gold = result.response_logprob, result.gold_logprob
     quality = f"response {text:.3f}, gold answer {gold:.3f}, {100 * result.accuracy:.1f} %"
-    return f"{quality}, {training_memory(result, 3)}, {bit_text.summary(result.bits)}"
+    pruned = f"{100 * result.ratio:g} % pruned"
+    return f"{quality}, {training_memory(result, 3)}, {pruned}, {bit_text.summary(result.bits)}"
 
 
 def _finished(name: str, result: Result, objective: str) -> console.Finished:

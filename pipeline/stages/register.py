@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pipeline import GIB, bits, console, storage, tracking
 from pipeline.params import Params, digest
 from pipeline.paths import EXPORT, FINAL, REPORTS
+from pipeline.results import labels
 from pipeline.stages.serving import Settings
 from pipeline.stages.shell import made
 from pipeline.tracking import Packed, Registration, Run, Standing
@@ -81,7 +82,7 @@ def _facts(
     text = lineage.get("bits")
     memory = {"training": "peak_memory_bytes", "inference": "inference_memory_bytes"}
     return {
-        **({"bits_summary": bits.summary(text)} if text else {}),
+        **({"pruned": labels.ratio(float(lineage["ratio"])), "bits_summary": bits.summary(text)} if text else {}),
         **{f"{name}_memory": f"{built[key] / GIB:.3f} GiB" for name, key in memory.items() if key in built},
         "size": f"{size_mb:.0f} MB",
         **({"gguf_size": f"{exported['gguf_bytes'] / 1e6:.0f} MB"} if "gguf_bytes" in exported else {}),

@@ -12,25 +12,27 @@ from pathlib import Path
 from pipeline import console, storage, tracking
 from pipeline.params import Params
 from pipeline.paths import BASE, FINAL, REPORTS
-from pipeline.results import choice, figures, report, running
+from pipeline.results import choice, figures, labels, report, running
 from pipeline.results.choice import Built
 from pipeline.results.pages import Section
 from pipeline.search.pareto import Point
-from pipeline.stages import pareto
+from pipeline.stages import pareto, priors
 from pipeline.stages.shell import made
 from pipeline.tracking import Run
 
 
 def run(params: Params, run: Run) -> None:
     """Run the stage."""
-    searched, priors, objective = made("search"), made("importance"), params.pareto.objective
+    searched, objective, memory = made("search"), params.pareto.objective, params.search.memory
+    units = next(iter(priors.read(params).values())).units
     points, members = pareto.front(params)
-    figures.heat_map(members, priors["units"], REPORTS / "bits.png")
+    figures.heat_map(members, units, REPORTS / "bits.png")
     methods, tasks = report.methods(points, members), params.evaluate.tasks
     figures.accuracy_and_memory({"": report.bars_of(methods, tasks)}, tasks, REPORTS / "methods.png")
-    figures.benchmark_fronts(dict(zip(tasks, pareto.compared(tasks), strict=True)), REPORTS / "benchmarks.png")
+    by_task = dict(zip(tasks, pareto.compared(tasks, memory), strict=True))
+    figures.benchmark_fronts(by_task, REPORTS / "benchmarks.png", memory)
     facts = [
-        f"model: {params.model.source}; pruned by {100 * made('prune')['ratio']:.1f} %",
+        f"model: {params.model.source}; {', '.join(map(labels.ratio, params.prune.ratios))}",
         f"study {searched['study']}: {searched['finished']} finished trials, {len(members)} on the front",
         f"peak memory is {members[0].source if members else 'predicted'}; ± is one standard error",
     ]
@@ -39,6 +41,8 @@ def run(params: Params, run: Run) -> None:
         Section("Accuracy in each benchmark, %", table=report.benchmark_table(methods, tasks)),
         Section("Pareto front, lowest memory first", table=report.front_table(members, objective)),
     ]
+    if len(params.prune.ratios) > 1 and members:
+        sections.insert(0, Section("What to choose", table=report.budgets(members, objective)))
     if built := _built(points):
         sections.insert(0, choice.section(built, points, members, objective))
         if (REPORTS / "export.json").exists():
@@ -60,10 +64,10 @@ def show(params: Params) -> None:
     """Print methods, front and built model, and how to see more of them."""
     study, objective = made("search")["study"], params.pareto.objective
     points, members = pareto.front(params)
-    for table in (
-        report.method_table(report.methods(points, members)),
-        report.front_table(members, objective),
-    ):
+    shown = [report.method_table(report.methods(points, members)), report.front_table(members, objective)]
+    if len(params.prune.ratios) > 1 and members:
+        shown.append(report.budgets(members, objective))
+    for table in shown:
         console.table(table.title, table.columns, table.texts)
     experiment = tracking.run(members[0].run_id).experiment_id if members else tracking.experiment_id()
     console.note("See every trial, best first, in the MLflow UI:\n" + tracking.ui_command(experiment, study, objective))

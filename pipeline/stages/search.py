@@ -12,43 +12,45 @@ from typing import get_args
 
 import pandas as pd
 
-from pipeline import architecture, checkpoint, console, storage, tracking
+from pipeline import GIB, architecture, checkpoint, console, storage, tracking
 from pipeline.architecture import Unit
-from pipeline.compress.importance import Priors
+from pipeline.compress.priors import Priors
 from pipeline.params import Objective, Params, flatten
-from pipeline.paths import ALPACA, BANK, BENCHMARKS, PRUNED, REPORTS, STUDY
+from pipeline.paths import ALPACA, BENCHMARKS, REPORTS, STUDY
 from pipeline.search import search
 from pipeline.search.history import export_history, import_history
 from pipeline.search.study import Record, Study
-from pipeline.stages import trials
+from pipeline.stages import priors, trials
 from pipeline.stages.recorder import Recorder, search_settings, study_identity
-from pipeline.stages.shell import made
 from pipeline.tracking import Run
 
 
 def run(params: Params, run: Run) -> None:
     """Run the stage."""
-    settings = search_settings(params)
-    units = architecture.units(checkpoint.load_config(PRUNED), params.search.granularity)
-    history = import_history(params.search.history, len(units), settings.objective)
-    priors = _priors(units)
-    context = trials.load(params)
-    identity = study_identity(params, PRUNED, BANK)
+    folders = trials.folders(params)
+    units = architecture.units(checkpoint.load_config(next(iter(folders.values()))[0]), params.search.granularity)
+    settings, ratios = search_settings(params, len(units)), params.prune.ratios
+    history = import_history(params.search.history, len(units), ratios, settings.objective, params.search.bits)
+    known = _priors(params, units)
+    contexts = trials.Contexts(params, folders)
+    identity = study_identity(params, [folder for pair in folders.values() for folder in pair])
     run.params(flatten(params.recover, "recover.") | flatten(params.evaluate, "evaluate."))
     for task in params.evaluate.tasks:
         run.dataset(BENCHMARKS / f"{task}.jsonl", task, "evaluation")
     run.dataset(ALPACA, "alpaca", "training")
-    space = trials.space(params, context)
-    study = Study(STUDY, identity, settings.objective)
+    spaces = trials.spaces(params, contexts)
+    for ratio, bytes_ in spaces.too_large.items():
+        console.note(f"ratio {ratio:g} takes {bytes_ / GIB:.3f} GiB at the lowest bits, above the budget: not searched")
+    study = Study(STUDY, identity, settings.objective, settings.memory)
     run.tags({"study_digest": study.name, "journal": study.journal})
     tracking.show_search(run, study.name, settings.objective)
-    recorder = Recorder(run, study, params, context, space)
+    recorder = Recorder(run, study, params, contexts, spaces)
     recorder.announce()
     recorder.agree()
     with tracking.patient():
         with recorder.screen:
             recorder.references()
-            ended = search.run(study, settings, search.Problem(space, priors, history), recorder.attempt())
+            ended = search.run(study, settings, search.Problem(spaces, known, history), recorder.attempt())
         console.note(f"search ended: {ended.reason}")
         figures = _write(study, ended, run)
     run.metrics(figures)
@@ -56,22 +58,23 @@ def run(params: Params, run: Run) -> None:
         run.artifact(REPORTS / table)
 
 
-def _priors(units: Sequence[Unit]) -> Priors:
-    """Return the importance of a model's units, as stage ``importance`` measured it.
+def _priors(params: Params, units: Sequence[Unit]) -> dict[float, Priors]:
+    """Return the importance of the units at each ratio, as stage ``importance`` measured it.
 
     Raises:
         CheckpointError: It is of other units, or lacks a figure.
     """
-    priors = Priors.from_json(made("importance"))
-    figures = (priors.mutual_information, priors.sensitivity)
-    named = list(priors.units) == [unit.name for unit in units]
-    complete = all(len(values) == len(units) and all(isinstance(v, int | float) for v in values) for values in figures)
-    if not named or not complete:
-        raise storage.CheckpointError(
-            f"{REPORTS / 'importance.json'} does not have a figure for each of this model's {len(units)} units; "
-            f"{storage.again('importance')}"
-        )
-    return priors
+    known = priors.read(params)
+    for prior in known.values():
+        figures = (prior.mutual_information, prior.sensitivity, prior.dense_gains)
+        named = list(prior.units) == [unit.name for unit in units]
+        numbers = all(isinstance(value, int | float) for values in figures for value in values)
+        if not named or not numbers or any(len(values) != len(units) for values in figures):
+            raise storage.CheckpointError(
+                f"{REPORTS / 'importance.json'} does not have a figure for each of this model's {len(units)} units; "
+                f"{storage.again('importance')}"
+            )
+    return known
 
 
 def _write(study: Study, ended: search.Ended, run: Run) -> dict[str, float | None]:
@@ -97,6 +100,7 @@ def _write_tables(finished: Sequence[Record], history: Mapping[str, object]) -> 
             "trial": int(record.name.removeprefix("trial ")),
             "run_id": record.run_id,
             "method": record.method,
+            "ratio": record.result.ratio,
             "bits": record.result.bits,
             "memory_source": record.result.memory_source,
             **record.result.metrics(),

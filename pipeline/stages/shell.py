@@ -15,19 +15,26 @@ from pipeline.stages import STAGES
 from pipeline.tracking import Run
 
 # Where files and folders are written; what a killed stage left half-written there goes when the next one starts.
-_WRITTEN = (*(FINAL.parent / inside for inside in ("", "table", "table/cells", "unfinished")), ALPACA.parent, REPORTS)
+_WRITTEN = (
+    *(FINAL.parent / inside for inside in ("", "pruned", "bank", "table", "table/cells", "unfinished")),
+    ALPACA.parent,
+    REPORTS,
+)
 # What others read of a stage's file of reports: key -> type, of the mapping or of each mapping of the list.
 _NEEDS: dict[str, dict[str, type]] = {
-    "prune": {"ratio": float},
+    "prune": {"parameters_before": float},
     "importance": {
+        "ratio": float,
         "units": list,
         "mutual_information": list,
         "sensitivity": list,
+        "dense_gains": list,
         "divergence": float,
+        "distance": float,
         "tokens": int,
     },
     "search": {"study": str, "journal": str, "search_run": str, "finished": int},
-    "pareto": {"front": bool, "name": str, "bits": str, "run_id": str, "score": float},
+    "pareto": {"front": bool, "name": str, "ratio": float, "bits": str, "run_id": str, "score": float},
     "build": {"accuracy": float, "accuracy_stderr": float, "gold_logprob": float},
     "evaluate": {"accuracy": float, "accuracy_stderr": float, "gold_logprob": float, "items": int},
     "export": {"parameters": float, "multiply_adds": float, "cache_bytes": float},

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline import console, storage, tracking
-from pipeline.compress.importance import Priors
+from pipeline.compress.priors import Priors
 from pipeline.identity import code
 from pipeline.params import Params, digest
 from pipeline.paths import ALPACA, BASE
 from pipeline.results.cells import at_ratio
-from pipeline.search.allocate import Space
+from pipeline.search.allocate import Spaces
 from pipeline.stages import importance, prune, quantize, trials
+from pipeline.stages.trials import Contexts
 from pipeline.trial.context import Context
 
 KEPT = Path("artifacts/table")
@@ -68,17 +69,24 @@ class Supplies:
         kept = read_json(path, {field.name for field in fields(Priors)})
         if kept is not None:
             return Priors.from_json(kept)
-        return importance.write(self.params, self.pruned, self.bank, path)
+        priors = importance.measure(self.params, self.pruned, self.bank, importance.predictions(self.params))
+        storage.write_text(path, json.dumps(asdict(priors), indent=1))
+        return priors
 
     @cached_property
-    def context(self) -> Context:
+    def contexts(self) -> Contexts:
         """Return what its trials share."""
-        return trials.load(self.params, self.pruned, self.bank)
+        return trials.Contexts(self.params, {self.params.prune.ratio: (self.pruned, self.bank)})
+
+    @property
+    def context(self) -> Context:
+        """Return what the trials of its only ratio share."""
+        return self.contexts.any
 
     @cached_property
-    def space(self) -> Space:
-        """Return its feasible bit vectors."""
-        return trials.space(self.params, self.context)
+    def spaces(self) -> Spaces:
+        """Return its feasible vectors."""
+        return trials.spaces(self.params, self.contexts)
 
 
 def sound(folder: Path, make: Callable[[Path], object]) -> Path:

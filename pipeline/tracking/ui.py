@@ -19,7 +19,7 @@ from pipeline.tracking.store import address, client, is_server, parent_run, serv
 
 _VIEW_TAG = "mlflow.sharedViewState."
 _WORKFLOW = {"workflowType": "machine_learning"}
-_PARAMS = ("method", "bits", "share_8bit", "average_bits", "ratio")
+_PARAMS = ("method", "bits", "share_raised", "average_bits", "ratio")
 _METRICS = ("peak_memory_gib", "inference_memory_bytes", "accuracy", "pareto_probability")
 
 

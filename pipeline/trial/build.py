@@ -30,7 +30,6 @@ from pipeline.trial.assemble import mixed_model, trained_state
 from pipeline.trial.context import Context
 from pipeline.trial.result import Result
 
-_RUN_ID = 32  # digits of a run's id
 PROBES = ("The capital of France is", "Water boils when it is", "To plant a tree, first")
 
 
@@ -39,10 +38,10 @@ class BuildError(UserError):
 
 
 def choose(wanted: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """Return (bits, run id) of what to build.
+    """Return (vector as text, run id) of what to build.
 
     Args:
-        wanted: ``best``, a trial's run id, or a bit string.
+        wanted: ``best``, a trial's run id, or a vector's text.
         rows: The rows of ``reports/pareto.json``, members of the front first.
 
     Raises:
@@ -52,16 +51,18 @@ def choose(wanted: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str | N
     if wanted == "best":
         if not members:
             raise BuildError("the front is empty: no trial has finished; run: mlflow run . -e search")
-        row = max(members, key=lambda member: (member["expected"], -member["peak_memory_bytes"]))  # as ``pareto.best``
-        return row["bits"], row["run_id"]
-    if text_of.is_text(wanted) and len(wanted) != _RUN_ID:
-        return wanted, None
+        row = max(members, key=lambda member: (member["expected"], -member["memory_bytes"]))  # as ``pareto.best``
+        return _vector(row), row["run_id"]
     for row in rows:
-        if wanted in (row["run_id"], row["bits"]):
-            return row["bits"], row["run_id"]
-    if text_of.is_text(wanted):  # a model of 32 units: as long as a run id, and no run has it
+        if wanted in (row["run_id"], _vector(row)):
+            return _vector(row), row["run_id"]
+    if text_of.split(wanted):
         return wanted, None
     raise BuildError(f"build.choose: no finished trial of this study has the run id {wanted}; see reports/pareto.csv")
+
+
+def _vector(row: Mapping[str, Any]) -> str:
+    return f"{row['ratio']:g}:{row['bits']}"
 
 
 def save(context: Context, bits: Sequence[int], trained: PeftModel, folder: Path) -> PeftModel:
@@ -127,8 +128,9 @@ tags: [pruned, mixed-precision, bitsandbytes, lora]
 # {name}
 
 A causal language model compressed with QPruner (arXiv 2412.11629): structured pruning,
-{granularity}-wise 4/8-bit quantization, LoRA recovery on Alpaca.
+{granularity}-wise quantization, LoRA recovery on Alpaca.
 
+- pruned: {100 * result.ratio:g} % of the parameters
 - bits, block 0 first: `{result.bits}`
 - peak memory of recovery: {(result.peak_memory_bytes or 0) / GIB:.3f} GiB ({result.memory_source})
 - inference: {result.inference_memory_bytes / GIB:.3f} GiB ({result.memory_source})

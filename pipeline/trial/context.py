@@ -32,6 +32,7 @@ class Settings:
         recover: How a model is recovered.
         limit: Items of a task that it is judged on; 0: all.
         batch_tokens: Tokens of one forward pass of evaluation.
+        cached_tokens: Tokens whose keys and values the inference memory holds as well.
         seed: Of adapters that are drawn, of the order of rows, of dropout, and of the held-out rows.
     """
 
@@ -39,6 +40,7 @@ class Settings:
     limit: int
     batch_tokens: int
     seed: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Sources:
     """Where the parts of a context lie.
 
     Attributes:
+        ratio: The share of the parameters that was pruned.
         pruned: The pruned model.
         bank: Its layer bank.
         rows: File of Alpaca rows.
@@ -54,6 +57,7 @@ class Sources:
         answers: Where its answers are kept.
     """
 
+    ratio: float
     pruned: Path
     bank: Path
     rows: Path
@@ -67,6 +71,7 @@ class Context:
     """What all trials of a study share.
 
     Attributes:
+        ratio: The share of the parameters that was pruned.
         config: Config of the pruned model.
         state: Its tensors.
         bank: The layer bank.
@@ -80,6 +85,7 @@ class Context:
         teacher: The dense model, where recovery aims at its predictions.
     """
 
+    ratio: float
     config: PretrainedConfig
     state: dict[str, torch.Tensor]
     bank: layer_bank.Bank
@@ -100,7 +106,8 @@ class Context:
     @property
     def memory_setting(self) -> Setting:
         """Return the batch and adapter sizes that peak memory depends on."""
-        return memory_setting(self.settings.recover, self.settings.batch_tokens, self.bank.settings)
+        settings = self.settings
+        return memory_setting(settings.recover, settings.batch_tokens, self.bank.settings, settings.cached_tokens)
 
     def widths(self, bits: Sequence[int]) -> dict[str, int]:
         """Return each linear's bits from the bits of the units."""
@@ -111,13 +118,16 @@ class Context:
         return memory.predict(self.config, self.widths(bits), self.memory_setting)
 
 
-def memory_setting(recovery: recover.Settings, batch_tokens: int, adapters: quantize.Settings) -> Setting:
+def memory_setting(
+    recovery: recover.Settings, batch_tokens: int, adapters: quantize.Settings, cached_tokens: int = 0
+) -> Setting:
     """Return the batch and adapter sizes that peak memory depends on.
 
     Args:
         recovery: How a model is recovered.
         batch_tokens: Tokens of one forward pass of evaluation.
         adapters: How the bank that the adapters come from is made.
+        cached_tokens: Tokens whose keys and values the inference memory holds as well.
     """
     rows = max(1, batch_tokens // ROW)
     return Setting(
@@ -132,6 +142,7 @@ def memory_setting(recovery: recover.Settings, batch_tokens: int, adapters: quan
         full=recovery.train == "full",
         keeps_best=recovery.validate_every > 0,
         teacher=recovery.target == "teacher",
+        cached_tokens=cached_tokens,
     )
 
 
@@ -158,27 +169,20 @@ def load(
         CheckpointError: The pruned model or the bank is missing or was changed.
         UserError: The model does not suit a GPU.
     """
-    storage.verify(sources.pruned, "prune")
-    storage.verify(sources.bank, "quantize")
-    model = checkpoint.load_model(sources.pruned, dtype=compute.dtype)
-    tokenizer = checkpoint.load_tokenizer(sources.pruned)
-    on_gpu = compute.device.type == "cuda"
-    if on_gpu and any(shape.channels % INT8_MULTIPLE for shape in architecture.shapes(model.config)):
-        raise UserError(
-            f"{sources.pruned}: a block's number of channels is no multiple of {INT8_MULTIPLE}, which 8 bits need on a "
-            f"GPU; set prune.multiple_of to a multiple of {INT8_MULTIPLE} and prune again, or set device to cpu"
-        )
+    tokenizer = checkpoint.load_tokenizer(sources.base)
     train, held_out = alpaca.split(alpaca.read(sources.rows), validation_rows, settings.seed)
     length = settings.recover.max_length
     teacher = None
     if settings.recover.target == "teacher":
         teacher = Teacher(sources.base, sources.answers, tokenizer.pad_token_id, compute)
+    config, state = _pruned(sources.pruned, compute)
     return Context(
-        config=model.config,
-        state=model.state_dict(),
-        bank=layer_bank.Bank(sources.bank),
+        ratio=sources.ratio,
+        config=config,
+        state=state,
+        bank=_bank(sources.bank),
         tokenizer=tokenizer,
-        units=architecture.units(model.config, granularity),
+        units=architecture.units(config, granularity),
         tasks=tasks.load(task_names, sources.items),
         train=alpaca.encode(train, tokenizer, length),
         validation=alpaca.encode(held_out, tokenizer, length),
@@ -186,6 +190,35 @@ def load(
         compute=compute,
         teacher=teacher,
     )
+
+
+def at_ratio(context: Context, ratio: float, pruned: Path, bank: Path) -> Context:
+    """Return the context of the model that was pruned to another ratio.
+
+    Raises:
+        CheckpointError: The pruned model or the bank is missing or was changed.
+        UserError: The model does not suit a GPU.
+    """
+    config, state = _pruned(pruned, context.compute)
+    return replace(context, ratio=ratio, config=config, state=state, bank=_bank(bank))
+
+
+def _pruned(folder: Path, compute: Compute) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
+    """Load and verify a pruned model; return its config and its tensors."""
+    storage.verify(folder, "prune")
+    model = checkpoint.load_model(folder, dtype=compute.dtype)
+    on_gpu = compute.device.type == "cuda"
+    if on_gpu and any(shape.channels % INT8_MULTIPLE for shape in architecture.shapes(model.config)):
+        raise UserError(
+            f"{folder}: a block's number of channels is no multiple of {INT8_MULTIPLE}, which 8 bits need on a "
+            f"GPU; set prune.multiple_of to a multiple of {INT8_MULTIPLE} and prune again, or set device to cpu"
+        )
+    return model.config, model.state_dict()
+
+
+def _bank(folder: Path) -> layer_bank.Bank:
+    storage.verify(folder, "quantize")
+    return layer_bank.Bank(folder)
 
 
 def untouched(context: Context, base: Path) -> Context:
@@ -197,4 +230,4 @@ def untouched(context: Context, base: Path) -> Context:
     storage.verify(base, "fetch")
     model = checkpoint.load_base(base, dtype=context.compute.dtype)
     config = checkpoint.pruned_config(model.config, architecture.shapes(model.config))
-    return replace(context, config=config, state=model.state_dict())
+    return replace(context, ratio=0.0, config=config, state=model.state_dict())

@@ -55,7 +55,22 @@ def predict(config: PretrainedConfig, widths: Mapping[str, int], setting: Settin
         twice = _of_blocks(config, [index, index])  # only a first block's input is all that lives
         block_weights, block_peak = _traced(twice, (model, alone), (bits, bits), setting, "inference")
         widest = max(widest, block_peak - block_weights)
-    return Peak(peak, weights + widest, "predicted")
+    return Peak(peak, weights + widest + cache(config, setting.cached_tokens), "predicted")
+
+
+def cache(config: PretrainedConfig, tokens: int) -> int:
+    """Return the bytes of the keys and values of some tokens, in 16 bits."""
+    heads = sum(shape.kv_heads for shape in architecture.shapes(config))
+    return 2 * 2 * heads * architecture.head_dim(config) * tokens
+
+
+def stored(config: PretrainedConfig, widths: Mapping[str, int], setting: Setting) -> int:
+    """Return the bytes that the linears of a model store."""
+    return sum(
+        _held(architecture.linear_shape(config, shape, name), width, setting)
+        for shape, bits in _blocks(config, widths)
+        for name, width in zip(LINEARS, bits, strict=True)
+    )
 
 
 def training(config: PretrainedConfig, widths: Mapping[str, int], setting: Setting) -> tuple[int, int]:

@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline import GIB
+from pipeline import bits as bit_text
+from pipeline.bits import Vector
 from pipeline.trial.recover import Recovered
 from pipeline.trial.scores import Scores
 
 # Keys of a result's JSON. They name a study and a cell too: a version that measures something else starts its own.
 MEASURED = [
+    "ratio",
     "bits",
     "accuracy",
     "accuracy_stderr",
@@ -57,21 +60,23 @@ class Result:
     """What a trial measured.
 
     Attributes:
-        bits: Such as ``4484...``, or ``16``.
+        vector: The pruning ratio and the bits of each unit.
         scores: Of the benchmarks.
         recovered: Of the recovery and the held-out rows.
         memory: Peak bytes.
         seconds: Phase -> seconds.
     """
 
-    bits: str
+    vector: Vector
     scores: Scores
     recovered: Recovered
     memory: Memory
     seconds: dict[str, float]
 
     @staticmethod
-    def of(bits: str, scores: Scores, recovered: Recovered, memory: Memory, seconds: Mapping[str, float]) -> Result:
+    def of(
+        vector: Vector, scores: Scores, recovered: Recovered, memory: Memory, seconds: Mapping[str, float]
+    ) -> Result:
         """Return the result of a trial; what it measured item by item is rounded to the six digits that are kept."""
         by_item = {
             task: [(_rounded(metric), _rounded(gold)) for metric, gold in items]
@@ -79,8 +84,18 @@ class Result:
         }
         by_row = tuple((_rounded(loss), count) for loss, count in recovered.validation_rows)
         return Result(
-            bits, replace(scores, by_item=by_item), replace(recovered, validation_rows=by_row), memory, dict(seconds)
+            vector, replace(scores, by_item=by_item), replace(recovered, validation_rows=by_row), memory, dict(seconds)
         )
+
+    @property
+    def ratio(self) -> float:
+        """Return the share of the parameters that was pruned."""
+        return self.vector.ratio
+
+    @property
+    def bits(self) -> str:
+        """Return the bits as text."""
+        return bit_text.write(self.vector.bits)
 
     @property
     def accuracy(self) -> float:
@@ -157,6 +172,10 @@ class Result:
         """Return the peak of inference."""
         return self.memory.inference
 
+    def peak(self, step: str) -> int | None:
+        """Return the peak of ``training`` or of ``inference``."""
+        return self.memory.training if step == "training" else self.memory.inference
+
     @property
     def memory_source(self) -> str:
         """Return ``measured`` or ``predicted``."""
@@ -200,6 +219,7 @@ class Result:
     def as_json(self) -> dict[str, object]:
         """Return plain values, one for each of ``MEASURED``."""
         return {
+            "ratio": self.ratio,
             "bits": self.bits,
             "accuracy": self.accuracy,
             "accuracy_stderr": self.accuracy_stderr,
@@ -222,14 +242,11 @@ class Result:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Result:
-        """Return the result that ``as_json`` was made from, by this version or an earlier one."""
+        """Return the result that ``as_json`` was made from."""
         other = dict(values["other"])
         predicted = other.pop(_PREDICTED, None)
-        inference, training = values["inference_memory_bytes"], values["peak_memory_bytes"]
-        if training == inference and not values["losses"]:
-            training = None  # earlier versions noted the peak of inference for what was not trained
         return Result(
-            values["bits"],
+            Vector(values["ratio"], bit_text.read(values["bits"])),
             Scores(
                 accuracy={task: float(value) for task, (value, _) in values["tasks"].items()},
                 stderr={task: float(error) for task, (_, error) in values["tasks"].items()},
@@ -249,7 +266,7 @@ class Result:
                 validation_loss=values["validation_loss"],
                 validation_stderr=values["validation_loss_stderr"],
             ),
-            Memory(training, inference, values["memory_source"], None if predicted is None else int(predicted)),
+            Memory(values["peak_memory_bytes"], values["inference_memory_bytes"], values["memory_source"], None if predicted is None else int(predicted)),
             dict(values["seconds"]),
         )
 

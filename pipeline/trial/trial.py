@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from peft import PeftModel
 
-from pipeline import bits as text_of
 from pipeline import console, storage
+from pipeline.bits import DENSE, Vector
 from pipeline.trial import context as contexts
 from pipeline.trial import evaluate, memory, recover
 from pipeline.trial.assemble import assemble, merged
@@ -60,12 +60,18 @@ class Phases:
         self.seconds[phase] = time.perf_counter() - start
         return result
 
-    def memory(self, predicted: Peak, trained: bool) -> Memory:
-        """Return the peaks of training and of inference: the measured ones if there are, else the predicted."""
+    def memory(self, predicted: Peak, trained: bool, cache: int) -> Memory:
+        """Return the peaks of training and of inference: the measured ones if there are, else the predicted.
+
+        Args:
+            predicted: The predicted peaks.
+            trained: Whether there was anything to train.
+            cache: Bytes of keys and values that inference is to hold beyond what was measured.
+        """
         training, inference = self.peaks["recover"], self.peaks["evaluate"]
         if training is None or inference is None:
             return Memory(predicted.training if trained else None, predicted.inference, "predicted")
-        return Memory(training if trained else None, inference, "measured", predicted.training)
+        return Memory(training if trained else None, inference + cache, "measured", predicted.training)
 
 
 def run(
@@ -109,8 +115,9 @@ def run(
             return evaluate.run(model, tokenizer, context.tasks, limit, settings.batch_tokens, skip=work.skip)
 
     scores = phases.run("evaluate", evaluated)
-    peaks = phases.memory(context.predict(bits), work.trained)
-    return Result.of(text_of.write(bits), scores, recovered, peaks, phases.seconds), model
+    cache = memory.cache(context.config, settings.cached_tokens)
+    peaks = phases.memory(context.predict(bits), work.trained, cache)
+    return Result.of(Vector(context.ratio, tuple(bits)), scores, recovered, peaks, phases.seconds), model
 
 
 def untouched_result(context: Context, base: Path, kept: Path, work: Work | None = None) -> Result:
@@ -132,7 +139,7 @@ def untouched_result(context: Context, base: Path, kept: Path, work: Work | None
             return Result.from_json(json.loads(kept.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError):
             console.note(f"{kept} is damaged; the untouched model is measured again")
-    bits = (text_of.DENSE,) * len(context.units)
+    bits = (DENSE,) * len(context.units)
     result, _ = run(contexts.untouched(context, base), bits, replace(work or Work(), trained=False))
     storage.write_text(kept, json.dumps(result.as_json(), indent=1))
     return result
