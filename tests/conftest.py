@@ -67,7 +67,7 @@ def raw_params(monkeypatch):
     os.chdir(ROOT)
     monkeypatch.setattr(fits, "BASE", Path("nothing/fetched"))
     raw = documents.read(ROOT / "params.yaml")
-    raw["prune"] |= PLAIN_PRUNING
+    raw["prune"] |= PLAIN_PRUNING | {"ratios": [0.2]}
     raw["search"]["granularity"] = "block"
     raw["device"] = "cpu"
     return raw

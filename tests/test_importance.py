@@ -117,6 +117,13 @@ def simulate(model, names, bits, chosen):
             weight.copy_(dequantize(quantize(weight, bits, chosen), weight.dtype))
 
 
+def sensitivity(model, calibration, units, chosen, dense=None):
+    """What the stage measures; ``dense``: the model before pruning."""
+    bank, pruned = banks.codes_of(model, chosen), importance.predictions(model, calibration)
+    before = pruned if dense is None else importance.predictions(dense, calibration)
+    return importance.sensitivity(model, calibration, units, bank, pruned, before)
+
+
 def divergence(model, other, calibration):
     """Mean over labelled tokens of KL(other || model), over all logits."""
     total = count = 0
@@ -145,45 +152,56 @@ def test_sensitivity_is_the_slope_of_the_divergence_from_4_towards_8_bits(granul
     chosen, calibration = banks.settings(four_bit=four_bit), batches(2)
     model = tiny_model(family)
     units = architecture.units(model.config, granularity)
-    gains, base = importance.sensitivity(model, calibration, units, banks.codes_of(model, chosen))
+    by_width, (base, _) = sensitivity(model, calibration, units, chosen)
 
     every = list(architecture.linears(model.config))
     dense, four, eight = (tiny_model(family) for _ in range(3))
     simulate(four, every, 4, chosen)
     simulate(eight, every, 8, chosen)
     assert base == pytest.approx(divergence(four, dense, calibration), rel=1e-3, abs=1e-6)
-    assert len(gains) == len(units)
-    for unit, gain in zip(units, gains, strict=True):
-        at = []
-        for step in (-0.02, 0.02):
-            between = tiny_model(family).double()
-            between.load_state_dict(four.state_dict())
-            with torch.no_grad():
-                for name in unit.linears:
-                    weight = between.get_submodule(name).weight
-                    weight += step * (eight.get_submodule(name).weight - weight)
-            at.append(divergence(between, dense.double(), calibration))
-        assert gain == pytest.approx((at[0] - at[1]) / 0.04, rel=1e-2, abs=1e-6)
-    assert max(gains) > 1e-4
+    for width, other in ((8, eight), (16, dense)):
+        gains = by_width[width]
+        assert len(gains) == len(units) and max(gains) > 1e-4
+        for unit, gain in zip(units, gains, strict=True):
+            assert gain == pytest.approx(slope(family, four, other, dense, unit, calibration), rel=1e-2, abs=1e-6)
+
+
+def slope(family, four, other, dense, unit, calibration):
+    """How the divergence falls where a unit's weights go from those at 4 bits towards others."""
+    at = []
+    for step in (-0.02, 0.02):
+        between = tiny_model(family).double()
+        between.load_state_dict(four.state_dict())
+        with torch.no_grad():
+            for name in unit.linears:
+                weight = between.get_submodule(name).weight
+                weight += step * (other.get_submodule(name).weight - weight)
+        at.append(divergence(between, dense.double(), calibration))
+    return (at[0] - at[1]) / 0.04
+
+
+def test_distance_is_the_divergence_from_the_model_before_pruning():
+    calibration, model = batches(2), tiny_model()
+    before = tiny_model(seed=4)
+    before.model.embed_tokens.weight.data.copy_(model.model.embed_tokens.weight)  # pruning leaves the head, too
+    units = architecture.units(model.config, "block")
+    _, (divergence_, distance) = sensitivity(model, calibration, units, banks.settings(), before)
+    assert divergence_ == pytest.approx(divergence(model, tiny_model(), calibration), rel=1e-3)
+    assert distance == pytest.approx(divergence(model, before, calibration), rel=1e-3)
 
 
 def test_sensitivity_of_units_adds_up_to_the_same_for_any_granularity():
     found = [
-        importance.sensitivity(
-            tiny_model(),
-            batches(2),
-            architecture.units(tiny_model().config, each),
-            banks.codes_of(tiny_model(), banks.settings()),
-        )
+        sensitivity(tiny_model(), batches(2), architecture.units(tiny_model().config, each), banks.settings())
         for each in architecture.GRANULARITIES
     ]
-    totals = [sum(gains) for gains, _ in found]
+    totals = [sum(gains[8]) for gains, _ in found]
     assert totals == pytest.approx([totals[0]] * len(totals), rel=1e-3)
 
 
 def test_sensitivity_leaves_every_linear_at_4_bits():
     model, chosen = tiny_model(), banks.settings()
-    importance.sensitivity(model, batches(1), architecture.units(model.config, "group"), banks.codes_of(model, chosen))
+    sensitivity(model, batches(1), architecture.units(model.config, "group"), chosen)
     four = tiny_model()
     simulate(four, architecture.linears(four.config), 4, chosen)
     expected = four.state_dict()
@@ -195,9 +213,7 @@ def test_sensitivity_counts_labelled_tokens_only():
     (part,) = batches(1, rows=3)
     part.labels[0, :7] = IGNORED
     model, chosen = tiny_model(), banks.settings()
-    _, base = importance.sensitivity(
-        model, [part], architecture.units(model.config, "block"), banks.codes_of(model, chosen)
-    )
+    _, (base, _) = sensitivity(model, [part], architecture.units(model.config, "block"), chosen)
     assert base == pytest.approx(divergence(model, tiny_model(), [part]), rel=1e-3)  # the model is left at 4 bits
 
 

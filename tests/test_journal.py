@@ -15,6 +15,7 @@ from pipeline.identity import Identity
 from pipeline.search import journal
 from pipeline.search.study import Candidate, Study, read
 from pipeline.storage import CheckpointError, DiskError
+from tests.fixtures.searches import PROBLEM, at
 
 
 @pytest.fixture
@@ -125,14 +126,15 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from pipeline.identity import Identity
-from pipeline.search.study import Candidate, Study
+from pipeline.bits import Vector
+from pipeline.search.study import Candidate, Study, options_of
 study = Study(Path(sys.argv[1]), Identity("study", "code"))
 real = os.fsync
 def dies(descriptor):
     real(descriptor)
     os.kill(os.getpid(), signal.SIGKILL)
 os.fsync = dies
-study.start(Candidate((4,) * 8, "seed"))
+study.start(Candidate(Vector(0.2, (4, 8)), "seed"), options_of([0.2], ["0", "1"], [4, 8]))
 """
 
 
@@ -193,7 +195,7 @@ def test_full_disk_is_named_and_leaves_no_half_of_a_line(finished, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DiskError, match="journal.log cannot be written: No space left on device"):
-        study.start(Candidate((8,) * 8, "seed"))
+        study.start(Candidate(at(*(8,) * 8), "seed"), PROBLEM.options)
     assert (folder / journal.NAME).read_bytes() == before
     monkeypatch.undo()
     assert kept(folder)[1] == bits

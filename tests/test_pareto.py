@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.search import SearchError, pareto
 from pipeline.search.pareto import Point
+from pipeline.search.surrogate import Belief
 
 
 def point(score, memory, run_id="a", **changes):
@@ -35,6 +36,7 @@ def fake_run(status="FINISHED", stage="trial", **metrics):
             "memory_source": "predicted",
             "name": "trial 3",
             "bits": "4488",
+            "ratio": "0.3",
         },  # fmt: skip
         params={"bits": "4 4 8 8"},
     )
@@ -172,11 +174,12 @@ def test_judged_member_expects_what_all_trials_say():
     ]
     lucky = replace(trials[-1], score=trials[-1].score + 0.5)
     trials[-1] = lucky
-    members = pareto.judge(pareto.front(trials), trials, [0.0] * 8)
+    believed = {0.0: Belief(0.0, ((0.0,) * 8,))}
+    members = pareto.judge(pareto.front(trials), trials, believed)
     (judged,) = [one for one in members if one.run_id == lucky.run_id]
     assert judged.score == lucky.score
     assert judged.expected < lucky.score - 0.2
-    assert pareto.judge([], trials, [0.0] * 8) == []
+    assert pareto.judge([], trials, believed) == []
 
 
 def test_best_of_none_says_what_to_run():
@@ -201,5 +204,5 @@ def test_points_carry_what_the_run_holds(objective, score, stderr, stage):
     run = fake_run(stage=stage)
     (found,) = pareto.points([run], objective)
     assert found == Point(
-        "f" * 32, "trial 3", "random", "4488", score, stderr, 10**9, "predicted", stage == "reference", run.metrics
+        "f" * 32, "trial 3", "random", "4488", score, stderr, 10**9, "predicted", stage == "reference", run.metrics, 0.3
     )

@@ -35,17 +35,17 @@ def test_methods_of_an_empty_front_have_no_qpruner3():
 
 def test_method_table_by_hand():
     rows = [
-        ("untouched", point("dense", bits="16", reference=True)),
+        ("untouched", point("dense", bits="ffff", reference=True)),
         ("QPruner1", point("qpruner1", 0.5125, 3 * GIB // 2)),
     ]
     table = report.method_table(rows)
     assert table.columns == [
         "method", "trial", "accuracy, %", "gold answer, nats", "response, nats", "training, GiB", "inference, MiB",
-        "bits",
+        "pruned, %", "bits",
     ]  # fmt: skip
     assert table.texts == [
-        ["untouched", "-", "50.0 ± 2.5", "-1.500 ± 0.125", "-2.250 ± 0.250", "-", "256", "16"],
-        ["QPruner1", "3", "51.2 ± 2.5", "-1.500 ± 0.125", "-2.250 ± 0.250", "1.500", "384", "1 of 4 at 8"],
+        ["untouched", "-", "50.0 ± 2.5", "-1.500 ± 0.125", "-2.250 ± 0.250", "-", "256", "0", "all 16"],
+        ["QPruner1", "3", "51.2 ± 2.5", "-1.500 ± 0.125", "-2.250 ± 0.250", "1.500", "384", "0", "1 of 4 at 8"],
     ]
 
 
@@ -59,9 +59,9 @@ def test_front_table_by_hand():
     table = report.front_table([member], "accuracy")
     assert table.columns == [
         "trial", "method", "mean accuracy, %", "expected", "accuracy, %", "P(front)", "training, GiB",
-        "inference, MiB", "bits",
+        "inference, MiB", "pruned, %", "bits",
     ]  # fmt: skip
-    assert table.texts == [["3", "random", "25.0 ± 2.5", "24.0", "25.0 ± 2.5", "0.88", "0.250", "64", "2 of 4 at 8"]]
+    assert table.texts == [["3", "random", "25.0 ± 2.5", "24.0", "25.0 ± 2.5", "0.88", "0.250", "64", "0", "2 of 4 at 8"]]
 
 
 def test_front_table_of_log_probabilities_is_in_nats_with_accuracy_beside():
@@ -69,6 +69,21 @@ def test_front_table_of_log_probabilities_is_in_nats_with_accuracy_beside():
     table = report.front_table([member], "gold_logprob")
     assert table.columns[2] == "gold answer, nats"
     assert table.texts[0][2:6] == ["-1.235 ± 0.050", "-1.300", "50.0 ± 2.5", "-"]
+
+
+def test_budgets_by_hand():
+    members = [
+        point("smallest", 0.2, GIB, "4444", name="trial 1", ratio=0.5, expected=0.25, run_id="a"),
+        point("sampler", 0.5, 2 * GIB, "4484", name="trial 7", ratio=0.2, expected=0.5, run_id="b"),
+        point("uniform", 0.6, 5 * GIB, "8888", name="trial 3", expected=0.45, run_id="c"),
+    ]
+    table = report.budgets(members, "accuracy")
+    assert table.columns[:3] == ["budget, GiB", "trial", "mean accuracy, %, expected"]
+    assert [row[:3] for row in table.texts] == [
+        ["1.000", "1", "25.0"], ["2.000", "7", "50.0"], ["3.000", "7", "50.0"], ["4.000", "7", "50.0"],
+        ["5.000", "7", "50.0"],
+    ]  # fmt: skip
+    assert table.texts[0][3:] == ["1.000", "256", "50", "all 4"]
 
 
 def test_bars_are_of_16_bit_uniform_4_bit_and_mixed_bits_by_both_rules():
@@ -86,8 +101,8 @@ def test_bars_are_of_16_bit_uniform_4_bit_and_mixed_bits_by_both_rules():
 CHOSEN = point("sampler", 0.6, 2 * GIB, name="trial 7", run_id="c", expected=0.55)
 OTHER = point("qpruner1", 0.65, GIB, name="trial 1", run_id="a", expected=0.5)
 REFERENCES = [
-    point("dense", 0.9, GIB, "16", name="dense", run_id="d", reference=True),
-    point("llm_pruner", 0.8, 4 * GIB, "16", name="llm_pruner", run_id="e", reference=True),
+    point("dense", 0.9, GIB, "ffff", name="dense", run_id="d", reference=True),
+    point("llm_pruner", 0.8, 4 * GIB, "ffff", name="llm_pruner", run_id="e", reference=True),
 ]
 BUILT = Built(
     run_id="c",
@@ -106,7 +121,7 @@ def section(built, members=(CHOSEN, OTHER)):
 
 def test_choice_says_what_was_built_why_and_how_good_it_is():
     assert section(BUILT).lines == [
-        "trial 7 was built (sampler; 1 of 4 at 8): of 2 trials on the front it has the highest expected score "
+        "trial 7 was built (not pruned, 1 of 4 at 8; sampler): of 2 trials on the front it has the highest expected score "
         "(55.0; mean accuracy, %)",
         "On 3,000 items that no trial saw: accuracy 50.0 ± 1.0 %, gold answer -1.250 ± 0.020 nats",
         "Registered as models:/qpruner/4, alias champion",
@@ -129,7 +144,7 @@ def test_choice_ends_with_a_line_that_asks_the_model():
 @pytest.mark.parametrize(
     "changes, line",
     [
-        ({"run_id": "a"}, "trial 1 was built (QPruner1; 1 of 4 at 8): build.choose names it"),
+        ({"run_id": "a"}, "trial 1 was built (not pruned, 1 of 4 at 8; QPruner1): build.choose names it"),
         ({"run_id": ""}, "build.choose gave its bits"),
     ],
 )
@@ -156,7 +171,7 @@ def front(tmp_path_factory):
         point("qpruner1", 0.5, 2**30, run_id="aa", name="trial 1"),
         point("qpruner2", 0.6, 2**31, run_id="bb", name="trial 2"),
         point("sampler", 0.4, 2**31, run_id="cc", name="trial 3 <x>"),
-        point("dense", 0.9, 2**32, run_id="dd", name="dense", reference=True, bits="16"),
+        point("dense", 0.9, 2**32, run_id="dd", name="dense", reference=True, bits="ffff"),
     ]
     members = pareto.front([point for point in points if not point.reference])
     members = [dataclasses.replace(point, expected=point.score - 0.25, probability=0.9) for point in members]

@@ -22,7 +22,7 @@ def outcome(params, row, piqa=0.5, arc=0.25, logprob=-1.0, loss=2.0, memory=GIB,
         gold_logprob=logprob,
         validation_loss=loss,
         validation_loss_stderr=0.0,
-        peak_memory_bytes=None if bits == "16" and row == "dense" else memory,
+        peak_memory_bytes=None if bits == "ffff" and row == "dense" else memory,
         inference_memory_bytes=memory // 4,
     )
     return Outcome(Cell(row, cells.at_ratio(params, ratio), f"{row} title"), measured, run_id="r")
@@ -31,8 +31,8 @@ def outcome(params, row, piqa=0.5, arc=0.25, logprob=-1.0, loss=2.0, memory=GIB,
 @pytest.fixture
 def outcomes(default):
     return [
-        outcome(default, "dense", 0.75, 0.5, -0.5, 1.0, GIB, "16"),
-        outcome(default, "llm_pruner", 0.5, 0.3, -1.25, 2.5, 2 * GIB, "16"),
+        outcome(default, "dense", 0.75, 0.5, -0.5, 1.0, GIB, "ffff"),
+        outcome(default, "llm_pruner", 0.5, 0.3, -1.25, 2.5, 2 * GIB, "ffff"),
         outcome(default, "qpruner1", 0.5, 0.25, -1.5, 2.25, GIB, "4444"),
         Outcome(Cell("qpruner2", default, "20% QPruner2"), error="MemoryError: 20_000 <bytes> & more"),
         Outcome(Cell("qpruner3", default, "20% QPruner3")),
@@ -49,9 +49,9 @@ def test_table_in_markdown_by_hand(outcomes):
         "",
         "| ratio | method | PIQA | ARC-c | mean | gold log-prob. | val. loss | training, GiB | inference, MiB | bits |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| 0 % | untouched | 75.0 ± 2.0 | 50.0 ± 4.0 | 62.5 ± 3.0 | -0.500 | 1.000 | - | 256 | 16 |",
+        "| 0 % | untouched | 75.0 ± 2.0 | 50.0 ± 4.0 | 62.5 ± 3.0 | -0.500 | 1.000 | - | 256 | all 16 |",
         "| 20 % | LLM-Pruner (16-bit) | **50.0** ± 2.0 | **30.0** ± 4.0 | **40.0** ± 3.0 | **-1.250** | 2.500 | 2.000 "
-        "| 512 | 16 |",
+        "| 512 | all 16 |",
         "| 20 % | QPruner1 | **50.0** ± 2.0 | 25.0 ± 4.0 | 37.5 ± 3.0 | -1.500 | **2.250** | 1.000 | 256 | all 4 |",
         "| 20 % | QPruner2 | failed | failed | failed | failed | failed | failed | failed | failed |",
         "| 20 % | QPruner3 | pending | pending | pending | pending | pending | pending | pending | pending |",
@@ -97,10 +97,10 @@ def test_table_in_latex_by_hand(outcomes):
         r"\hline",
         r" & Method & PIQA & mean & gold log-prob. & val. loss & training, GiB & inference, MiB & bits \\",
         r"\hline",
-        r"Rate = 0 \% & untouched & 75.0{\tiny$\pm$2.0} & 62.5{\tiny$\pm$3.0} & $-0.500$ & 1.000 & - & 256 & 16 \\",
+        r"Rate = 0 \% & untouched & 75.0{\tiny$\pm$2.0} & 62.5{\tiny$\pm$3.0} & $-0.500$ & 1.000 & - & 256 & all 16 \\",
         r"\hline",
         r"Rate = 20 \% & LLM-Pruner (16-bit) & $\mathbf{50.0}${\tiny$\pm$2.0} & $\mathbf{40.0}${\tiny$\pm$3.0} "
-        r"& $\mathbf{-1.250}$ & 2.500 & 2.000 & 512 & 16 \\",
+        r"& $\mathbf{-1.250}$ & 2.500 & 2.000 & 512 & all 16 \\",
         r" & QPruner1 & $\mathbf{50.0}${\tiny$\pm$2.0} & 37.5{\tiny$\pm$3.0} & $-1.500$ & $\mathbf{2.250}$ & 1.000 "
         r"& 256 & all 4 \\",
         r"\hline",

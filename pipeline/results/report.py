@@ -25,7 +25,9 @@ GLOSSARY = (
      "count from 1."),
     ("pruned", "Share of the model's parameters that was removed (prune.ratios)."),
     ("reference", "A model measured in the same way for comparison. It is never on the front."),
-    ("bits", "How many bits the weights of each unit have. “30 of 120 at 8” means 30 units at 8 bits, the rest at 4."),
+    ("bits", "How many bits the weights of each unit have. “30 of 120 at 8” means 30 units at 8 bits, the rest at 4; "
+     "“all 16” that nothing is quantized."),
+    ("same bits everywhere", "All units at one width, at a ratio that no other method tries so."),
     ("unit", "What one choice of bits covers (search.granularity): a block, a group of linears or a single linear."),
     ("score", "What the search raises (search.objective). Higher is better, also where it is negative."),
     ("response", "Mean log-probability of a response token on held-out rows of Alpaca, in nats."),

@@ -28,13 +28,13 @@ class Point:
         name: What it is called: ``trial 3``, or a reference's name.
         method: ``qpruner1``, ``qpruner2``, ``sensitivity``, ``random``, ``sampler``, ... or a reference's name.
         bits: Its bit string.
-        ratio: The share of the parameters that was pruned.
         score: The objective, higher is better.
         stderr: Its standard error.
         memory: The peak bytes that count, lower is better; nan for those of training of a model that is not trained.
         source: ``measured`` or ``predicted``.
         reference: Whether it stands outside the front.
         metrics: All its metrics.
+        ratio: The share of the parameters that was pruned.
         paired: The standard error of its score without what other items would change in all trials alike.
         expected: For a member of the front, the score that the search's model expects of its vector.
         probability: Of a trial, how probably no other one dominates it.
@@ -44,13 +44,13 @@ class Point:
     name: str
     method: str
     bits: str
-    ratio: float
     score: float
     stderr: float
     memory: float
     source: str
     reference: bool
     metrics: dict[str, float]
+    ratio: float = 0.0
     paired: float | None = None
     expected: float | None = None
     probability: float | None = None

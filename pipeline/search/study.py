@@ -209,12 +209,14 @@ class Study:
             state=TrialState.RUNNING,
             params=params,
             distributions={name: CategoricalDistribution(values) for name, values in options.items()},
-            user_attrs={"method": candidate.method, "bits": bit_text.write(candidate.vector.bits)},
+            user_attrs={"bits": bit_text.write(candidate.vector.bits)},
         )
-        with signals.held():  # one line in the journal
+        with signals.held():  # one line in the journal, not one for each unit
             number = len(self._study.get_trials(deepcopy=False))
             self._study.add_trial(opened)
-            return Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
+            trial = Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
+            trial.set_user_attr("method", candidate.method)
+        return trial
 
     def complete(self, trial: Trial, run_id: str, result: Result) -> None:
         """Record a finished trial. Its result goes first: from then on no kill can lose it.

@@ -71,7 +71,6 @@ class Context:
     """What all trials of a study share.
 
     Attributes:
-        ratio: The share of the parameters that was pruned.
         config: Config of the pruned model.
         state: Its tensors.
         bank: The layer bank.
@@ -83,9 +82,9 @@ class Context:
         settings: How a trial is run.
         compute: Where trials run and in which type.
         teacher: The dense model, where recovery aims at its predictions.
+        ratio: The share of the parameters that was pruned.
     """
 
-    ratio: float
     config: PretrainedConfig
     state: dict[str, torch.Tensor]
     bank: layer_bank.Bank
@@ -97,6 +96,7 @@ class Context:
     settings: Settings
     compute: Compute
     teacher: Teacher | None = None
+    ratio: float = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -177,7 +177,6 @@ def load(
         teacher = Teacher(sources.base, sources.answers, tokenizer.pad_token_id, compute)
     config, state = _pruned(sources.pruned, compute)
     return Context(
-        ratio=sources.ratio,
         config=config,
         state=state,
         bank=_bank(sources.bank),
@@ -189,6 +188,7 @@ def load(
         settings=settings,
         compute=compute,
         teacher=teacher,
+        ratio=sources.ratio,
     )
 
 

@@ -35,7 +35,7 @@ def tiny_params(model: Path) -> dict:
     raw["device"] = "cpu"
     raw["model"] = {"source": f"path:{model}", "sha256": ""}
     raw["data"]["validation_rows"] = 4
-    raw["prune"] |= PLAIN_PRUNING | {"samples": 4, "max_length": 256, "ratio": 0.2}
+    raw["prune"] |= PLAIN_PRUNING | {"samples": 4, "max_length": 256, "ratios": [0, 0.2]}
     raw["importance"] |= {"samples": 4, "max_length": 256, "clusters": 4, "outcomes": 4}
     raw["recover"] |= {"steps": 1, "batch_size": 2, "micro_batch_size": 2, "max_length": 256}
     raw["evaluate"] |= {"tasks": TASKS, "limit": 4, "final_limit": 4}
