@@ -68,7 +68,7 @@ def raw_params(monkeypatch):
     monkeypatch.setattr(fits, "BASE", Path("nothing/fetched"))
     raw = documents.read(ROOT / "params.yaml")
     raw["prune"] |= PLAIN_PRUNING | {"ratios": [0.2]}
-    raw["search"]["granularity"] = "block"
+    raw["search"] |= {"granularity": "block", "max_8bit_fraction": 0.25, "n_random": 1}
     raw["device"] = "cpu"
     return raw
 

@@ -36,21 +36,21 @@ def test_error_within_a_check_is_not_swallowed(raw_params, monkeypatch):
 
 def test_sound_values_are_typed_and_leave_out_what_is_at_fault(raw_params):
     del raw_params["quantize"]["r"], raw_params["dtype"]
-    raw_params["prune"]["ratio"], raw_params["build"] = "much", None
-    wrong = {("prune", "ratio"), ("build",), ("quantize", "r")}
+    raw_params["prune"]["ratios"], raw_params["build"] = "much", None
+    wrong = {("prune", "ratios"), ("build",), ("quantize", "r")}
     values = checks._sound_values(raw_params, wrong)
     assert values["dtype"] == "auto"  # its default
     assert values["evaluate.tasks"] == tuple(raw_params["evaluate"]["tasks"])
     assert values["prune.mlp_blocks"].last == -1
     assert values["recover"].steps == 4
-    assert not {"prune", "prune.ratio", "build", "build.steps", "quantize", "quantize.r"} & set(values)
+    assert not {"prune", "prune.ratios", "build", "build.steps", "quantize", "quantize.r"} & set(values)
     assert {"prune.noise", "quantize.init"} <= set(values)
 
 
 def test_every_key_is_known_by_its_dotted_name(raw_params):
     known = list(keys())
     assert len(known) == len(set(known))
-    assert {"seed", "prune.ratio", "prune.mlp_blocks.first", "register.alias"} <= set(known)
+    assert {"seed", "prune.ratios", "prune.mlp_blocks.first", "register.alias"} <= set(known)
 
 
 @pytest.mark.parametrize(

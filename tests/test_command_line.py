@@ -114,12 +114,12 @@ def test_entry_points_of_mlproject_are_understood_with_their_defaults(asked):
     ("entry", "given", "changed"),
     [
         ("search", {"n_trials": "30"}, {"search.n_trials": 30}),
-        ("main", {"memory_budget_gib": "1.5", "ratio": "3e-1"}, {"search.memory_budget_gib": 1.5, "prune.ratio": 0.3}),
+        ("main", {"memory_budget_gib": "1.5", "ratios": "3e-1"}, {"search.memory_budget_gib": 1.5, "prune.ratios": 0.3}),
         (
             "prune",
-            {"set": "prune.ratio=0.3 evaluate.tasks=[boolq, piqa] search.history=null data.alpaca='path:a b'"},
+            {"set": "prune.ratios=0.3 evaluate.tasks=[boolq, piqa] search.history=null data.alpaca='path:a b'"},
             {
-                "prune.ratio": 0.3,
+                "prune.ratios": 0.3,
                 "evaluate.tasks": ["boolq", "piqa"],
                 "search.history": None,
                 "data.alpaca": "path:a b",
@@ -148,13 +148,13 @@ def test_plan_gets_its_own_arguments(asked):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--set", "prune.ratoi=0.3"], "prune.ratoi: unknown key; did you mean prune.ratio"),
-        (["--set", "ratio=0.3"], "ratio: unknown key; did you mean prune.ratio or ablation.ratio?"),
+        (["--set", "prune.ratoi=0.3"], "prune.ratoi: unknown key; did you mean prune.ratios"),
+        (["--set", "ratio=0.3"], "ratio: unknown key; did you mean ablation.ratio"),
         (["--set", "prune=0.3"], "prune: is a section; name a key in it, such as prune.ratio"),
         (["--set", "0.3"], "set: '0.3' is not of the form key=value"),
         (["--set", "seed=1 seed=2"], "set: seed stands there twice"),
-        (["--set", "prune.ratio=[0.3"], "prune.ratio: '[0.3' is no YAML value (line 1"),
-        (["--set", "prune.ratio=0.3", "--ratio", "0.4"], "prune.ratio: set twice, by set and by ratio"),
+        (["--set", "prune.ratios=[0.3"], "prune.ratios: '[0.3' is no YAML value (line 1"),
+        (["--set", "prune.ratios=0.3", "--ratios", "0.4"], "prune.ratios: set twice, by set and by ratios"),
         (["--preset", "llama"], "preset: 'llama' is no preset; there are default, llama-13b"),
         (["--preset", "../params"], "preset: '../params' is no preset"),
     ],
@@ -168,11 +168,11 @@ def test_faults_of_the_command_line_and_of_the_file_are_told_in_one_list(tmp_pat
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("steps: 4 ", "steps: many "))
     (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
-    text = "prune.rato=0.3 seed=1 seed=2 evaluate.tasks=[pika] build.steps=[1 prune.ratio=0.3 recover.dropout=7"
-    assert command.main(["run", "search", "--set", text, "--ratio", "0.4"]) == 2
+    text = "prune.rato=0.3 seed=1 seed=2 evaluate.tasks=[pika] build.steps=[1 prune.ratios=0.3 recover.dropout=7"
+    assert command.main(["run", "search", "--set", text, "--ratios", "0.4"]) == 2
     first, *lines = capsys.readouterr().err.splitlines()
     assert first == f"error: params.yaml has {len(lines)} faults:"
-    wanted = ["prune.rato", "set", "evaluate.tasks", "build.steps", "prune.ratio", "recover.dropout", "recover.steps"]
+    wanted = ["prune.rato", "set", "evaluate.tasks", "build.steps", "prune.ratios", "recover.dropout", "recover.steps"]
     assert sorted(line.strip().partition(":")[0].partition(".0")[0] for line in lines) == sorted(wanted)
 
 

@@ -53,7 +53,7 @@ NONSENSE = {
         {"prune": {"shapes": "uniform", "mlp_blocks": {"first": 0, "last": 2}}},
         "prune.shapes: uniform gives all blocks one shape, but prune.mlp_blocks 0 to 2 spare some; set first to 0",
     ),
-    "ratio": ({"prune": {"ratio": 0.8}}, "prune.ratio: 0.8 of 156,224 parameters is more than the 0.624 "),
+    "ratio": ({"prune": {"ratios": [0.2, 0.8]}}, "prune.ratios: 0.8 of 156,224 parameters is more than the 0.624 "),
     "table_ratios": ({"table": {"ratios": [0.2, 0.8]}}, "table.ratios: 0.8 of 156,224 parameters is more than the "),
     "ablation_ratio": ({"ablation": {"ratio": 0.7}}, "ablation.ratio: 0.7 of 156,224 parameters is more than the "),
     "rank": ({"quantize": {"r": 33}}, "quantize.r: rank 33 is more than the 32 of the smallest linear (k_proj)"),
@@ -122,7 +122,7 @@ def test_default_values_fit_the_tiny_model(raw):
 @pytest.mark.parametrize(
     "section, values",
     [
-        ("prune", {"attention_blocks": {"first": 3, "last": 3}, "ratio": 0.62}),
+        ("prune", {"attention_blocks": {"first": 3, "last": 3}, "ratios": [0.62]}),
         ("quantize", {"r": 32}),
         ("recover", {"max_length": 1024}),
         ("search", {"seed_bits": ["4448"]}),
@@ -139,7 +139,7 @@ def test_default_values_fit_the_tiny_model(raw):
 )
 def test_limits_themselves_are_allowed(raw, section, values):
     raw[section] |= values
-    if section == "prune" and "ratio" in values:
+    if section == "prune" and "ratios" in values:
         raw["prune"]["attention_blocks"] = {"first": 0, "last": -1}
     checks.parse(raw)
 
@@ -158,7 +158,7 @@ def test_most_that_may_go_leaves_a_head_and_a_multiple_of_channels(multiple_of, 
 
 
 def test_budget_is_judged_by_the_prediction_for_an_evenly_pruned_model(raw):
-    smaller = even.pruned(tiny_config(), raw["prune"]["ratio"])
+    smaller = even.pruned(tiny_config(), raw["prune"]["ratios"][-1])
     setting = plan.setting_of(checks.parse(raw))
     least = memory.predict(smaller, even.bits_of(smaller, 0), setting).training / GIB
     raw["search"]["memory_budget_gib"] = least
@@ -169,13 +169,13 @@ def test_budget_is_judged_by_the_prediction_for_an_evenly_pruned_model(raw):
 
 
 def test_a_wrong_value_does_not_hide_that_the_ratios_are_too_large(raw):
-    raw["prune"] |= {"importance": "fisher", "ratio": 0.8}
+    raw["prune"] |= {"importance": "fisher", "ratios": [0.8]}
     raw["table"]["ratios"] = [0.2, 0.7]
     with pytest.raises(params.ParamsError) as caught:
         checks.parse(raw)
     lines = str(caught.value).splitlines()
     assert lines[0] == "params.yaml has 3 faults:"
-    for key in ("prune.importance", "prune.ratio: 0.8", "table.ratios: 0.7"):
+    for key in ("prune.importance", "prune.ratios: 0.8", "table.ratios: 0.7"):
         assert sum(line.startswith(f"  {key}") for line in lines) == 1
 
 

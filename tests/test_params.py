@@ -14,7 +14,7 @@ from pipeline.params import ParamsError
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 NAMES = ("accuracy", "gold_logprob", "response_logprob")
-GOOD_ROW = {"bits": "4484"} | {f"{name}{ending}": 0.5 for name in NAMES for ending in ("", "_stderr")}
+GOOD_ROW = {"ratio": 0.2, "bits": "4484"} | {f"{name}{ending}": 0.5 for name in NAMES for ending in ("", "_stderr")}
 
 
 def change(raw, **changes):
@@ -109,8 +109,22 @@ def test_papers_preset_fetches_the_model_of_its_appendix(name, model, monkeypatc
         ("data__alpaca", "path:" + "x" * 5000, ["data.alpaca", "cannot be read (File name too long)"]),
         ("data__benchmarks", "hub:a/b@main", ["data.benchmarks", "'hub:a/b@main'", "path:"]),
         ("data__validation_rows", 0, ["data.validation_rows", "0", "greater than 0"]),
-        ("prune__ratio", 0.95, ["prune.ratio", "0.95", "less than 0.9"]),
-        ("prune__ratio", float("nan"), ["prune.ratio", "nan"]),
+        ("prune__ratios", [0.95], ["prune.ratios.0", "0.95", "less than 0.9"]),
+        ("prune__ratios", [float("nan")], ["prune.ratios.0", "nan"]),
+        ("prune__ratios", [], ["prune.ratios", "at least 1"]),
+        ("prune__ratios", [0.2, 0.2], ["prune.ratios", "once"]),
+        ("prune__ratios", [0.2, 0], ["prune.ratios", "must ascend; write [0.0, 0.2]"]),
+        ("prune__ratios", 0.3, None),
+        ("prune__ratios", [0, 0.2], None),
+        ("search__bits", [4], ["search.bits", "at least 2"]),
+        ("search__bits", [4, 6], ["search.bits.1", "6", "4, 8 or 16"]),
+        ("search__bits", [8, 16], ["search.bits", "must begin with 4"]),
+        ("search__bits", [8, 4], ["search.bits", "must ascend"]),
+        ("search__bits", [4, 8, 16], None),
+        ("search__memory", "gpu", ["search.memory", "'gpu'", "'training' or 'inference'"]),
+        ("search__seed_bits", ["0.3:4448"], ["seed_bits '0.3:4448' has ratio 0.3", "prune.ratios"]),
+        ("search__seed_bits", ["444f"], ["seed_bits '444f' has 16 bits", "search.bits"]),
+        ("build__choose", "0.3:4448", ["build.choose: '0.3:4448' has ratio 0.3", "prune.ratios"]),
         ("prune__structures", ["mlp", "embeddings"], ["prune.structures.1", "'embeddings'", "'attention' or 'mlp'"]),
         ("prune__shapes", "square", ["prune.shapes", "'square'", "'free' or 'uniform'"]),
         ("prune__structures", [], ["prune.structures", "at least 1"]),
@@ -133,8 +147,8 @@ def test_papers_preset_fetches_the_model_of_its_appendix(name, model, monkeypatc
         ("register__alias", "v1a", None),
         ("register__name", "..", ["register.name", "'..'"]),
         ("search__seed_bits", ["8888"], ["seed_bits '8888'", "4 of 4", "max_8bit_fraction allows 25%"]),
-        ("search__seed_bits", ["484x"], ["search.seed_bits", "'484x'", "4s and 8s"]),
-        ("search__seed_bits", [""], ["search.seed_bits", "4s and 8s"]),
+        ("search__seed_bits", ["484x"], ["search.seed_bits", "'484x'", "4s, 8s and fs"]),
+        ("search__seed_bits", [""], ["search.seed_bits", "4s, 8s and fs"]),
         ("search__seed_bits", ["4448"], None),
         ("search__max_8bit_fraction", 1.5, ["search.max_8bit_fraction", "1.5", "equal to 1"]),
         ("search__memory_budget_gib", -1.0, ["search.memory_budget_gib", "-1.0", "greater than 0"]),
@@ -145,7 +159,7 @@ def test_papers_preset_fetches_the_model_of_its_appendix(name, model, monkeypatc
             ["search.objective", "'boolq'", "'accuracy', 'gold_logprob' or 'response_logprob'"],
         ),
         ("search__average_bits", 3.9, ["search.average_bits", "3.9", "equal to 4"]),
-        ("search__average_bits", 8.1, ["search.average_bits", "8.1", "equal to 8"]),
+        ("search__average_bits", 16.1, ["search.average_bits", "16.1", "equal to 16"]),
         ("search__average_bits", 4.0, ["search.average_bits", "leaves no unit at 8 bits", "max_8bit_fraction is 0.25"]),
         ("search__average_bits", 4.5, None),
         ("search__patience", -1, ["search.patience", "-1", "equal to 0"]),
@@ -242,21 +256,21 @@ def test_preset_file_holds_every_key():
 
 
 def test_missing_key_and_section_are_named(raw_params):
-    del raw_params["quantize"], raw_params["prune"]["ratio"]
+    del raw_params["quantize"], raw_params["prune"]["ratios"]
     lines = refused(raw_params).splitlines()
     assert lines[0] == "params.yaml has 2 faults:"
-    for key in ("quantize", "prune.ratio"):
+    for key in ("quantize", "prune.ratios"):
         assert any(line.startswith(f"  {key}: missing; add it") for line in lines)
 
 
 FAULTS = {
     "prune__ratoi": 0.3,
     "seed": "forty",
-    "prune__ratio": 0.95,
+    "prune__ratios": [0.95],
     "data__alpaca": "path:no/such.jsonl",
     "evaluate__tasks": ["boolq", "trivia"],
 }
-NAMED = ("prune.ratoi", "seed", "prune.ratio", "data.alpaca", "evaluate.tasks.1")
+NAMED = ("prune.ratoi", "seed", "prune.ratios.0", "data.alpaca", "evaluate.tasks.1")
 
 
 @pytest.mark.parametrize(
@@ -296,9 +310,9 @@ def test_unmeasured_objective_is_refused(raw_params):
         ({"results": []}, None),
         ({"trials": []}, "KeyError: 'results'"),
         ([GOOD_ROW], "no history"),
-        ({"results": [GOOD_ROW | {"bits": "4416"}]}, "'4416' is no string of 4s and 8s"),
+        ({"results": [GOOD_ROW | {"bits": "4416"}]}, "'4416' is no string of 4s, 8s and fs"),
         (
-            {"results": [GOOD_ROW, {"bits": "4484"}]},
+            {"results": [GOOD_ROW, {"ratio": 0, "bits": "4484"}]},
             "KeyError: 'accuracy'",
         ),
         ({"results": [GOOD_ROW | {"gold_logprob": None}]}, "gold_logprob None is no number"),
@@ -444,7 +458,7 @@ def test_digest_is_equal_for_equal_params(raw_params, default):
     "key, value",
     [
         ("seed", 43),
-        ("prune__ratio", 0.21),
+        ("prune__ratios", [0.21]),
         ("prune__mlp_blocks", {"first": 1, "last": -1}),
         ("evaluate__tasks", ["piqa", "boolq"]),
         ("search__seed_bits", ["4448"]),

@@ -19,13 +19,14 @@ from pipeline import storage, tracking
 from pipeline.identity import Identity
 from pipeline.paths import REPORTS
 from pipeline.search import pareto, search
+from pipeline.search.allocate import Spaces
 from pipeline.search.study import Study
 from pipeline.stages.agreement import TrackingBehind, verified_runs
 from pipeline.stages.recorder import Recorder, search_settings
 from pipeline.stages.shell import made
 from pipeline.tracking import outbox, runs
 from pipeline.trial import trial
-from tests.fixtures.searches import PROBLEM, SPACE, STUDY, UNITS, result
+from tests.fixtures.searches import PROBLEM, RATIO, SPACES, STUDY, UNITS, result
 
 
 @pytest.fixture
@@ -38,6 +39,12 @@ def settings(default, tmp_path, monkeypatch):
     return default.model_copy(update={"search": default.search.model_copy(update=sizes)})
 
 
+def contexts_of(units):
+    """What trials share, as far as the recorder reads it."""
+    context = types.SimpleNamespace(units=[None] * units)
+    return types.SimpleNamespace(any=context, folders={RATIO: None}, at=lambda ratio: context)
+
+
 def searched(folder, settings, monkeypatch, broken=None, run=None):
     """Run a search whose trials are looked up instead of trained."""
 
@@ -47,14 +54,14 @@ def searched(folder, settings, monkeypatch, broken=None, run=None):
         return result(bits), None
 
     monkeypatch.setattr(trial, "run", run or fake)
-    context = types.SimpleNamespace(units=[None] * UNITS)
+    contexts = contexts_of(UNITS)
     study = Study(folder, STUDY)
     with tracking.stage("search", {}) as top:
-        own = Recorder(top, study, settings, context, SPACE)
+        own = Recorder(top, study, settings, contexts, SPACES)
         own.agree()
         with tracking.patient():
             own.references()
-            search.run(study, search_settings(settings), PROBLEM, own.attempt())
+            search.run(study, search_settings(settings, UNITS), PROBLEM, own.attempt())
     return study, top
 
 
@@ -73,13 +80,13 @@ def test_no_model_of_an_earlier_trial_is_left_when_the_next_one_is_measured(tmp_
 
     monkeypatch.setattr(trial, "run", fake)
     chosen = settings.search.model_copy(update={"references": ("llm_pruner", "uniform8")})
-    context = types.SimpleNamespace(units=[None] * UNITS)
+    contexts = contexts_of(UNITS)
     chosen = settings.model_copy(update={"search": chosen})
     study = Study(tmp_path, STUDY)
     with tracking.stage("search", {}) as run:
-        own = Recorder(run, study, chosen, context, SPACE)
+        own = Recorder(run, study, chosen, contexts, SPACES)
         own.references()
-        search.run(study, search_settings(chosen), PROBLEM, own.attempt())
+        search.run(study, search_settings(chosen, UNITS), PROBLEM, own.attempt())
     assert len(left) == 6
 
 
@@ -171,14 +178,14 @@ def test_trials_run_shows_what_compares_it_with_others(tmp_path, settings, monke
     searched(tmp_path, settings, monkeypatch)
     (run,) = [run for run in found() if run.tags["bits"] == "48484444"]
     assert run.params == {
-        "bits": "4 8 4 8 4 4 4 4", "method": "qpruner2", "granularity": "block", "ratio": "0.2", "share_8bit": "0.25",
+        "bits": "4 8 4 8 4 4 4 4", "method": "qpruner2", "granularity": "block", "ratio": "0.2", "share_raised": "0.25",
     }  # fmt: skip
     assert run.tags["name"] == "trial 2" and run.name.startswith("trial 2: response")
 
 
 def test_average_bits_of_a_run_weigh_units_by_their_size(tmp_path, settings, monkeypatch):
-    sized = dataclasses.replace(SPACE, sizes=(1, 7, *[4] * 6))
-    monkeypatch.setattr(sys.modules[__name__], "SPACE", sized)
+    sized = Spaces({RATIO: dataclasses.replace(SPACES.at[RATIO], sizes=(1, 7, *[4] * 6))}, {})
+    monkeypatch.setattr(sys.modules[__name__], "SPACES", sized)
     searched(tmp_path, settings, monkeypatch)
     (run,) = [run for run in found() if run.tags["bits"] == "48484444"]
     assert float(run.params["average_bits"]) == 4 + 4 * (7 + 4) / 32
@@ -248,7 +255,7 @@ def test_search_shows_how_its_front_grows_and_a_resumed_one_shows_all_of_it(tmp_
     study, first = searched(tmp_path, settings, monkeypatch)
     results = [one.result for one in study.finished()]
     points = [(one.score(study.objective)[0], one.peak_memory_bytes) for one in results]
-    expected = [pareto.hypervolume(points[:n], points[0][0], points[0][1] + SPACE.reach) / 2**30 for n in (1, 2, 3, 4)]
+    expected = [pareto.hypervolume(points[:n], points[0][0], points[0][1] + SPACES.reach) / 2**30 for n in (1, 2, 3, 4)]
     assert expected[0] == 0 < expected[-1]
 
     def curve(run):
