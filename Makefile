@@ -23,12 +23,12 @@ search: setup ## the main job, from the model to the registry; PRESET=llama-7b N
 	  -P preset=$(PRESET) -P n_trials=$(N_TRIALS) -P set="$(SET)"
 
 test: setup style ## lint, types and tests (no network, no GPU)
-	@mypy pipeline & types=$$!; \
+	@mypy & types=$$!; \
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder; tests=$$?; \
 	wait $$types && exit $$tests
 
 lint: setup style ## ruff and mypy
-	mypy pipeline
+	mypy
 
 .PHONY: style
 style: setup
