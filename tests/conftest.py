@@ -32,8 +32,8 @@ from tests.fixtures.models import (  # noqa: F401 (tests import these from here)
 LONGEST = (
     "test_pipeline",
     "test_presets",
-    "test_paper",
     "test_tables",
+    "test_paper",
     "test_campaign",
     "test_bad_models",
     "test_memory",
