@@ -15,6 +15,7 @@ import gc
 import logging
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -60,18 +61,23 @@ def random_context(asked: plan.Asked, ratio: float, tokenizer: Any, steps: int, 
     scored = params.evaluate.model_copy(update={"limit": limit})
     params = params.model_copy(update={"recover": settings, "evaluate": scored})
     train, held_out = alpaca.split(alpaca.read("data/sample/alpaca.jsonl"), 16, params.seed)
-    rows = [alpaca.encode(part, tokenizer, settings.max_length) for part in (train, held_out)]
+    rows, validation = (alpaca.encode(part, tokenizer, settings.max_length) for part in (train, held_out))
     loaded = tasks.load(params.evaluate.tasks, Path("data/sample/benchmarks"))
     units = architecture.units(config, "block")
     compute = Compute(DEVICE, torch.bfloat16)
     bank, how = layer_bank.Bank(folder), trials.settings(params)
-    return Context(config, state, bank, tokenizer, units, loaded, *rows, how, compute)
+    return Context(config, state, bank, tokenizer, units, loaded, rows, validation, how, compute)
 
 
 def seconds(work: Callable[[], Any]) -> float:
     """Return the seconds of some work on the GPU."""
+
+    def finished() -> None:
+        work()
+        torch.cuda.synchronize()
+
     torch.cuda.synchronize()
-    return timed(lambda: (work(), torch.cuda.synchronize()))
+    return timed(finished)
 
 
 Lines = list[list[str]]
@@ -108,7 +114,7 @@ def evaluation(context: Any, bits: list[int]) -> Lines:
     ours, found = seconds(own), []
     for size in (16, 64):
         lm = plain.language_model(model, context.tokenizer, batch_size=size)
-        theirs = seconds(lambda lm=lm: plain.samples(lm, context.tasks, limit))
+        theirs = seconds(partial(plain.samples, lm, context.tasks, limit))
         rates = (f"{count[0] / one:.1f}" for one in (ours, theirs))
         found.append([f"evaluation, items/s; theirs {size} a batch", *rates, f"{theirs / ours:.2f}"])
     return found

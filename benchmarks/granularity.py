@@ -29,7 +29,7 @@ import pandas as pd
 from benchmarks.perplexity import losses
 from pipeline import bits as bit_text
 from pipeline import checks, console, params
-from pipeline.paths import PRUNED, REPORTS
+from pipeline.paths import BANK, PRUNED, REPORTS
 from pipeline.search.allocate import Bits
 from pipeline.stages import importance, trials
 from pipeline.trial import evaluate, trial
@@ -61,7 +61,7 @@ def measure(
     context = trials.load(settings)
     if front is None:
         with tempfile.TemporaryDirectory() as scratch:
-            priors = importance.write(settings, PRUNED, Path(scratch) / "importance.json")
+            priors = importance.write(settings, PRUNED, BANK, Path(scratch) / "importance.json")
     space = replace(trials.space(settings, context), max_eights=len(context.units))
     skip = evaluate.seen(context.tasks, settings.evaluate.limit)
 
@@ -85,12 +85,13 @@ def measure(
     items: Values = {}
     heldout: Values = {}
     for share in shares:
-        within = replace(space, budget=budgets.get(share, space.base + int(share * sum(space.deltas))))
+        allowed = budgets.get(share, space.base + int(share * sum(space.deltas)))
         if front is None:
+            within = replace(space, budget=allowed)
             bits = within.allocate(within.per_byte(priors.sensitivity))
         else:
-            bits = bit_text.parse(best(front, within.budget), len(context.units))
-        budgets.setdefault(share, within.budget if front else context.predict(bits).training)
+            bits = bit_text.parse(best(front, allowed), len(context.units))
+        budgets.setdefault(share, allowed if front else context.predict(bits).training)
         figures, items[share], words = judged(bits)
         if words is not None:
             heldout[share] = words

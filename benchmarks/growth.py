@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -116,7 +117,7 @@ def random_context(context: Context, hidden: int, layers: int, folder: Path) -> 
     """Return a context of a random pruned model in bf16 with its bank, and the parameters of its linears."""
     from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    config: Any = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,

@@ -146,8 +146,8 @@ def peak_of(work: Callable[[], Any]) -> int:
 def context_of(case: Case, folder: Path, device: torch.device = CPU) -> Context:
     """Return what a trial needs: random weights and their layer bank."""
     raw = checks.load("params.yaml")
-    adapters = {"method": "nearest", "init": "gaussian", "r": case.r, "double_quant": case.double_quant}
-    settings = replace(settings_of(quantize.Settings, raw.quantize), **adapters)
+    sizes = {"r": case.r, "double_quant": case.double_quant}
+    settings = settings_of(quantize.Settings, raw.quantize, method="nearest", init="gaussian", **sizes)
     torch.manual_seed(0)
     config = case.config()
     with device:
@@ -159,7 +159,8 @@ def context_of(case: Case, folder: Path, device: torch.device = CPU) -> Context:
     chosen = trials.settings(raw.model_copy(update={"recover": raw.recover.model_copy(update=batch)}))
     units = architecture.units(config, "group")
     bank = layer_bank.Bank(folder)
-    return Context(config, state, bank, None, units, {}, [], [], chosen, Compute(device, torch.bfloat16))
+    tokenizer: Any = None  # the steps begin with tokens
+    return Context(config, state, bank, tokenizer, units, {}, [], [], chosen, Compute(device, torch.bfloat16))
 
 
 def bytes_of(model: Any) -> int:
@@ -189,7 +190,8 @@ def real(case: Case, context: Context, bits: tuple[int, ...]) -> tuple[int, int]
     examples = [Example(tuple(row), 1) for row in ids]
     model = assemble(context, bits, real=True)
     if case.gradient_checkpointing:
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        base_model: Any = model.get_base_model()
+        base_model.gradient_checkpointing_enable({"use_reentrant": False})
     settings = replace(context.settings.recover, steps=2)
 
     # All that a training needs of a teacher: a vector a response token.

@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ WINDOWS, LENGTH = 20, 256
 
 
 @torch.inference_mode()
-def losses(model, tokenizer, text: str, windows: int = WINDOWS) -> torch.Tensor:
+def losses(model: Any, tokenizer: Any, text: str, windows: int = WINDOWS) -> torch.Tensor:
     """Return the mean next-token loss within each of a text's first windows, in fp32: [windows], nats."""
     tokens = torch.tensor(tokenizer.encode(text[:200_000])[: windows * LENGTH]).view(windows, LENGTH)
     found = []
@@ -32,7 +33,7 @@ def losses(model, tokenizer, text: str, windows: int = WINDOWS) -> torch.Tensor:
     return torch.cat(found)
 
 
-def perplexity(model, tokenizer, text: str) -> float:
+def perplexity(model: Any, tokenizer: Any, text: str) -> float:
     """Return exp of the mean loss of the windows."""
     return float(losses(model, tokenizer, text).double().mean().exp())
 
@@ -42,8 +43,8 @@ def draw(folder: Path, rows: Path, text: Path, settings: params.Prune, ratios: l
     tokenizer, model, start = checkpoint.load_tokenizer(folder), checkpoint.load_model(folder), time.time()
     parts = []
     if structures.calibrated(settings.importance, settings.compensate):
-        asked = {"text": settings.text, "samples": settings.samples, "max_length": settings.max_length}
-        parts = calibration.batches(tokenizer, rows, 16, seed, **asked)
+        text_of, samples, length = settings.text, settings.samples, settings.max_length
+        parts = calibration.batches(tokenizer, rows, 16, seed, text=text_of, samples=samples, max_length=length)
     found = []
     for pruned in prune.at_ratios(model, parts, pruning(settings), ratios, seed):
         smaller = checkpoint.from_state(pruned.config, pruned.state).float().eval()

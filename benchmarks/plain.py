@@ -56,7 +56,7 @@ def assemble(context: Context, bits: Sequence[int]) -> PeftModel:
     model = _adapted(context, state)
     with torch.no_grad():
         for name, adapter in adapters.items():
-            layer = model.get_base_model().get_submodule(name)
+            layer: Any = model.get_base_model().get_submodule(name)
             layer.lora_A["default"].weight.copy_(adapter.a)
             layer.lora_B["default"].weight.copy_(adapter.b)
     return model
@@ -68,6 +68,7 @@ def from_bank(context: Context, bits: Sequence[int]) -> PeftModel:
     On a GPU of bitsandbytes' modules, elsewhere of dequantized weights, as a trial has them.
     """
     widths = context.widths(bits)
+    model: PeftModel
     if context.device.type == "cuda":
         model = get_peft_model(trials.mixed_model(context, widths), _adapters(context))
     else:

@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from mlflow.pyfunc.model import PythonModelContext
 
 from pipeline.stages import served
 
@@ -37,20 +37,27 @@ def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
 
 def main(folder: Path, prompts: int, tokens: int, repeats: int) -> None:
     """Print both sides' seconds, their ratio, and how many answers are equal."""
-    model = served.Compressed()
-    model.load_context(SimpleNamespace(artifacts={"checkpoint": str(folder)}))  # type: ignore[arg-type]
+    model, context = served.Compressed(), PythonModelContext({"checkpoint": str(folder)}, None)
+    model.load_context(context)
     asked = [ASKED[number % len(ASKED)] for number in range(prompts)]
-    params: dict[str, object] = {"max_new_tokens": tokens}
-    model.predict(None, asked[:1], {"max_new_tokens": 2})
-    rounds = []
+
+    def answers(questions: list[str], count: int = tokens) -> list[str]:
+        given = model.predict(context, questions, {"max_new_tokens": count})
+        assert isinstance(given, list)  # a chat's answer is a dictionary
+        return given
+
+    answers(asked[:1], 2)
+    batches, singles = [], []
     for _ in range(repeats):
-        *batch, together = timed(lambda: model.predict(None, asked, params))
-        *single, alone = timed(lambda: [model.predict(None, [one], params)[0] for one in asked])
-        rounds.append((batch, single, sum(map(str.__eq__, together, alone))))
-    for name, place in (("clock", 0), ("processor", 1)):
-        ours, theirs = (median(one[side][place] for one in rounds) for side in (0, 1))
+        *seconds, together = timed(lambda: answers(asked))
+        batches.append(seconds)
+        *seconds, alone = timed(lambda: [answers([one])[0] for one in asked])
+        singles.append(seconds)
+    for place, name in enumerate(("clock", "processor")):
+        ours, theirs = (median(one[place] for one in side) for side in (batches, singles))
         print(f"{name}: batch {ours:.2f} s, {prompts} calls {theirs:.2f} s, ratio {theirs / ours:.2f}")
-    print(f"equal answers: {rounds[-1][2]} of {prompts}; {torch.get_num_threads()} threads, {model.model.dtype}")
+    equal = sum(map(str.__eq__, together, alone))
+    print(f"equal answers: {equal} of {prompts}; {torch.get_num_threads()} threads, {model.model.dtype}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +41,7 @@ def startup(setup: Setup) -> dict[str, Figure]:
     found = {}
     for name, command in commands.items():
         subprocess.run([sys.executable, *command], check=True, capture_output=True)  # warms the caches
-        (seconds,) = interleaved(lambda command=command: process(command), repeats=setup.options.repeats)
+        (seconds,) = interleaved(partial(process, command), repeats=setup.options.repeats)
         found[f"startup_{name}"] = less_is_better(seconds, STARTUP, "s", setup.options.repeats, BAR)
     return found
 
@@ -125,13 +126,13 @@ def record_one_by_one(parent: tracking.Run, number: int, result: Result) -> None
     """Track the same trial with a call for each value."""
     client = tracking.client()
     tags = {"mlflow.parentRunId": parent.run_id, "stage": "trial", "study": "s", "method": "random"}
-    run_id = client.create_run(parent.experiment_id, tags=tags, run_name=f"trial {number}").run_id
+    run_id = client.create_run(parent.experiment_id, tags=tags, run_name=f"trial {number}").info.run_id
     for key, value in {"bits": result.bits, "method": "random", "granularity": "block"}.items():
         client.log_param(run_id, key, value)
-    for key, value in result.metrics().items():
-        client.log_metric(run_id, key, value)
-    for step, value in enumerate(result.losses):
-        client.log_metric(run_id, "loss", value, step=step)
+    for key, figure in result.metrics().items():
+        client.log_metric(run_id, key, figure)
+    for step, loss in enumerate(result.losses):
+        client.log_metric(run_id, "loss", loss, step=step)
     for key, value in {"trial": str(number), "memory_source": "predicted", "mlflow.runName": "trial"}.items():
         client.set_tag(run_id, key, value)
     client.set_terminated(run_id)
@@ -212,8 +213,8 @@ def suggestion(setup: Setup) -> dict[str, Figure]:
     for units in (30, 40, 120):
         for done in (10, 50, 100):
             ours, theirs = suggesters(done, units)
-            seconds = interleaved(lambda: timed(ours), lambda: timed(theirs), repeats=repeats)  # noqa: B023
-            found[f"suggestion_{done}_trials_{units}_units"] = less_is_better(*seconds, "s", repeats)
+            fast, slow = interleaved(partial(timed, ours), partial(timed, theirs), repeats=repeats)
+            found[f"suggestion_{done}_trials_{units}_units"] = less_is_better(fast, slow, "s", repeats)
     return found
 
 
@@ -229,12 +230,12 @@ def suggesters(done: int, units: int) -> tuple[Any, Any]:
         raise LeftOut("pipeline/search/surrogate.py is not there") from error
     import optuna
 
-    from pipeline.search.allocate import Space
+    from pipeline.search.allocate import Bits, Space
 
     generator = random.Random(units)
     prior = [generator.random() for _ in range(units)]
     space = Space(2**29, tuple(generator.randrange(2**20, 2**21) for _ in range(units)), units // 4, None)
-    tried = []
+    tried: list[Bits] = []
     while len(tried) < done:
         if (bits := space.draw(generator)) not in tried:
             tried.append(bits)

@@ -1,6 +1,8 @@
 """Fixtures that many tests share. The tiny models themselves are in fixtures/models.py."""
 
+import copy
 import os
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,8 +32,8 @@ from tests.fixtures.models import (  # noqa: F401 (tests import these from here)
 LONGEST = (
     "test_pipeline",
     "test_presets",
-    "test_paper",
     "test_tables",
+    "test_paper",
     "test_campaign",
     "test_bad_models",
     "test_memory",
@@ -57,8 +59,13 @@ def model_folder(tmp_path_factory, tokenizer):
     return folder
 
 
+@pytest.fixture(scope="session")
+def written_params():
+    return documents.read(ROOT / "params.yaml")
+
+
 @pytest.fixture
-def raw_params(monkeypatch):
+def raw_params(monkeypatch, written_params):
     """The default params as a plain dictionary, free to change, with pruning that fits a model of four blocks.
 
     A unit is a block, so that bit strings can be read. On the CPU, also where there is a GPU (which test_cuda.py is
@@ -66,7 +73,7 @@ def raw_params(monkeypatch):
     """
     os.chdir(ROOT)
     monkeypatch.setattr(fits, "BASE", Path("nothing/fetched"))
-    raw = documents.read(ROOT / "params.yaml")
+    raw = copy.deepcopy(written_params)
     raw["prune"] |= PLAIN_PRUNING | {"ratios": [0.2]}
     raw["search"] |= {"granularity": "block", "max_8bit_fraction": 0.25, "n_random": 1}
     raw["device"] = "cpu"
@@ -78,11 +85,27 @@ def default(raw_params):
     return checks.parse(raw_params)
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """The file of a store with no run: MLflow takes a second and a half to make its tables, a copy takes nothing."""
+    import sqlalchemy
+    from mlflow.tracking import MlflowClient
+
+    @sqlalchemy.event.listens_for(sqlalchemy.Engine, "connect")
+    def trust_the_machine(connection, _):  # a commit need not wait for the disk; a process that dies loses nothing
+        connection.execute("PRAGMA synchronous=OFF")
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def empty_store_here(tmp_path, monkeypatch):
+def empty_store_here(tmp_path, monkeypatch, empty_store):
     """An empty folder to work in, with an MLflow store of its own."""
     from pipeline import tracking
 
+    shutil.copy(empty_store, tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.delenv(tracking.PARENT, raising=False)
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)

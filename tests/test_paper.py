@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, tiny_model
-from mlflow.tracking import MlflowClient
 
 from pipeline import architecture, checkpoint, paths, storage, tracking
 from pipeline.bits import write as write_bits
 from pipeline.checks import load
 from pipeline.identity import Identity
 from pipeline.params import ParamsError
+from pipeline.results import figures
 from pipeline.results.cells import at_ratio, changed, qpruner3
 from pipeline.search import search
 from pipeline.search.history import export_history
@@ -26,24 +26,12 @@ from pipeline.trial.result import Result
 from tests.fixtures.searches import PRIORS, SPACE, UNITS, result
 
 TASK = "piqa"
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """A store with no run; making its tables takes longer than copying it."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
+PICTURE = figures.accuracy_and_memory
 
 
 @pytest.fixture
-def params(default, tmp_path, monkeypatch, empty_store):
+def params(default, tmp_path, empty_store_here):
     """Params of one ratio on one task, in a folder with a base model's checksums and data."""
-    for name in ("mlflow", "other"):
-        shutil.copy(empty_store, tmp_path / f"{name}.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    monkeypatch.delenv(tracking.PARENT, raising=False)
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "data/benchmarks").mkdir(parents=True)
     shutil.copy(ROOT / "data/sample/alpaca.jsonl", "data")
     shutil.copy(ROOT / f"data/sample/benchmarks/{TASK}.jsonl", "data/benchmarks")
@@ -83,7 +71,9 @@ class Trials:
 
 @pytest.fixture
 def trials(monkeypatch):
+    """Trials without training, and no picture of them."""
     made = Trials()
+    monkeypatch.setattr(figures, "accuracy_and_memory", lambda *given: given[-1].touch())
     monkeypatch.setattr(trial, "run", made.run)
 
     def untouched(params, context, work):
@@ -116,7 +106,8 @@ def bits(call):
     return call[0]
 
 
-def test_table_has_one_run_a_cell_with_the_searchs_trials_below_qpruner3(params, trials):
+def test_table_has_one_run_a_cell_with_the_searchs_trials_below_qpruner3(params, trials, monkeypatch):
+    monkeypatch.setattr(figures, "accuracy_and_memory", PICTURE)
     shell.start("table", params)
     (top,) = runs("table")
     found = runs("cell")
@@ -124,6 +115,7 @@ def test_table_has_one_run_a_cell_with_the_searchs_trials_below_qpruner3(params,
     assert {parent(run) for run in found} == {top.run_id}
     assert {parent(run) for run in runs("trial")} == {found[-1].run_id} and len(runs("trial")) == 4
     assert found[3].tags["bits"] == "48484444"
+    assert paths.REPORTS.joinpath("figure1.png").stat().st_size > 1000
     text = paths.REPORTS.joinpath("table.md").read_text()
     assert "| 20 % | QPruner3 |" in text and "pending" not in text
     assert {path.name for path in paths.REPORTS.iterdir()} == {"table.md", "table.csv", "table.tex", "figure1.png"}
@@ -245,9 +237,10 @@ def test_cell_kept_but_not_ended_by_a_kill_is_ended(params, trials):
     assert tracking.run(victim).status == "FINISHED" and len(runs("cell")) == 5
 
 
-def test_lost_store_is_filled_again_once(params, trials, tmp_path, monkeypatch):
+def test_lost_store_is_filled_again_once(params, trials, tmp_path, monkeypatch, empty_store):
     shell.start("table", params)
     before = [(run.tags["bits"], run.metrics["accuracy"]) for run in runs("cell") + runs("trial")]
+    shutil.copy(empty_store, tmp_path / "other.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     for _ in range(2):
         shell.start("table", params)

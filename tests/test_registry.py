@@ -27,11 +27,8 @@ mlflow.models.set_model(Echo())
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, empty_store_here):
     """A project with a checkpoint that DVC linked symbolically, and an empty store."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    monkeypatch.delenv(tracking.PARENT, raising=False)
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/weights").write_text("weights")
     (tmp_path / "artifacts/final").mkdir(parents=True)

@@ -14,12 +14,8 @@ from pipeline import tracking
 
 
 @pytest.fixture(autouse=True)
-def own_store(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    monkeypatch.delenv(tracking.PARENT, raising=False)
-    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+def own_store(empty_store_here, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.chdir(tmp_path)
 
 
 def python(code, **options):

@@ -30,11 +30,8 @@ from tests.fixtures.searches import PROBLEM, RATIO, SPACES, STUDY, UNITS, result
 
 
 @pytest.fixture
-def settings(default, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    monkeypatch.delenv(tracking.PARENT, raising=False)
+def settings(default, monkeypatch, empty_store_here):
     monkeypatch.setattr(runs, "_outbox", outbox.Outbox())
-    monkeypatch.chdir(tmp_path)
     sizes = {"n_trials": 4, "n_random": 1, "references": ("uniform8",)}
     return default.model_copy(update={"search": default.search.model_copy(update=sizes)})
 

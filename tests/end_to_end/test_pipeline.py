@@ -12,7 +12,8 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
-from pipeline import storage
+from pipeline import checkpoint, device, storage
+from pipeline.trial import build
 from tests.end_to_end.project import (
     SEARCH,
     TASKS,
@@ -26,6 +27,8 @@ from tests.end_to_end.project import (
     tiny_params,
     wait_for_trials,
 )
+
+PARETO = (sys.executable, "-m", "pipeline", "run", "pareto")
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +152,11 @@ print(json.dumps({"answer": answer, "short": short, "logits": logits.flatten().t
     found = json.loads(done.stdout.splitlines()[-1])
     assert isinstance(found["answer"][0], str)
     assert len(found["short"][0]) < len(found["answer"][0])
-    from safetensors.torch import load_file
-
-    built = tmp_path / "built.safetensors"
-    own = command(project, sys.executable, "-m", "pipeline.trial.probe", "artifacts/final", str(built), "cpu", "auto")
-    assert own.returncode == 0, own.stderr
+    final, compute = project / "artifacts/final", device.choose("cpu", "auto")
+    built = checkpoint.load_final(final, compute.device, compute.dtype)
     # On a CPU it computes with dense weights; bitsandbytes' int8 modules round what they receive, too.
-    assert found["logits"] == pytest.approx(load_file(built)["logits"].flatten().tolist(), abs=0.02)
+    logits = build.probe(built, checkpoint.load_tokenizer(final)).flatten().tolist()
+    assert found["logits"] == pytest.approx(logits, abs=0.02)
     client = MlflowClient(store["MLFLOW_TRACKING_URI"])
     tags = client.get_model_version_by_alias("qpruner", "champion").tags
     assert {"alpaca_md5", "pruned_checkpoint", "git_commit", "search_run", "bits", "size", "score"} <= set(tags)
@@ -168,7 +169,7 @@ def test_asking_for_more_trials_adds_them_and_a_kill_loses_none(project):
     process.wait()
     kept = {run.info.run_id for run in by_stage(project, "trial")}
     assert len(kept) >= 6
-    done = command(project, *SEARCH, "-P", "n_trials=8")
+    done = command(project, *PARETO, "--set", "search.n_trials=8")  # what comes after has run once, which is enough
     assert done.returncode == 0, done.stderr[-3000:]
     after = by_stage(project, "trial")
     assert kept <= {run.info.run_id for run in after}
@@ -176,25 +177,30 @@ def test_asking_for_more_trials_adds_them_and_a_kill_loses_none(project):
     assert not [run for run in runs(project) if run.info.status == "RUNNING"]
 
 
-def test_interrupted_search_leaves_killed_runs(project):
-    before = len(by_stage(project, "trial"))
+def test_interrupted_search_at_another_ratio_runs_again_from_prune_on_and_leaves_killed_runs(project):
+    edit(project, "prune", ratio=0.15)
+    earlier = {run.info.run_id for run in runs(project)}
     process = start(project, *SEARCH, "-P", "n_trials=30")  # many, as a slow machine notices the first one late
-    wait_for_trials(project, before)
+    wait_for_trials(project, len(by_stage(project, "trial")) + 1)
     os.killpg(process.pid, signal.SIGINT)
     process.wait(timeout=240)
     limit = time.time() + 60
     while True:
-        every = [run for run in runs(project) if run.data.tags.get("stage") in ("project", "search", "trial")]
-        project_run, search_run = (
-            [run for run in every if run.data.tags["stage"] == one][-1] for one in ("project", "search")
+        every = [run for run in runs(project) if run.info.run_id not in earlier]
+        (project_run,), (search_run,) = (
+            [run for run in every if run.data.tags.get("stage") == one] for one in ("project", "search")
         )
         if project_run.info.status == search_run.info.status == "KILLED":
             break
         assert time.time() < limit, [(run.info.run_name, run.info.status) for run in (project_run, search_run)]
         time.sleep(0.2)
+    stages = [run.data.tags["stage"] for run in every]
+    assert [stages.count(one) for one in ("fetch", "prune", "quantize", "importance")] == [0, 1, 1, 1]
     # The interrupt may come in the moment between two trials; then none was cut short.
     trials = [run for run in every if run.data.tags["stage"] == "trial"]
     assert {run.info.status for run in trials} <= {"FINISHED", "KILLED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {search_run.info.run_id}
+    assert trials[0].data.tags["bits"] == "4444"  # tried at the earlier ratio, too
     assert not [run for run in runs(project) if run.info.status == "RUNNING"]
 
 
@@ -229,17 +235,3 @@ def test_edited_checkpoint_is_refused_with_the_stage_to_run(project):
         weights.write_bytes(good)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "does not match its checksum" in done.stderr and "dvc repro --force --single-item prune" in done.stderr
-
-
-def test_changed_ratio_runs_again_from_prune_on(project):
-    edit(project, "search", n_trials=2)
-    edit(project, "prune", ratio=0.15)
-    done = command(project, "dvc", "repro", "search")
-    assert done.returncode == 0, done.stderr[-3000:]
-    ran = [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
-    assert "fetch" not in ran and {"prune", "importance", "quantize", "search"} <= set(ran)
-    (newest,) = by_stage(project, "search")[-1:]
-    assert (
-        len([run for run in by_stage(project, "trial") if run.data.tags["mlflow.parentRunId"] == newest.info.run_id])
-        == 2
-    )

@@ -1,4 +1,7 @@
-"""Every preset through every stage, at toy width: the architecture and all options are its own, only sizes shrink."""
+"""Presets through every stage, at toy width: the architecture and all options are a preset's own, only sizes shrink.
+
+Presets of the same options go through the stages once: what they change of llama-7b's is listed here.
+"""
 
 import json
 import math
@@ -60,6 +63,16 @@ MODELS = {
     ),
 }  # fmt: skip
 PAPERS = ("llama-7b", "vicuna-7b", "llama-13b")
+# Presets with the options of llama-7b, and all that each of them has otherwise, as `section.key`.
+BLOCKS = {"prune.attention_blocks", "prune.mlp_blocks"}
+LIKE_LLAMA_7B = {
+    "vicuna-7b": {"model.source"},
+    "llama-13b": {"model.source", "prune.ratio", "table.ratios", "ablation.ratio"} | BLOCKS,
+    "llama-3-8b": {"model.source"},
+    "qwen2.5-0.5b": {"model.source"} | BLOCKS,
+}
+# All options, on one head a group and a head of the vocabulary's own, and on groups with biases and tied embeddings.
+STAGED = ("llama-7b", "qwen2.5-0.5b", "default")
 # What shrinks, and nothing else: sources become local, rows and steps few, rows longer as the toy tokenizer's are.
 SIZES = {
     "data": {"alpaca": f"path:{ROOT / 'data/sample/alpaca.jsonl'}",
@@ -90,6 +103,8 @@ def toy_config(name):
         "num_key_value_heads": kv_heads, "vocab_size": VOCABULARY + 8, "bos_token_id": 0, "eos_token_id": 1,
         "pad_token_id": 1,
     }  # fmt: skip
+    if name == "default":  # its ranges of blocks count from both ends
+        fields["num_hidden_layers"] = 16
     return kind(**{key: value for key, value in fields.items() if key != "model_type"})
 
 
@@ -103,14 +118,8 @@ def toy_model(name):
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """One MLflow store for all presets: making one takes a second."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def finished(request, tmp_path_factory, store, tokenizer):
+@pytest.fixture(scope="module", params=STAGED)
+def finished(request, tmp_path_factory, empty_store, tokenizer):
     """The name of a preset that has gone through every stage; its project is the working folder."""
     name, folder = request.param, tmp_path_factory.mktemp("project")
     for needed in ("MLproject", "requirements.txt", "pipeline"):
@@ -126,7 +135,8 @@ def finished(request, tmp_path_factory, store, tokenizer):
         raw["search"]["references"] = preset(name)["search"]["references"]
     (folder / "params.yaml").write_text(yaml.safe_dump(raw))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("MLFLOW_TRACKING_URI", store)
+        shutil.copy(empty_store, folder)
+        patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         patched.delenv(tracking.PARENT, raising=False)
         patched.chdir(folder)
         if name != "default":  # the others need no process of their own to be compared in
@@ -162,6 +172,19 @@ def test_real_model_has_its_known_parameters_and_the_presets_values_fit_it(name,
         checks.parse(raw)
 
 
+def options(name):
+    """All values of a preset by `section.key`."""
+    sections = {key: value if isinstance(value, dict) else {"": value} for key, value in preset(name).items()}
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
+@pytest.mark.parametrize("name", LIKE_LLAMA_7B)
+def test_preset_has_the_options_of_llama_7b_but_for_those_listed(name):
+    found, expected = options(name), options("llama-7b")
+    assert found.keys() == expected.keys()
+    assert {key for key in found if found[key] != expected[key]} == LIKE_LLAMA_7B[name]
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_papers_preset_holds_the_papers_values(name, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -193,7 +216,7 @@ def test_papers_ratios_are_met_and_blocks_outside_the_ranges_stay(name, ratio, m
 
 def test_preset_goes_through_every_stage(finished):
     real, settings = MODELS[finished][0], checks.load()
-    blocks = real["num_hidden_layers"]
+    blocks = toy_config(finished).num_hidden_layers
     assert abs(read("prune")["ratio"] - settings.prune.ratio) < 0.01
     config = checkpoint.load_config("artifacts/pruned")
     assert config.model_type == f"pruned_{real['model_type']}" and len(config.block_shapes) == blocks

@@ -265,13 +265,14 @@ def test_hub_cache_that_cannot_be_written_is_named_and_not_the_data(monkeypatch)
         assert text in message
 
 
-def test_items_are_read_where_home_cannot_be_written(tmp_path):
+def test_items_are_read_where_home_cannot_be_written_and_nothing_else_is_imported(tmp_path):
     import os
     import subprocess
     import sys
 
     sample = ROOT / "data/sample/benchmarks"
-    code = f"from pipeline.data import fetch; assert len(fetch.benchmark('path:{sample}', 'hellaswag')[0]) == 64"
+    code = f"from pipeline.data import tasks; assert list(tasks.load(['piqa'], {str(sample)!r})) == ['piqa']\n"
+    code += f"from pipeline.data import fetch; assert len(fetch.benchmark('path:{sample}', 'hellaswag')[0]) == 64"
     environment = os.environ | {"HOME": "/dev/null"}
     environment.pop("HF_HOME", None)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=False)
