@@ -13,11 +13,11 @@ from conftest import tiny_model
 from peft.tuners.lora import LoraLayer
 
 from pipeline import GIB, architecture, checkpoint
+from pipeline.bits import Vector
 from pipeline.compress import quantize
 from pipeline.data.alpaca import Example
 from pipeline.device import Compute
 from pipeline.results.cells import changed
-from pipeline.bits import Vector
 from pipeline.settings import settings_of
 from pipeline.stages import trials
 from pipeline.trial import adapters, build, recover, training, trial
@@ -209,7 +209,12 @@ def measured(**changes):
         {"piqa": 0.5}, {"piqa": 0.25}, {"piqa_acc_norm": 0.75}, 0.5, 0.25, -1 / 3, 0.1, 2, {"piqa": [(1.0, -1 / 3)] * 2}
     )
     recovered = recover.Recovered.of((3.5, 3.25), ((20 / 3, 10), (30.0, 12)), {2: 2.5}, 640)
-    parts = {"vector": Vector(0.2, (4, 4, 8, 4)), "scores": scores, "recovered": recovered, "memory": Memory(2**30, 2**28, "predicted")}
+    parts = {
+        "vector": Vector(0.2, (4, 4, 8, 4)),
+        "scores": scores,
+        "recovered": recovered,
+        "memory": Memory(2**30, 2**28, "predicted"),
+    }
     return Result.of(**parts | {"seconds": {"recover": 1.5}} | changes)
 
 

@@ -32,7 +32,16 @@ if TYPE_CHECKING:
     from pipeline.trial.result import Result
 
 # What of section ``search`` names a study: what may be tried, and by what it is judged.
-_SPACE = {"granularity", "objective", "memory", "context", "bits", "max_8bit_fraction", "memory_budget_gib", "average_bits"}
+_SPACE = {
+    "granularity",
+    "objective",
+    "memory",
+    "context",
+    "bits",
+    "max_8bit_fraction",
+    "memory_budget_gib",
+    "average_bits",
+}
 
 
 def study_identity(params: Params, folders: Sequence[Path], prefix: str = "") -> Identity:

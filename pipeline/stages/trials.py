@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import GIB, bits, device, identity, storage, tracking
-from pipeline.errors import UserError
 from pipeline.bits import Vector
+from pipeline.errors import UserError
 from pipeline.params import Params, digest
 from pipeline.paths import ALPACA, BANK, BASE, BENCHMARKS, PRUNED, TEACHER, UNTOUCHED, at_ratio
 from pipeline.search.allocate import Space, Spaces

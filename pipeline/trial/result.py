@@ -266,7 +266,12 @@ class Result:
                 validation_loss=values["validation_loss"],
                 validation_stderr=values["validation_loss_stderr"],
             ),
-            Memory(values["peak_memory_bytes"], values["inference_memory_bytes"], values["memory_source"], None if predicted is None else int(predicted)),
+            Memory(
+                values["peak_memory_bytes"],
+                values["inference_memory_bytes"],
+                values["memory_source"],
+                None if predicted is None else int(predicted),
+            ),
             dict(values["seconds"]),
         )
 

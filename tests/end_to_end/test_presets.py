@@ -18,6 +18,8 @@ from conftest import ROOT, VOCABULARY, batches
 from mlflow.tracking import MlflowClient
 
 from pipeline import architecture, checkpoint, checks, fits, params, tracking
+from pipeline.bits import Vector
+from pipeline.bits import read as read_bits
 from pipeline.compress import prune
 from pipeline.results import figures
 from pipeline.search import search
@@ -67,7 +69,7 @@ PAPERS = ("llama-7b", "vicuna-7b", "llama-13b")
 BLOCKS = {"prune.attention_blocks", "prune.mlp_blocks"}
 LIKE_LLAMA_7B = {
     "vicuna-7b": {"model.source"},
-    "llama-13b": {"model.source", "prune.ratio", "table.ratios", "ablation.ratio"} | BLOCKS,
+    "llama-13b": {"model.source", "prune.ratios", "table.ratios", "ablation.ratio"} | BLOCKS,
     "llama-3-8b": {"model.source"},
     "qwen2.5-0.5b": {"model.source"} | BLOCKS,
 }
@@ -167,8 +169,8 @@ def test_real_model_has_its_known_parameters_and_the_presets_values_fit_it(name,
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert architecture.parameters(fits.read(tmp_path)) == parameters
     raw = preset(name) | {"model": {"source": f"path:{tmp_path}", "sha256": ""}}
-    for ratio in (0.2, 0.3, 0.5) if name in PAPERS else (raw["prune"]["ratio"],):
-        raw["prune"]["ratio"] = ratio
+    for ratio in (0.2, 0.3, 0.5) if name in PAPERS else raw["prune"]["ratios"]:
+        raw["prune"]["ratios"] = [ratio]
         checks.parse(raw)
 
 
@@ -201,7 +203,7 @@ def test_papers_preset_holds_the_papers_values(name, monkeypatch):
 def test_papers_ratios_are_met_and_blocks_outside_the_ranges_stay(name, ratio, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = checks.load(f"presets/{name}.yaml").prune
-    settings = settings.model_copy(update={"ratio": ratio, "multiple_of": 1})  # at toy width 64 would be all
+    settings = settings.model_copy(update={"ratios": (ratio,), "multiple_of": 1})  # at toy width 64 would be all
     model = toy_model(name)
     found = prune.run(model, batches(1), pruning(settings), 0)
     head = architecture.group_parameters(model.config, architecture.shapes(model.config)[0], "attention")
@@ -217,8 +219,9 @@ def test_papers_ratios_are_met_and_blocks_outside_the_ranges_stay(name, ratio, m
 def test_preset_goes_through_every_stage(finished):
     real, settings = MODELS[finished][0], checks.load()
     blocks = toy_config(finished).num_hidden_layers
-    assert abs(read("prune")["ratio"] - settings.prune.ratio) < 0.01
-    config = checkpoint.load_config("artifacts/pruned")
+    for ratio in settings.prune.ratios:
+        assert abs(read("prune")[f"ratio_{ratio:g}"] - ratio) < 0.01
+    config = checkpoint.load_config(f"artifacts/pruned/{settings.prune.ratios[-1]:g}")
     assert config.model_type == f"pruned_{real['model_type']}" and len(config.block_shapes) == blocks
     assert config.tie_word_embeddings is real["tie_word_embeddings"]
     state = checkpoint.load_model("artifacts/final").state_dict()
@@ -226,7 +229,9 @@ def test_preset_goes_through_every_stage(finished):
     assert all(heads // kv == real["num_attention_heads"] // real["num_key_value_heads"]
                for heads, kv, _ in config.block_shapes)  # fmt: skip
     units = blocks * len(architecture.GRANULARITIES[settings.search.granularity])
-    assert len(read("importance")["units"]) == units
+    assert [(prior["ratio"], len(prior["units"])) for prior in read("importance")] == [
+        (ratio, units) for ratio in settings.prune.ratios
+    ]
     assert read("search")["finished"] == 2 and read("search")["failed"] == 0
     rows = read("pareto")
     most = math.floor(units * settings.search.max_8bit_fraction)
@@ -260,6 +265,7 @@ def test_tables_of_the_trials_are_alike_and_say_what_the_runs_say(finished):
     for row in table.to_dict(orient="records"):
         run = runs[row["run_id"]]
         assert (row["bits"], row["method"]) == (run.tags["bits"], run.tags["method"])
+        assert f"{row['ratio']:g}" == run.tags["ratio"]
         assert {name: row[name] for name in shared} == {name: run.metrics[name] for name in shared}
 
 
@@ -273,7 +279,7 @@ def test_accuracies_of_both_kinds_are_logged_where_a_task_has_both(finished):
 
 def test_each_benchmarks_picture_is_made_of_the_scores_on_it(finished, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(figures, "benchmark_fronts", lambda every, path: drawn.update(every))
+    monkeypatch.setattr(figures, "benchmark_fronts", lambda every, path, memory: drawn.update(every))
     shell.start("report", checks.load())
     assert tuple(drawn) == params.TASKS
     runs = trial_runs()
@@ -296,7 +302,7 @@ def test_history_of_a_search_is_taken_up_by_the_next_one(finished, monkeypatch):
     shell.start("search", settings)
     objective, told = settings.search.objective, {}
     for run in trial_runs().values():
-        bits = tuple(map(int, run.tags["bits"]))
-        told[bits] = Observation(bits, run.metrics[objective], run.metrics[f"{objective}_stderr"], imported=True)
-    assert {one.bits: one for one in given} == told
+        vector = Vector(float(run.tags["ratio"]), read_bits(run.tags["bits"]))
+        told[vector] = Observation(vector, run.metrics[objective], run.metrics[f"{objective}_stderr"], imported=True)
+    assert {one.vector: one for one in given} == told
     assert len(given) == 2 == read("search")["finished"]
