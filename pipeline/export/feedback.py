@@ -23,7 +23,10 @@ from pipeline.export.limits import ExportError
 
 def enough(batches: Sequence[Batch], built: Dense) -> list[Batch]:
     """Return the first of the batches, as many as the widest linear needs, or all of them."""
-    needed = linear_grams.tokens_needed(max(shape.channels for shape in architecture.shapes(built.config)))
+    config = built.config
+    shapes = ((shape, name) for shape in architecture.shapes(config) for name in architecture.LINEARS)
+    widest = max(architecture.linear_shape(config, shape, name)[1] for shape, name in shapes)
+    needed = linear_grams.tokens_needed(widest)
     taken: list[Batch] = []
     for part in batches:
         if linear_grams.count_tokens(taken) >= needed:

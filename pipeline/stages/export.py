@@ -55,7 +55,7 @@ def _gguf(params: Params, built: Dense, folder: Path, found: Measured) -> Measur
     file, adapters = folder / "gguf" / f"{name}.gguf", None
     file.parent.mkdir()
     lineage = storage.read_json(FINAL / "lineage.json", "build")
-    rounded = _rounded(params, built, built.merged if merge else built.base)
+    rounded = fitted(params, built, built.merged if merge else built.base)
     gguf_file.write(file, built, tokenizer, name, lineage=lineage, merge=merge, rounded=rounded)
     if not merge:
         adapters = file.with_name(f"{name}-adapters.gguf")
@@ -88,7 +88,7 @@ def _gguf(params: Params, built: Dense, folder: Path, found: Measured) -> Measur
         return found.timed(timed, other.stat().st_size)
 
 
-def _rounded(params: Params, built: Dense, weight: Load) -> dict[str, torch.Tensor]:
+def fitted(params: Params, built: Dense, weight: Load) -> dict[str, torch.Tensor]:
     """Return the 4-bit linears in llama.cpp's type, fitted to what they receive where the bank's codes were."""
     if params.quantize.method != "calibrated":
         return {}
