@@ -80,7 +80,7 @@ def expected(built: Path, form: str, tokens: torch.Tensor) -> torch.Tensor:
 
 def compare(built: Path, python: Path, scratch: Path) -> None:
     """Print a line for each form of a built model."""
-    model, folder = dense.read(built), scratch / built.name
+    model, folder = dense.read(built), Path(tempfile.mkdtemp(dir=scratch))
     hf.with_code(built, folder / "hf")
     forms = ["hf"]
     if limits.one_shape(architecture.shapes(model.config)):
@@ -112,8 +112,6 @@ def main(words: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as kept:
         scratch = Path(kept)
         python = environment(Path(given.get("env", scratch / "env")).resolve(), given.get("index"))
-        packages = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True)
-        print(f"{len(packages.stdout.splitlines())} packages", flush=True)
         for built in folders or tiny(scratch / "built"):
             compare(built, python, scratch)
 
