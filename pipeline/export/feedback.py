@@ -8,6 +8,7 @@ of the built model receive.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -55,7 +56,7 @@ def rounded(built: Dense, weight: Load, batches: Sequence[Batch], compute: Compu
     for grams in progress(blocks, "rounding for llama.cpp", total=built.config.num_hidden_layers):
         groups = [group for group in _groups(built, grams) if linear_grams.enough_tokens(len(grams[group[0]]), tokens)]
         with cores.each() as pool:
-            for part in pool.map(lambda group: _fitted(weight, group, grams[group[0]]), groups):  # noqa: B023  (at once)
+            for part in pool.map(partial(_fitted, weight, grams, compute.device), groups):
                 result |= part
     return result
 
@@ -69,10 +70,14 @@ def _groups(built: Dense, grams: Mapping[str, torch.Tensor]) -> Iterator[list[st
     yield from together.values()
 
 
-def _fitted(weight: Load, group: Sequence[str], gram: torch.Tensor) -> dict[str, torch.Tensor]:
+def _fitted(
+    weight: Load, grams: Mapping[str, torch.Tensor], device: torch.device, group: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    gram = grams[group[0]]
     if not gram.isfinite().all():
         raise ExportError(
             f"{group[0]}: what this layer of the built model receives is not finite (NaN or infinite); set "
             "quantize.method to nearest to export it all the same, or build another model"
         )
-    return dict(zip(group, iq4nl.calibrated([weight(name) for name in group], gram), strict=True))
+    weights = [weight(name).to(device) for name in group]
+    return dict(zip(group, iq4nl.calibrated(weights, gram), strict=True))

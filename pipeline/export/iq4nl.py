@@ -6,6 +6,7 @@ The ``gguf`` package reads this type and cannot write it. A block takes 18 bytes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -36,13 +37,14 @@ def nearest(weight: torch.Tensor) -> torch.Tensor:
 
 
 def calibrated(weights: Sequence[torch.Tensor], gram: torch.Tensor) -> list[torch.Tensor]:
-    """Return matrices in IQ4_NL whose outputs change least: [out, in / 32 * 18] uint8 each.
+    """Return matrices in IQ4_NL whose outputs change least: [out, in / 32 * 18] uint8 each, in CPU memory.
 
     Args:
         weights: Each [out, in], of linears that receive the same inputs; ``in`` is a multiple of 32.
         gram: X^T X of these inputs X, or a multiple of it: [in, in].
     """
-    index, scales = codes.fitted(weights, gram, GRID, FIT)
+    grid = replace(GRID, levels=LEVELS.to(weights[0].device))
+    index, scales = codes.fitted(weights, gram, grid, FIT)
     return list(packed(index.cpu(), scales.cpu()).split([len(weight) for weight in weights]))
 
 
