@@ -7,7 +7,6 @@ Two things that transformers does not have are added and registered when this pa
 """
 
 from pipeline.checkpoint import mixed, pruned
-from pipeline.checkpoint.dense import dense
 from pipeline.checkpoint.loading import (
     ADAPTER,
     load_base,
@@ -35,7 +34,6 @@ __all__ = [
     "MixedBitsQuantizer",
     "PrunedLlamaForCausalLM",
     "compute_in",
-    "dense",
     "from_state",
     "load_base",
     "load_config",

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline import architecture, checkpoint, console, device, storage
 from pipeline.data import alpaca
-from pipeline.export import answers, card, dense, gguf_file, hf, limits, llama, measured, speed
+from pipeline.export import answers, card, dense, feedback, gguf_file, hf, limits, llama, measured, speed
 from pipeline.export.answers import Agreement
-from pipeline.export.dense import Dense
+from pipeline.export.dense import Dense, Load
 from pipeline.export.measured import Measured
 from pipeline.params import Params
 from pipeline.paths import ALPACA, BASE, EXPORT, FINAL
+from pipeline.stages import quantize
 from pipeline.stages.shell import keep_figures
 from pipeline.tracking import Run
+
+if TYPE_CHECKING:
+    import torch
 
 
 def run(params: Params, run: Run) -> None:
@@ -50,7 +55,8 @@ def _gguf(params: Params, built: Dense, folder: Path, found: Measured) -> Measur
     file, adapters = folder / "gguf" / f"{name}.gguf", None
     file.parent.mkdir()
     lineage = storage.read_json(FINAL / "lineage.json", "build")
-    gguf_file.write(file, built, tokenizer, name, lineage=lineage, merge=merge)
+    rounded = fitted(params, built, built.merged if merge else built.base)
+    gguf_file.write(file, built, tokenizer, name, lineage=lineage, merge=merge, rounded=rounded)
     if not merge:
         adapters = file.with_name(f"{name}-adapters.gguf")
         gguf_file.write_adapters(adapters, built, name)
@@ -80,6 +86,14 @@ def _gguf(params: Params, built: Dense, folder: Path, found: Measured) -> Measur
             {"built": adapters} if adapters else None,
         )
         return found.timed(timed, other.stat().st_size)
+
+
+def fitted(params: Params, built: Dense, weight: Load) -> dict[str, torch.Tensor]:
+    """Return the 4-bit linears in llama.cpp's type, fitted to what they receive where the bank's codes were."""
+    if params.quantize.method != "calibrated":
+        return {}
+    text = feedback.enough(quantize.calibration_set(params, FINAL), built)
+    return feedback.rounded(built, weight, text, device.choose(params.device, params.dtype))
 
 
 def _on_gpu(params: Params, found: Measured) -> Measured:

@@ -23,6 +23,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types.llm import ChatChoice, ChatCompletionResponse, ChatMessage, TokenUsageStats
 
 from pipeline import checkpoint, device, storage
+from pipeline.export import dense
 from pipeline.stages import serving
 from pipeline.stages.serving import Conversation, RequestError, Settings
 
@@ -52,8 +53,10 @@ class Compressed(PythonModel):
         folder = context.artifacts["checkpoint"]
         storage.verify(folder, "build")
         compute = device.choose("auto", "auto")
-        built = checkpoint.load_final(folder, compute.device, compute.dtype)
-        self.model: Any = checkpoint.dense(built) if compute.device.type == "cpu" else built
+        if compute.device.type == "cpu":
+            self.model: Any = dense.read(folder).model(compute)
+        else:
+            self.model = checkpoint.load_final(folder, compute.device, compute.dtype)
         self.tokenizer = checkpoint.load_tokenizer(folder)
         self.one_at_a_time = threading.Lock()  # a server answers in threads; draws follow the process's one generator
 
