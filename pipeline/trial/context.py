@@ -187,6 +187,7 @@ def memory_setting(recovery: recover.Settings, batch_tokens: int, adapters: quan
         full=recovery.train == "full",
         keeps_best=recovery.validate_every > 0,
         teacher=recovery.target == "teacher",
+        fast=recovery.fast,
     )
 
 

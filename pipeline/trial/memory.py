@@ -106,6 +106,8 @@ def _added(
         stored += _held(size, width[name], setting) - _held(size, 4, setting)
     tokens = setting.tokens // setting.rows * setting.rows
     queries, hidden = shape.heads * architecture.head_dim(config), config.hidden_size
+    if setting.fast:
+        return stored, 0  # fused adapters keep that input at any bits
     again = setting.gradient_checkpointing  # frees what autograd saved, which these inputs are not
     read = {
         ATTENTION[:3]: hidden if block or again else 0,

@@ -25,6 +25,7 @@ class Setting:
         full: Whether all that is not quantized is trained, not only the adapters.
         keeps_best: Whether the weights of the lowest validation loss are kept in 32 bits.
         teacher: Whether the target of a position is a vector of the hidden size, not a token.
+        fast: Whether adapters are fused and the optimizer steps on one vector (``fast.Ways``).
     """
 
     tokens: int
@@ -39,3 +40,4 @@ class Setting:
     full: bool = False
     keeps_best: bool = False
     teacher: bool = False
+    fast: bool = False
