@@ -117,9 +117,9 @@ CASES = [
     Case("many short rows", rows=16, length=32, inference=(32, 32)),
     Case("gradient checkpointing", gradient_checkpointing=True),
     Case("a teacher's targets", teacher=True),
-    Case("fused adapters, all 4", "4", fast=True),
-    Case("fused adapters, mixed", fast=True),
-    Case("fused adapters, pruned", family="qwen2", shapes=PRUNED, fast=True),
+    # Not at 8 bits: in training bitsandbytes multiplies int8 on CUDA alone, and here the peak would lie in that.
+    Case("fused adapters, all 4, pruned", "4", family="qwen2", shapes=PRUNED, fast=True),
+    Case("fused adapters, 16-bit", "16", fast=True),
     Case("SmolLM2's shapes", rows=2, length=64, inference=(2, 128)),
 ]
 
@@ -210,7 +210,9 @@ def real(case: Case, context: Context, bits: tuple[int, ...]) -> tuple[int, int]
         gc.collect()
     else:
         base = bytes_of(model)
-        training = base + peak_of(trained)
+        # The one vector takes the adapters' place; a record does not show the end of what was there before it.
+        gone = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad) if case.fast else 0
+        training = base - gone + peak_of(trained)
 
     fresh = assemble(context, bits, real=True).eval()
     rows, length = case.inference

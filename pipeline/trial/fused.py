@@ -23,6 +23,7 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from pipeline import architecture
 from pipeline.architecture import ATTENTION, MLP
@@ -205,21 +206,25 @@ def _threshold(layer: LoraLayer) -> int:
 @contextmanager
 def used(model: PeftModel) -> Iterator[None]:
     """Let a model's adapted linears compute together for a while; blocks with a base that is trained stay plain."""
-    base, changed = unwrapped(model), []
+    base = cast(PreTrainedModel, unwrapped(model))
+    changed: list[Any] = []
 
-    def give(module: nn.Module, forward: Callable[..., Any]) -> None:
+    def give(module: Any, forward: Callable[..., Any]) -> None:
         module.forward = forward
         changed.append(module)
 
     for index in range(base.config.num_hidden_layers):
-        layers = {name: base.get_submodule(architecture.linear_name(index, name)) for name in architecture.LINEARS}
+        layers = {
+            name: cast(LoraLayer, base.get_submodule(architecture.linear_name(index, name)))
+            for name in architecture.LINEARS
+        }
         if any(weight.requires_grad for layer in layers.values() for weight in layer.get_base_layer().parameters()):
             continue
         q, k, v, o, *gated = (layers[name] for name in (*ATTENTION, *MLP))
         _give_together([q, k, v], give)
         give(o, lambda x, o=o: _applied(_Projections, [o], x)[0])
         mlp = base.get_submodule(architecture.linear_name(index, MLP[0]).rpartition(".")[0])
-        if isinstance(mlp.act_fn, nn.SiLU):
+        if base.config.hidden_act == "silu":
             give(mlp, lambda x, gated=gated: _applied(_GatedMLP, gated, x))
     try:
         yield

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -44,7 +44,7 @@ class _Block(nn.Module):
 @contextmanager
 def used(model: PeftModel) -> Iterator[None]:
     """Let a model's blocks run as graphs for a while, wherever gradients are wanted of packed rows."""
-    layers = list(unwrapped(model).get_submodule("model.layers"))
+    layers = list(cast(nn.ModuleList, unwrapped(model).get_submodule("model.layers")))
     captured: dict[torch.Size, tuple[Any, ...]] = {}
 
     def run(index: int, hidden: torch.Tensor, **told: Any) -> torch.Tensor:

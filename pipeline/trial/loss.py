@@ -100,7 +100,7 @@ def response_loss(model: nn.Module, part: Batch, targets: torch.Tensor | None = 
         part: Tokens and labels, in the CPU's memory: positions that are found there need no wait for a GPU.
         targets: Of each labelled position, row after row, what is wanted in place of its label (``loss_at``).
     """
-    labels, device = part.labels[:, 1:], unwrapped(model).device
+    labels, device = part.labels[:, 1:], head_of(unwrapped(model)).weight.device
     rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
     wanted = labels[rows, columns] if targets is None else targets
     where = sent(rows, device), sent(columns, device)

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
 
 from pipeline.data.alpaca import IGNORED, Batch, Example, padded
 from pipeline.trial.loss import sent, unwrapped
@@ -131,7 +132,7 @@ def attend(
         out = varlen_attn(
             q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=shared
         )
-        return out[None], None
+        return cast(torch.Tensor, out)[None], None
     if cu_seq_lens_q is not None:
         attention_mask = within_rows(cu_seq_lens_q, query.shape[2], query.dtype)
     out = nn.functional.scaled_dot_product_attention(
@@ -150,10 +151,8 @@ def within_rows(starts: torch.Tensor, length: int, dtype: torch.dtype) -> torch.
 @contextmanager
 def used(model: PeftModel) -> Iterator[None]:
     """Let a model attend within packed rows for a while."""
-    from transformers import AttentionInterface
-
     AttentionInterface.register(_NAME, attend)
-    base = unwrapped(model)
+    base = cast(PreTrainedModel, unwrapped(model))
     before = base.config._attn_implementation
     base.set_attn_implementation(_NAME)
     try:

@@ -178,7 +178,8 @@ def training(model: PeftModel, setting: Setting, machine: Machine = CUDA, step: 
     model.train()
     ledger = _holding(model, machine)
     weights = ledger.live
-    ledger.hold(_beside(model, setting, machine))
+    held = _beside(model, setting, machine)  # until the end of the step
+    ledger.hold(held)
     rows, length = setting.rows, setting.tokens // setting.rows
     positions = rows * (length - 1)
     with fast.taken(model, Ways(fused=setting.fast)), machine.running(), ledger:
