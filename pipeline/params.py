@@ -200,6 +200,9 @@ class Recover(Section):
     validate_every: Count = Field(description="Steps between two validation losses; 0: only after the last step.")
     patience: Count = Field(description="Validation losses in a row that are no lower before it stops; 0: never.")
     save_every: Count = Field(description="Steps after which the state is kept, to be taken up again; 0: never.")
+    fast: bool = Field(
+        description="On CUDA: packed rows, fused adapters and one vector for the optimizer. No GPU has run them yet."
+    )
 
 
 class Evaluate(Section):

@@ -62,7 +62,7 @@ def test_prediction_of_many_equal_blocks_equals_a_trace_of_the_whole():
 
 
 @pytest.mark.parametrize("changes", [{"double_quant": True}, {"gradient_checkpointing": True},
-                                     {"teacher": True}, {"dropout": 0.0, "accumulate": False},
+                                     {"teacher": True}, {"dropout": 0.0, "accumulate": False}, {"fast": True},
                                      {"tokens": 2048, "inference_tokens": 2048}])  # fmt: skip
 def test_prediction_equals_a_trace_of_the_whole_under_any_setting(changes):
     config, generator, one = pruned(), random.Random(1), setting(**changes)
@@ -104,7 +104,9 @@ def test_linear_model_is_a_bound_where_single_linears_share_an_input():
 # --- the trace ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qwen2, pruned", "gradient checkpointing", "a teacher's targets"])
+@pytest.mark.parametrize(
+    "name", ["qwen2, pruned", "gradient checkpointing", "a teacher's targets", "fused adapters, all 4, pruned"]
+)
 def test_trace_for_a_cpu_agrees_with_the_allocations_of_real_steps(name, monkeypatch):
     monkeypatch.setattr(benchmark, "SMALL", benchmark.SMALL | {"vocab_size": 1024})
     case = next(one for one in benchmark.CASES if one.name == name)
@@ -184,6 +186,16 @@ def test_paged_optimizer_states_are_not_pytorchs():
     _, held = traced.training(model, one, replace(kernels.CUDA, paged=False))
     every = sum(size for size in (one.numel() for one in model.parameters() if one.requires_grad) if size >= 100_000)
     assert held - paged == 8 * every > 0
+
+
+def test_fused_adapters_keep_less_and_take_up_no_more_for_eight_bits():
+    config = tiny_config()
+    plain, fused = ([peak(config, bits, tokens=2048, fast=fast).training for bits in (4, 8)] for fast in (False, True))
+    assert fused[0] < 0.8 * plain[0] and fused[1] < 0.8 * plain[1]
+    weights = sum(stored_bytes(*architecture.linear_shape(config, shape, name), 8)
+                  - stored_bytes(*architecture.linear_shape(config, shape, name), 4)
+                  for shape in architecture.shapes(config) for name in architecture.LINEARS)  # fmt: skip
+    assert fused[1] - fused[0] == pytest.approx(weights, rel=0.05)
 
 
 def test_gradient_checkpointing_lowers_training_alone():

@@ -137,7 +137,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(plain_descent, size)
         model = adapted()
         before = weights(model)
         chosen = settings(micro_batch_size=micro, max_length=32)  # as long as any row: no more rows fit
-        assert len(training.micro_batches(rows, chosen)) == 8 // micro
+        assert len(training.micro_batches(rows, micro, 32)) == 8 // micro
         result = train(model, rows, chosen, 1)
         steps.append(({name: value - before[name] for name, value in weights(model).items()}, result.losses[0]))
     assert max(value.abs().max() for value in steps[0][0].values()) > 1e-3
@@ -148,7 +148,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(plain_descent, size)
 def test_micro_batches_hold_as_many_rows_as_the_tokens_of_full_ones():
     def sizes(lengths, **changes):
         rows = [Example(tuple(range(length)), 1) for length in lengths]
-        parts = training.micro_batches(rows, settings(**changes))
+        parts = training.micro_batches(rows, changes.get("micro_batch_size", 4), 64)
         assert [row for part in parts for row in part] == rows
         return [len(part) for part in parts]
 
@@ -473,7 +473,8 @@ def test_stops_after_so_many_losses_that_are_no_lower_and_goes_back_to_the_lowes
     torch.manual_seed(0)
     at_the_lowest.train()
     for _ in range(4):
-        state.take_step([alpaca.batch(part, PADDING, False) for part in training.micro_batches(next(rows), whole)])
+        parts = training.micro_batches(next(rows), whole.micro_batch_size, whole.max_length)
+        state.take_step([alpaca.batch(part, PADDING, False) for part in parts])
     assert_close(weights(model), weights(at_the_lowest), 0)
 
 

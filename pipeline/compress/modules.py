@@ -24,9 +24,9 @@ def head_of(model: nn.Module) -> nn.Linear:
     return cast(nn.Linear, model.get_submodule("lm_head"))
 
 
-def last_states(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the states that a causal model's head reads: [B, L] -> [B, L, hidden]."""
-    return model.get_submodule("model")(input_ids=tokens, use_cache=False).last_hidden_state
+def last_states(model: nn.Module, tokens: torch.Tensor, **told: object) -> torch.Tensor:
+    """Return the states that a causal model's head reads: [B, L] -> [B, L, hidden]; ``told`` goes to the model."""
+    return model.get_submodule("model")(input_ids=tokens, use_cache=False, **told).last_hidden_state
 
 
 def mean_embedding(model: nn.Module, last: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,10 @@ class Batch:
         """Return the batch on a device."""
         return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device))
 
+    def told(self, device: torch.device) -> dict[str, object]:
+        """Return what a model must be told besides the tokens: nothing of padded rows."""
+        return {}
+
 
 def read(path: str | Path) -> list[dict[str, str]]:
     """Read the rows that ``fetch`` wrote."""

@@ -47,7 +47,7 @@ _SPACE = {
 def study_identity(params: Params, folders: Sequence[Path], prefix: str = "") -> Identity:
     """Return what names a study: the models, the data, how and where a trial is run, what is searched, and the code.
 
-    A GPU's trials measure their memory, a CPU's predict it, and types round differently: they do not belong on one
+    A GPU's trials compute with other modules than a CPU's, and types round differently: they do not belong on one
     front.
 
     Args:

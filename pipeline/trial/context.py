@@ -21,6 +21,7 @@ from pipeline.trial import memory, recover
 from pipeline.trial.setting import ROW, Setting
 from pipeline.trial.teacher import Teacher
 
+_FULL = 2**15  # tokens of an evaluation's pass beyond which it gains nothing
 INT8_MULTIPLE = 4  # cuBLAS multiplies int8 matrices whose sides are multiples of it
 
 
@@ -41,6 +42,19 @@ class Settings:
     batch_tokens: int
     seed: int
     cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How much one pass takes where it runs; what memory is judged by is the user's (``Context.memory_setting``).
+
+    Attributes:
+        rows: Rows of full length in recovery.
+        tokens: Tokens in evaluation.
+    """
+
+    rows: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,47 @@ class Context:
         """Return the predicted peak memory of a bit vector."""
         return memory.predict(self.config, self.widths(bits), self.memory_setting)
 
+    def predict_run(self, bits: Sequence[int], passes: Passes) -> memory.Peak:
+        """Return the predicted peak memory of a bit vector in passes of another size."""
+        recovery = replace(self.settings.recover, micro_batch_size=passes.rows)
+        return memory.predict(
+            self.config, self.widths(bits), memory_setting(recovery, passes.tokens, self.bank.settings)
+        )
+
+    def passes(self, bits: Sequence[int], room: int | None) -> Passes:
+        """Return how full passes are: the user's, or larger ones where a GPU has room for them.
+
+        A batch's gradient is the same however it is cut, and fewer, fuller passes launch fewer kernels.
+
+        Args:
+            bits: Bits of each unit.
+            room: Bytes that a peak may take; None: not on a GPU.
+        """
+        recovery, tokens = self.settings.recover, self.settings.batch_tokens
+        users = Passes(recovery.micro_batch_size, tokens)
+        if room is None:
+            return users
+        rows = memory.largest(
+            _halved(recovery.batch_size, users.rows),
+            lambda size: self.predict_run(bits, replace(users, rows=size)).training,
+            room,
+        )
+        tokens = memory.largest(
+            _halved(max(_FULL, users.tokens), users.tokens),
+            lambda size: self.predict_run(bits, replace(users, tokens=size)).inference,
+            room,
+        )
+        return Passes(rows, tokens)
+
+
+def _halved(most: int, least: int) -> list[int]:
+    """Return descending sizes, each half of the one before it, that end with the least."""
+    sizes = []
+    while most > least:
+        sizes.append(most)
+        most //= 2
+    return [*sizes, least]
+
 
 def memory_setting(
     recovery: recover.Settings, batch_tokens: int, adapters: quantize.Settings, cached_tokens: int = 0
@@ -143,6 +198,7 @@ def memory_setting(
         keeps_best=recovery.validate_every > 0,
         teacher=recovery.target == "teacher",
         cached_tokens=cached_tokens,
+        fast=recovery.fast,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,13 @@ from pipeline.trial.setting import LOSS_CHUNK
 
 Where = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # a mask, or rows and columns
 RowLosses = tuple[tuple[float, int], ...]  # of each row the sum of its losses in nats, and their number
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device; a GPU takes it from the CPU's memory without being waited for."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -90,12 +97,14 @@ def response_loss(model: nn.Module, part: Batch, targets: torch.Tensor | None = 
 
     Args:
         model: A causal language model, plain or wrapped by PEFT.
-        part: Tokens and labels, on the model's device.
+        part: Tokens and labels, in the CPU's memory: positions that are found there need no wait for a GPU.
         targets: Of each labelled position, row after row, what is wanted in place of its label (``loss_at``).
     """
-    labels = part.labels[:, 1:]
-    chosen = labels != IGNORED
-    return loss_at(model, part.tokens, chosen, labels[chosen] if targets is None else targets), int(chosen.sum())
+    labels, device = part.labels[:, 1:], head_of(unwrapped(model)).weight.device
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    wanted = labels[rows, columns] if targets is None else targets
+    where = sent(rows, device), sent(columns, device)
+    return loss_at(model, sent(part.tokens, device), where, sent(wanted, device), part.told(device)), len(rows)
 
 
 def blended(model: nn.Module, part: Batch, targets: torch.Tensor, answers_weight: float) -> torch.Tensor:
@@ -103,15 +112,16 @@ def blended(model: nn.Module, part: Batch, targets: torch.Tensor, answers_weight
 
     Args:
         model: As for ``response_loss``.
-        part: Labels, on the model's device.
+        part: Labels, in the CPU's memory.
         targets: The teacher's, [n, hidden].
         answers_weight: The answers' share.
     """
-    targets = targets.to(part.labels.device)
+    head = head_of(unwrapped(model)).weight.detach()
+    targets = sent(targets, head.device)
     if not answers_weight:
         return targets
     labels = part.labels[:, 1:]
-    answers = head_of(unwrapped(model)).weight.detach()[labels[labels != IGNORED]]
+    answers = head[sent(labels[labels != IGNORED], head.device)]
     return torch.lerp(targets.to(answers.dtype), answers, answers_weight)
 
 
@@ -120,6 +130,7 @@ def loss_at(
     tokens: torch.Tensor,
     where: Where,
     wanted: torch.Tensor,
+    told: Mapping[str, object] | None = None,
 ) -> torch.Tensor:
     """Return the sum of the next-token losses at some positions; ``memory`` traces it on tensors without data.
 
@@ -129,8 +140,9 @@ def loss_at(
         where: What picks the positions out of [B, L - 1]: a boolean mask, or n rows and n columns.
         wanted: The token after each of them, [n]; or of a distribution p of it p' head, [n, hidden], for a head that is
             not trained.
+        told: What else the model is told, by its arguments' names.
     """
-    hidden, head = _before_head(model, tokens)
+    hidden, head = _before_head(model, tokens, told or {})
     loss = _ChunkedCrossEntropy if wanted.is_floating_point() else _ChunkedLoss
     return loss.apply(hidden[where], head, wanted)
 
@@ -140,25 +152,29 @@ def head_width(model: nn.Module) -> int:
     return head_of(unwrapped(model)).in_features
 
 
-def _before_head(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _before_head(
+    model: nn.Module, tokens: torch.Tensor, told: Mapping[str, object]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the states that next tokens are predicted from, [B, L - 1, hidden], and the head's weight."""
     causal = unwrapped(model)
-    return last_states(causal, tokens)[:, :-1], head_of(causal).weight
+    return last_states(causal, tokens, **told)[:, :-1], head_of(causal).weight
 
 
 @torch.no_grad()
 def row_losses(model: PreTrainedModel | PeftModel, examples: Sequence[Example], size: int, padding: int) -> RowLosses:
     """Return of each row the sum of its response tokens' losses, in nats, and their number; shorter rows first."""
     model.eval()
-    losses: list[tuple[float, int]] = []
+    losses: list[torch.Tensor] = []
+    counts: list[int] = []
     for part in batches(examples, size, padding, False):
-        here = part.to(model.device)
-        hidden, head = _before_head(model, here.tokens)
-        for states, wanted in zip(hidden, here.labels[:, 1:], strict=True):
-            chosen = wanted != IGNORED
-            loss = _ChunkedLoss.apply(states[chosen], head, wanted[chosen])
-            losses.append((loss.item(), int(chosen.sum())))
-    return tuple(losses)
+        hidden, head = _before_head(model, sent(part.tokens, model.device), {})
+        for states, labels in zip(hidden, part.labels[:, 1:], strict=True):
+            (columns,) = (labels != IGNORED).nonzero(as_tuple=True)
+            wanted = sent(labels[columns], head.device)
+            losses.append(_ChunkedLoss.apply(states[sent(columns, head.device)], head, wanted))
+            counts.append(len(columns))
+    values = torch.stack(losses).tolist() if losses else []
+    return tuple(zip(values, counts, strict=True))
 
 
 def mean_loss(rows: Sequence[tuple[float, int]]) -> tuple[float, float]:

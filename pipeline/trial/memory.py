@@ -1,4 +1,4 @@
-"""Peak memory of training and inference: measured on CUDA, predicted from shapes elsewhere.
+"""Peak memory of training and inference: predicted from shapes, and measured on CUDA.
 
 The prediction is the peak of the bytes that PyTorch's allocator is asked for in one step of ``recover`` and in one
 forward pass of ``evaluate`` on CUDA, from a trace of the real modules without data (``traced``). It takes rows to be
@@ -25,6 +25,7 @@ from pipeline.compress.quantize import stored_bytes
 from pipeline.trial.setting import Setting
 
 T = TypeVar("T")
+_USED = 0.9  # share of a GPU's free memory that a prediction may fill: the rest is rounding, fragments and workspaces
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ def _added(
         stored += _held(size, width[name], setting) - _held(size, 4, setting)
     tokens = setting.tokens // setting.rows * setting.rows
     queries, hidden = shape.heads * architecture.head_dim(config), config.hidden_size
+    if setting.fast:
+        return stored, 0  # fused adapters keep that input at any bits
     again = setting.gradient_checkpointing  # frees what autograd saved, which these inputs are not
     read = {
         ATTENTION[:3]: hidden if block or again else 0,
@@ -184,6 +187,21 @@ def _traced(
         run = traced.training if step == "training" else traced.inference
         _traces[key] = run(traced.model_of(config, names, setting), setting)
     return _traces[key]
+
+
+def room(device: torch.device) -> int | None:
+    """Return the bytes that a prediction may fill on a GPU, by what is free there now; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    gc.collect()  # an earlier trial's model refers to itself
+    free, _ = torch.cuda.mem_get_info(device)
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(_USED * (free + idle))
+
+
+def largest(sizes: Sequence[int], peak: Callable[[int], int], room: int) -> int:
+    """Return the first of descending sizes whose peak is within the room, or else the last."""
+    return next((size for size in sizes[:-1] if peak(size) <= room), sizes[-1])
 
 
 def measured(work: Callable[[], T], device: torch.device) -> tuple[T, int | None]:

@@ -16,30 +16,47 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.compress.modules import head_of
-from pipeline.trial.loss import unwrapped
+from pipeline.trial.loss import sent, unwrapped
 from pipeline.trial.setting import LOSS_CHUNK
 from pipeline.trial.trees import Request, Row, Wanted, additive, pack, tree_mask
 
 _CACHED = 16  # rows of logits that a CPU's cache holds
 
 
-def score(
-    model: PreTrainedModel | PeftModel, requests: Sequence[Request], length: int, rows: Sequence[Row]
-) -> Iterator[tuple[int, tuple[float, bool]]]:
-    """Yield (request, (log-likelihood of its continuation, whether it is the greedy choice)) for one forward pass."""
+@dataclass(frozen=True)
+class Scored:
+    """What one forward pass gives; a GPU may still be computing it.
+
+    Attributes:
+        wanted: What was asked of it.
+        values: Log-likelihood of each token that was wanted.
+        greedy: Whether it is the greedy choice.
+    """
+
+    wanted: Sequence[Wanted]
+    values: torch.Tensor
+    greedy: torch.Tensor
+
+    def read(self) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Yield (request, (log-likelihood of its continuation, whether it is the greedy choice)); wait for a GPU."""
+        totals: dict[int, tuple[float, bool]] = {}
+        for (index, _, _), value, best in zip(self.wanted, self.values.tolist(), self.greedy.tolist(), strict=True):
+            total, all_best = totals.get(index, (0.0, True))
+            totals[index] = total + value, all_best and best
+        yield from totals.items()
+
+
+def score(model: PreTrainedModel | PeftModel, requests: Sequence[Request], length: int, rows: Sequence[Row]) -> Scored:
+    """Score what is asked in the rows of one forward pass."""
     packed, device = pack(requests, length, rows), model.device
     values, greedy = choose(
         model,
-        packed.tokens.to(device),
-        packed.positions.to(device),
-        additive(tree_mask(packed.owners, packed.branches), model.dtype).to(device),
+        sent(packed.tokens, device),
+        sent(packed.positions, device),
+        additive(tree_mask(sent(packed.owners, device), sent(packed.branches, device)), model.dtype),
         list(chunks(packed.places, packed.wanted, device)),
     )
-    totals: dict[int, tuple[float, bool]] = {}
-    for (index, _, _), value, best in zip(packed.wanted, values.tolist(), greedy.tolist(), strict=True):
-        total, all_best = totals.get(index, (0.0, True))
-        totals[index] = total + value, all_best and best
-    yield from totals.items()
+    return Scored(packed.wanted, values, greedy)
 
 
 @dataclass(frozen=True)
@@ -64,8 +81,8 @@ def chunks(places: Sequence[tuple[int, int]], wanted: Sequence[Wanted], device: 
     begin = 0
     for start in range(0, len(places), LOSS_CHUNK):
         end = bisect_left(wanted, start + LOSS_CHUNK, lo=begin, key=itemgetter(1))
-        rows, columns = torch.tensor(places[start : start + LOSS_CHUNK], device=device).unbind(1)
-        _, at, targets = torch.tensor(wanted[begin:end], device=device).unbind(1)
+        rows, columns = sent(torch.tensor(places[start : start + LOSS_CHUNK]), device).unbind(1)
+        _, at, targets = sent(torch.tensor(wanted[begin:end]), device).unbind(1)
         yield Chunk(rows, columns, at - start, targets)
         begin = end
 

@@ -158,11 +158,11 @@ def tree_mask(owners: torch.Tensor, branches: torch.Tensor) -> torch.Tensor:
         Booleans, [B, L, L]; every token sees at least itself.
     """
     length = branches.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool).tril()
+    earlier = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
     near = (branches[:, :, None] == branches[:, None, :]) | (branches[:, None, :] == PREFIX)
     return earlier & near & (owners[:, :, None] == owners[:, None, :])
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a mask to add to attention scores, [B, 1, L, L]: plain attention would add a boolean one as 0 and 1."""
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
