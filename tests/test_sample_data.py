@@ -51,7 +51,7 @@ def test_alpaca_has_enough_rows_with_and_without_input(rows):
 
 
 def test_alpaca_rows_are_valid_to_fetch(rows):
-    assert fetch.alpaca(f"path:{SAMPLE / 'alpaca.jsonl'}") == (rows, 0)
+    assert fetch.alpaca(f"path:{SAMPLE / 'alpaca.jsonl'}") == (rows, [])
 
 
 def test_alpaca_rows_are_unique(rows):

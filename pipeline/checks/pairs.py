@@ -11,7 +11,8 @@ from pipeline import fits
 from pipeline.architecture import FAMILIES
 from pipeline.checks.check import Check, reads
 from pipeline.compress import structures
-from pipeline.data import definitions
+from pipeline.data import chat, definitions
+from pipeline.data.items import ALPACA_FIELDS
 from pipeline.errors import UserError, shown
 from pipeline.params import Objective
 
@@ -159,6 +160,27 @@ def _average_leaves_room(given: SimpleNamespace) -> Iterator[str]:
         )
 
 
+@reads("data.format", "data.prompt")
+def _messages_have_a_template(given: SimpleNamespace) -> Iterator[str]:
+    if (given.data.format, given.data.prompt) == ("chat", "alpaca"):
+        yield (
+            "data.prompt: Alpaca's prompt holds no conversation, and data.format is chat; set data.prompt to chat, "
+            "the model's own template"
+        )
+
+
+@reads("data.format", "data.names")
+def _names_are_of_the_format(given: SimpleNamespace) -> Iterator[str]:
+    fields = (*chat.FIELDS, *chat.ROLES) if given.data.format == "chat" else ALPACA_FIELDS
+    for name, theirs in given.data.names.items():
+        if name not in fields:
+            yield (
+                f"data.names: {name!r} is no name in rows of format {given.data.format}; they have {', '.join(fields)}"
+            )
+        elif theirs is None and name != "input":
+            yield f"data.names: {name!r} is null, and only an input may be missing; name what the rows call it"
+
+
 @reads("model.source")
 def _supported_family(given: SimpleNamespace) -> Iterator[str]:
     source = given.model.source
@@ -237,6 +259,8 @@ CHECKS: tuple[Check, ...] = (
     _enough_tokens,
     _seeds_within_limit,
     _average_leaves_room,
+    _messages_have_a_template,
+    _names_are_of_the_format,
     _supported_family,
     _tasks_can_be_run,
     _items_are_there,
