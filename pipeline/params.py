@@ -203,6 +203,22 @@ class Evaluate(Section):
     limit: Count = Field(description="Items of a task in a trial; 0: all.")
     final_limit: Count = Field(description="Items of a task for the built model, of those that no trial saw; 0: all.")
     batch_tokens: Positive = Field(description="Tokens of one forward pass.")
+    further: Annotated[tuple[Name, ...], AsTuple, EachOnce] = Field(
+        (),
+        description="lm-eval's tasks, groups or tags for references, the built model and tables; no trial asks them.",
+    )
+    num_fewshot: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="Examples that a further task shows before each question; null: as lm-eval defines it."
+    )
+    further_limit: Count = Field(0, description="Items of a further task; 0: all.")
+    text: Text | None = Field(None, description="path:<file> of a text whose perplexity is measured, too; null: none.")
+
+    @field_validator("text")
+    @classmethod
+    def _text_is_there(cls, source: str | None) -> str | None:
+        if source is None:
+            return None
+        return sources.must_be(sources.check(source, ("path:",)), Path.is_file, "text file")
 
 
 class Search(Section):

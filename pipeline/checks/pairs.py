@@ -11,7 +11,7 @@ from pipeline import fits
 from pipeline.architecture import FAMILIES
 from pipeline.checks.check import Check, reads
 from pipeline.compress import structures
-from pipeline.data import chat, definitions
+from pipeline.data import chat, definitions, further
 from pipeline.data.items import ALPACA_FIELDS
 from pipeline.errors import UserError, shown
 from pipeline.params import Objective
@@ -231,6 +231,39 @@ def _fault_of_task(task: str) -> str | None:
     return None
 
 
+@reads("evaluate.further", "evaluate.tasks")
+def _further_tasks_can_be_run(given: SimpleNamespace) -> Iterator[str]:
+    for index, name in enumerate(given.evaluate.further):
+        place = f"evaluate.further.{index}"
+        if fault := _fault_of_further(name):
+            yield f"{place}: {fault} (value {shown(name)})"
+        elif twice := set(further.tasks_of([name])) & set(given.evaluate.tasks):
+            yield f"{place}: {shown(name)} asks {', '.join(sorted(twice))}, which evaluate.tasks has; name it once"
+
+
+@reads("evaluate.further", "evaluate.num_fewshot", "data.benchmarks")
+def _further_items_are_there(given: SimpleNamespace) -> Iterator[str]:
+    if given.data.benchmarks == "hub":
+        return
+    folder = Path(given.data.benchmarks.removeprefix("path:"))
+    sound = [name for name in given.evaluate.further if _fault_of_further(name) is None]
+    lost = [name for name in further.files(sound, given.evaluate.num_fewshot) if not (folder / name).exists()]
+    if lost:
+        named = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        yield (
+            f"data.benchmarks: {folder} has no {named}, which evaluate.further asks for (<task>.fewshot.jsonl holds "
+            "the examples that evaluate.num_fewshot shows); add it, or take the task out"
+        )
+
+
+def _fault_of_further(name: str) -> str | None:
+    try:
+        definitions.check_further(name)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 @reads("pareto.objective", "evaluate.tasks")
 def _objective_is_measured(given: SimpleNamespace) -> Iterator[str]:
     measured = (*get_args(Objective), *given.evaluate.tasks)
@@ -264,5 +297,7 @@ CHECKS: tuple[Check, ...] = (
     _supported_family,
     _tasks_can_be_run,
     _items_are_there,
+    _further_tasks_can_be_run,
+    _further_items_are_there,
     _objective_is_measured,
 )

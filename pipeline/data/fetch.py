@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from pipeline import checkpoint, storage
-from pipeline.data import chat, items, models, prompts, rows, tasks
+from pipeline.data import chat, further, items, models, prompts, rows, tasks
 from pipeline.data.alpaca import TextRow, asked
 from pipeline.data.rows import FetchError, usable
 from pipeline.paths import ALPACA, BASE, BENCHMARKS
@@ -44,6 +44,9 @@ class Sources:
         form: Of the rows: ``alpaca`` or ``chat`` (``messages``).
         names: Our name of a field or a role -> the rows' own, where it differs; None: they have no such field.
         prompt: What rows are written in: ``alpaca`` (its prompt) or ``chat`` (the model's chat template).
+        further: Tasks, groups and tags that are asked beside the search.
+        num_fewshot: Examples that they show before each question; None: as each is defined.
+        text: ``path:<file>`` of a text whose perplexity is measured.
     """
 
     model: str
@@ -57,6 +60,9 @@ class Sources:
     form: str = "alpaca"
     names: Mapping[str, str | None] = field(default_factory=dict)
     prompt: str = "alpaca"
+    further: tuple[str, ...] = ()
+    num_fewshot: int | None = None
+    text: str | None = None
 
 
 def run(sources: Sources) -> dict[str, float]:
@@ -77,7 +83,14 @@ def run(sources: Sources) -> dict[str, float]:
     texts, skipped = read(alpaca, sources.alpaca, sources.max_skipped, sources.form, sources.names)
     if texts and (few := _too_few(texts, sources)):
         faults.append(few)
-    benchmarks = {task: read(benchmark, sources.benchmarks, task, sources.max_skipped) for task in sources.tasks}
+    asked_tasks = [*sources.tasks, *further.tasks_of(sources.further)]
+    benchmarks = {task: read(benchmark, sources.benchmarks, task, sources.max_skipped) for task in asked_tasks}
+    examples = {
+        file: read(_examples, sources.benchmarks, task, further.shots(task, sources.num_fewshot))[0]
+        for task in further.tasks_of(sources.further)
+        if (file := further.examples_file(task, sources.num_fewshot))
+    }
+    text = read(_text, sources.text)[0]
     if faults:
         raise FetchError("\n".join(faults))
     read_rows = len(texts) + len(skipped)
@@ -90,8 +103,9 @@ def run(sources: Sources) -> dict[str, float]:
         layers = checkpoint.load_config(folder).num_hidden_layers
     storage.write_text(ALPACA, _lines(texts))
     with storage.writing(BENCHMARKS) as folder:
-        for task, (questions, _) in benchmarks.items():
-            (folder / f"{task}.jsonl").write_text(_lines(questions), encoding="utf-8")
+        written = {f"{task}.jsonl": questions for task, (questions, _) in benchmarks.items()} | examples
+        for file, values in (written | ({f"{further.TEXT}.jsonl": text} if text else {})).items():
+            (folder / file).write_text(_lines(values), encoding="utf-8")
     return {
         "alpaca_rows": len(texts),
         "alpaca_skipped": read_rows - len(texts),
@@ -200,8 +214,8 @@ def benchmark(source: str, task: str, max_skipped: float = 0.0) -> tuple[list[it
         if not path.exists():
             fields = ", ".join(items.FIELDS.get(task, ())) or f"those of {tasks.hub_source(task).path}"
             raise FetchError(
-                f"data.benchmarks: {path} does not exist, and evaluate.tasks names {task}. Add the file "
-                f"(fields: {fields}) or take the task out of evaluate.tasks"
+                f"data.benchmarks: {path} does not exist, and section evaluate names {task}. Add the file "
+                f"(fields: {fields}) or take the task out"
             )
         raw = rows.read(path, what)
     faults = items.raw_faults(task, raw)
@@ -213,6 +227,49 @@ def benchmark(source: str, task: str, max_skipped: float = 0.0) -> tuple[list[it
             faults[number] = fault
     kept = usable(raw, faults, what, "item", max_skipped)
     return cast("list[items.Item]", kept), _faulty(faults)
+
+
+def _examples(source: str, task: str, count: int) -> tuple[list[object], list[int]]:
+    """Return the rows that a task's examples are taken from.
+
+    Raises:
+        FetchError: They cannot be had, or are fewer than the examples.
+    """
+    if source == "hub":
+        where = tasks.hub_source(task)
+        what = f"data.benchmarks: hub data set {where.path}"
+        found = _hub_rows(where.path, split=further.examples_split(task), name=where.name, **where.options)
+    else:
+        path = Path(source.removeprefix("path:")) / f"{task}.fewshot.jsonl"
+        what = f"data.benchmarks: {path}"
+        found = rows.read(path, what)
+    if len(found) < count:
+        raise FetchError(
+            f"{what} has {len(found)} examples and evaluate.num_fewshot shows {count} of them; add some or lower it"
+        )
+    return found, []
+
+
+def _text(source: str | None) -> tuple[list[dict[str, str]], list[int]]:
+    """Return a text file as one item.
+
+    Raises:
+        FetchError: It cannot be read, or is empty.
+    """
+    if source is None:
+        return [], []
+    path = Path(source.removeprefix("path:"))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise FetchError(f"evaluate.text: {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise FetchError(
+            f"evaluate.text: {path} is no UTF-8 text (byte {error.start}); convert it, such as with iconv"
+        ) from None
+    if not text.strip():
+        raise FetchError(f"evaluate.text: {path} is empty; name a text")
+    return [{further.TEXT: text}], []
 
 
 def _asked_faults(task: str, questions: Sequence[items.Item], what: str) -> list[str]:

@@ -41,4 +41,7 @@ def sources(params: Params) -> fetch.Sources:
         form=params.data.format,
         names={str(name): theirs for name, theirs in params.data.names.items()},
         prompt=params.data.prompt,
+        further=params.evaluate.further,
+        num_fewshot=params.evaluate.num_fewshot,
+        text=params.evaluate.text,
     )

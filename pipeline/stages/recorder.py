@@ -40,7 +40,8 @@ def study_identity(params: Params, pruned: Path, bank: Path, prefix: str = "") -
     space = params.search.model_dump(
         include={"granularity", "objective", "max_8bit_fraction", "memory_budget_gib", "average_bits"}
     )
-    settings = [params.recover, params.evaluate, params.data.validation_rows, space, params.seed]
+    asked = params.evaluate.model_dump(include={"tasks", "limit", "final_limit", "batch_tokens"}, mode="json")
+    settings = [params.recover, asked, params.data.validation_rows, space, params.seed]
     where = str(device.choose(params.device, params.dtype))
     return Identity(prefix + digest(parts, data, *settings, where), identity.code(*identity.TRIAL))
 
@@ -109,8 +110,13 @@ class Recorder:
             )
 
     def references(self) -> None:
-        """Measure the reference rows that the study lacks."""
-        known = {record.name for record in self.study.references()}
+        """Measure the reference rows that the study lacks, or of which it lacks further tasks."""
+        further = self.context.further if self.context else None
+        known = {
+            record.name
+            for record in self.study.references()
+            if further is None or further.measured(record.result.scores.other)
+        }
         for name in self.params.search.references:
             if name not in known:
                 self._reference(name)
@@ -128,7 +134,8 @@ class Recorder:
             if name == "dense":
                 result = trials.untouched(self.params, self.context)
             else:
-                result, _ = trial.run(self.context, bits, progress=self.screen.steps, keep=kept)
+                work = trial.Work(further=True)
+                result, _ = trial.run(self.context, bits, work, progress=self.screen.steps, keep=kept)
         except Exception as error:
             run.finish("FAILED", error)
             console.note(f"reference {name} failed: {error}")

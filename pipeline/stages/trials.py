@@ -12,6 +12,7 @@ from pipeline.params import Params, digest
 from pipeline.paths import ALPACA, BANK, BASE, BENCHMARKS, PRUNED, TEACHER, UNTOUCHED
 from pipeline.search.allocate import Space
 from pipeline.settings import settings_of
+from pipeline.stages import further
 from pipeline.trial import context as contexts
 from pipeline.trial import memory, recover, trial
 from pipeline.trial.context import Context, Settings, Sources
@@ -45,6 +46,7 @@ def load(params: Params, pruned: Path = PRUNED, bank: Path = BANK, items: Path =
         granularity=params.search.granularity,
         task_names=params.evaluate.tasks,
         validation_rows=params.data.validation_rows,
+        further=further.tasks(params, items),
     )
     for seed in params.search.seed_bits:
         bits.parse(seed, len(context.units))
@@ -79,7 +81,7 @@ def space(params: Params, context: Context) -> Space:
 
 def untouched(params: Params, context: Context, work: Work | None = None) -> Result:
     """Return the base model's result: kept from an earlier search of the same data and settings, or measured now."""
-    work = work or Work()
+    work = work or Work(further=True)
     recovery = context.settings.recover
     name = digest(
         storage.sha256(BASE / storage.CHECKSUMS),
@@ -90,5 +92,6 @@ def untouched(params: Params, context: Context, work: Work | None = None) -> Res
         asdict(context.memory_setting),
         [params.search.granularity, str(context.compute)],
         identity.code(*identity.TRIAL),
+        *further.named(params),
     )
     return trial.untouched_result(context, BASE, UNTOUCHED / f"{name}.json", work)

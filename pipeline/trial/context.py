@@ -18,6 +18,7 @@ from pipeline.data.alpaca import Example
 from pipeline.device import Compute
 from pipeline.errors import UserError
 from pipeline.trial import memory, recover
+from pipeline.trial.further import Further
 from pipeline.trial.setting import ROW, Setting
 from pipeline.trial.teacher import Teacher
 
@@ -78,6 +79,7 @@ class Context:
         settings: How a trial is run.
         compute: Where trials run and in which type.
         teacher: The dense model, where recovery aims at its predictions.
+        further: What is measured of references and tables' cells beside what trials go by.
     """
 
     config: PretrainedConfig
@@ -91,6 +93,7 @@ class Context:
     settings: Settings
     compute: Compute
     teacher: Teacher | None = None
+    further: Further | None = None
 
     @property
     def device(self) -> torch.device:
@@ -143,6 +146,7 @@ def load(
     granularity: str,
     task_names: Sequence[str],
     validation_rows: int,
+    further: Further | None = None,
 ) -> Context:
     """Load and verify what trials share.
 
@@ -153,6 +157,7 @@ def load(
         granularity: What one bit choice covers (``architecture.GRANULARITIES``).
         task_names: lm-eval's tasks.
         validation_rows: Rows that are held out.
+        further: What is measured beside what trials go by.
 
     Raises:
         CheckpointError: The pruned model or the bank is missing or was changed.
@@ -185,6 +190,7 @@ def load(
         settings=settings,
         compute=compute,
         teacher=teacher,
+        further=further,
     )
 
 
