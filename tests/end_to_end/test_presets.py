@@ -14,14 +14,15 @@ import yaml
 from conftest import ROOT, VOCABULARY, batches
 from mlflow.tracking import MlflowClient
 
-from pipeline import architecture, checkpoint, checks, fits, params, tracking
+from pipeline import architecture, checkpoint, checks, fits, overrides, params, tracking
 from pipeline.compress import prune
-from pipeline.results import figures
+from pipeline.results import figures, plan
 from pipeline.search import search
 from pipeline.search.surrogate import Observation
 from pipeline.settings import pruning
 from pipeline.stages import STAGES, shell
 from pipeline.trial import build
+from tests.test_plan import PARAMETERS as KNOWN
 
 # The models as their own config.json describes them, with the parameters that are known of them.
 LLAMA_7B = {
@@ -59,6 +60,15 @@ MODELS = {
         134_515_008,
     ),
 }  # fmt: skip
+for _name, _source in {
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B", "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B", "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
+    "qwen3-8b": "Qwen/Qwen3-8B", "qwen3-4b": "Qwen/Qwen3-4B", "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+}.items():  # fmt: skip
+    _shape = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-6} | plan.MODELS[_source]
+    MODELS[_name] = (_shape, KNOWN[_source])
+# Those of current models share their settings; of each way of theirs one goes through the stages.
+THROUGH = ("default", "llama-7b", "vicuna-7b", "llama-13b", "llama-3-8b", "qwen2.5-0.5b", "llama-3.2-1b", "qwen3-0.6b")
 PAPERS = ("llama-7b", "vicuna-7b", "llama-13b")
 # What shrinks, and nothing else: sources become local, rows and steps few, rows longer as the toy tokenizer's are.
 SIZES = {
@@ -74,7 +84,7 @@ SIZES = {
 
 
 def preset(name):
-    return yaml.safe_load((ROOT / "presets" / f"{name}.yaml").read_text())
+    return overrides.read(ROOT / "presets" / f"{name}.yaml")
 
 
 def toy_config(name):
@@ -84,11 +94,13 @@ def toy_config(name):
     kv_heads = min(real["num_key_value_heads"], 4)
     heads = kv_heads * groups
     size = 8 if heads < 10 else 4
-    kind = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[real["model_type"]]
+    kind = {
+        "llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config
+    }[real["model_type"]]  # fmt: skip
     fields = real | {
         "hidden_size": heads * size, "intermediate_size": 48, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "vocab_size": VOCABULARY + 8, "bos_token_id": 0, "eos_token_id": 1,
-        "pad_token_id": 1,
+        "pad_token_id": 1, "head_dim": size,
     }  # fmt: skip
     return kind(**{key: value for key, value in fields.items() if key != "model_type"})
 
@@ -109,7 +121,7 @@ def store(tmp_path_factory):
     return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=THROUGH)
 def finished(request, tmp_path_factory, store, tokenizer):
     """The name of a preset that has gone through every stage; its project is the working folder."""
     name, folder = request.param, tmp_path_factory.mktemp("project")
