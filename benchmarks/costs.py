@@ -168,7 +168,7 @@ def recovery(setup: Setup) -> dict[str, Figure]:
     setup.seconds["ours", "recover"], setup.seconds["theirs", "recover"], _ = seconds
     for name, found in (("recovery", rows), ("validation", context.validation)):
         setup.work[f"{name}_tokens"] = sum(len(row.tokens) for row in found)
-        setup.work[f"{name}_heads"] = sum(len(row.tokens) - max(row.response, 1) for row in found)
+        setup.work[f"{name}_heads"] = sum(sum(end - max(start, 1) for start, end in row.responses) for row in found)
     rates = [len(rows) / value for value in seconds]
     return {
         "recovery": more_is_better(rates[0], rates[1], "rows/s", repeats),

@@ -111,9 +111,9 @@ def _checked(params: Params, file: Path, adapters: Path | None) -> Agreement:
     tokenizer = checkpoint.load_tokenizer(FINAL)
     _, held_out = alpaca.split(alpaca.read(ALPACA), params.data.validation_rows, params.seed)
     rows = answers.rows_of(alpaca.encode(held_out, tokenizer, params.recover.max_length))
-    texts = [alpaca.prompt(row["instruction"], row["input"]) for row in held_out]
+    texts, tokens = zip(*(alpaca.asked(row, tokenizer) for row in held_out), strict=True)
     with llama.running(file, llama.threads(), params.recover.max_length, slots=4, adapters=adapters) as running:
-        answers.check_tokens(running, texts, [tokenizer.encode(text) for text in texts])
+        answers.check_tokens(running, texts, tokens, special="messages" not in held_out[0])
         theirs = running.log_probabilities(rows)
     compute = device.choose(params.device, params.dtype)
     return answers.compare(

@@ -59,7 +59,8 @@ def study_identity(params: Params, folders: Sequence[Path], prefix: str = "") ->
     data = [tracking.md5(ALPACA), *(tracking.md5(BENCHMARKS / f"{task}.jsonl") for task in params.evaluate.tasks)]
     space = params.search.model_dump(include=_SPACE)
     ratios = list(params.prune.ratios)
-    settings = [params.recover, params.evaluate, params.data.validation_rows, ratios, space, params.seed]
+    asked = params.evaluate.model_dump(include={"tasks", "limit", "final_limit", "batch_tokens"}, mode="json")
+    settings = [params.recover, asked, params.data.validation_rows, ratios, space, params.seed]
     where = str(device.choose(params.device, params.dtype))
     return Identity(prefix + digest(parts, data, *settings, where), identity.code(*identity.TRIAL))
 
@@ -131,8 +132,13 @@ class Recorder:
             )
 
     def references(self) -> None:
-        """Measure the reference rows that the study lacks."""
-        known = {record.name for record in self.study.references()}
+        """Measure the reference rows that the study lacks, or of which it lacks further tasks."""
+        further = self.context.further if self.context else None
+        known = {
+            record.name
+            for record in self.study.references()
+            if further is None or further.measured(record.result.scores.other)
+        }
         for name in self.params.search.references:
             if name not in known:
                 self._reference(name)
@@ -152,8 +158,8 @@ class Recorder:
             if name == "dense":
                 result = trials.untouched(self.params, self.contexts.any)
             else:
-                context = self.contexts.at(ratio)
-                result, _ = trial.run(context, vector.bits, progress=self.screen.steps, keep=kept)
+                context, work = self.contexts.at(ratio), trial.Work(further=True)
+                result, _ = trial.run(context, vector.bits, work, progress=self.screen.steps, keep=kept)
         except Exception as error:
             run.finish("FAILED", error)
             console.note(f"reference {name} failed: {error}")

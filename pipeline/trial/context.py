@@ -18,6 +18,7 @@ from pipeline.data.alpaca import Example
 from pipeline.device import Compute
 from pipeline.errors import UserError
 from pipeline.trial import memory, recover
+from pipeline.trial.further import Further
 from pipeline.trial.setting import ROW, Setting
 from pipeline.trial.teacher import Teacher
 
@@ -97,6 +98,7 @@ class Context:
         compute: Where trials run and in which type.
         teacher: The dense model, where recovery aims at its predictions.
         ratio: The share of the parameters that was pruned.
+        further: What is measured of references and tables' cells beside what trials go by.
     """
 
     config: PretrainedConfig
@@ -111,6 +113,7 @@ class Context:
     compute: Compute
     teacher: Teacher | None = None
     ratio: float = 0.0
+    further: Further | None = None
 
     @property
     def device(self) -> torch.device:
@@ -210,6 +213,7 @@ def load(
     granularity: str,
     task_names: Sequence[str],
     validation_rows: int,
+    further: Further | None = None,
 ) -> Context:
     """Load and verify what trials share.
 
@@ -220,6 +224,7 @@ def load(
         granularity: What one bit choice covers (``architecture.GRANULARITIES``).
         task_names: lm-eval's tasks.
         validation_rows: Rows that are held out.
+        further: What is measured beside what trials go by.
 
     Raises:
         CheckpointError: The pruned model or the bank is missing or was changed.
@@ -245,6 +250,7 @@ def load(
         compute=compute,
         teacher=teacher,
         ratio=sources.ratio,
+        further=further,
     )
 
 

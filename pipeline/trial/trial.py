@@ -18,7 +18,7 @@ from peft import PeftModel
 from pipeline import console, storage
 from pipeline.bits import DENSE, Vector
 from pipeline.trial import context as contexts
-from pipeline.trial import evaluate, memory, recover
+from pipeline.trial import evaluate, further, memory, recover
 from pipeline.trial.assemble import assemble, merged
 from pipeline.trial.context import Context, Passes
 from pipeline.trial.memory import Peak
@@ -37,12 +37,14 @@ class Work:
         limit: Items of a task, 0: all; None: the settings' own.
         skip: First items of each task that are left out.
         trained: False: it is only measured (the untouched model).
+        further: Whether further tasks are asked, too (``Context.further``).
     """
 
     steps: int | None = None
     limit: int | None = None
     skip: int = 0
     trained: bool = True
+    further: bool = False
 
 
 class Phases:
@@ -116,7 +118,14 @@ def run(
         with nullcontext() if context.device.type == "cuda" else merged(model):
             return evaluate.run(model, tokenizer, context.tasks, limit, passes.tokens, skip=work.skip)
 
+    def asked_further() -> dict[str, float]:
+        assert context.further is not None
+        with nullcontext() if context.device.type == "cuda" else merged(model):
+            return further.run(model, tokenizer, context.further, settings.batch_tokens)
+
     scores = phases.run("evaluate", evaluated)
+    if work.further and context.further:
+        scores = replace(scores, other=scores.other | phases.run("further", asked_further))
     peak = context.predict(bits)
     of_run = phases.of_run(passes, context.predict_run(bits, passes), work.trained)
     peaks = Memory(peak.training if work.trained else None, peak.inference, peak.source, of_run)
