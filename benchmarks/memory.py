@@ -47,12 +47,7 @@ SMALL = {
     "num_key_value_heads": 4,
     "vocab_size": 2048,
     "head_dim": 32,
-}
-FAMILIES = {
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
+    "pad_token_id": 0,  # some families have one beyond this vocabulary
 }
 
 
@@ -92,7 +87,8 @@ class Case:
         if self.name == "SmolLM2's shapes":
             config = checkpoint.load_config("artifacts/base")
         else:
-            config = FAMILIES[self.family](**SMALL, tie_word_embeddings=self.family != "llama")
+            config_class = getattr(transformers, architecture.FAMILIES[self.family].config_class)
+            config = config_class(**SMALL, tie_word_embeddings=self.family != "llama")
         shapes = [BlockShape(*shape) for shape in self.shapes] or architecture.shapes(config)
         return checkpoint.pruned_config(config, shapes)
 

@@ -61,7 +61,7 @@ class Judge:
         """Return the model trained with adapters."""
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
-            wrapped = get_peft_model(model, adapters.lora_config(self.lora, self.training.dropout))
+            wrapped = get_peft_model(model, adapters.lora_config(model.config, self.lora, self.training.dropout))
         adapters.use_byte_dropout(wrapped, self.training.dropout)
         recover.run(wrapped, self.rows, self.training, SEED)
         return wrapped.eval()

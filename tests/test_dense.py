@@ -17,7 +17,7 @@ def built(request, tmp_path):
     config, state = pruned(request.param)
     bank = make_bank(tmp_path, config, state)
     model = get_peft_model(
-        real_model(config, state, bank, mixed_bits(config)), adapters.lora_config(bank.settings, 0.0)
+        real_model(config, state, bank, mixed_bits(config)), adapters.lora_config(config, bank.settings, 0.0)
     )
     torch.manual_seed(1)
     with torch.no_grad():

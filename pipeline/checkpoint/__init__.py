@@ -20,8 +20,8 @@ from pipeline.checkpoint.loading import (
 )
 from pipeline.checkpoint.mixed import MixedBitsConfig, MixedBitsQuantizer, use_plain_cpu_layout
 from pipeline.checkpoint.pruned import (
+    PRUNED,
     STORED,
-    PrunedLlamaForCausalLM,
     compute_in,
     from_state,
     pruned_config,
@@ -30,10 +30,10 @@ from pipeline.checkpoint.pruned import (
 
 __all__ = [
     "ADAPTER",
+    "PRUNED",
     "STORED",
     "MixedBitsConfig",
     "MixedBitsQuantizer",
-    "PrunedLlamaForCausalLM",
     "compute_in",
     "dense",
     "from_state",

@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import GIB, console, device, identity, storage, tracking
+from pipeline import GIB, console, device, fits, identity, storage, tracking
 from pipeline import bits as bit_text
-from pipeline.architecture import GRANULARITIES
 from pipeline.identity import Identity
 from pipeline.params import Params, digest
 from pipeline.paths import ALPACA, BENCHMARKS, UNFINISHED
@@ -188,7 +187,7 @@ class Recorder:
         run = self.run.child(name, {**belongs, "method": method, "name": name, "bits": text})
         granularity = self.params.search.granularity
         shown: dict[str, object] = {
-            "bits": bit_text.grouped(text, len(GRANULARITIES[granularity])),
+            "bits": bit_text.grouped(text, fits.units_a_block(granularity)),
             "method": method,
             "granularity": granularity,
             "ratio": self.params.prune.ratio,
