@@ -105,6 +105,7 @@ CASES = [
     Case("mistral", family="mistral"),
     Case("qwen2, pruned", family="qwen2", shapes=PRUNED),
     Case("qwen3", family="qwen3"),
+    Case("smollm3", family="smollm3"),
     Case("rank 2", r=2),
     Case("rank 64", r=64),
     Case("one long row", rows=1, length=512, inference=(1, 512)),

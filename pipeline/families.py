@@ -114,6 +114,11 @@ FAMILIES: Mapping[str, Family] = {
         "Qwen3Config", "Qwen3ForCausalLM", _BIASED, _GROUPS, _BEFORE | _OF_A_HEAD, _UNUSED_WINDOW | {"head_dim": 128},
         window="typed", gguf="openelm",
     ),
+    "smollm3": Family(  # every fourth block has no rotary positions
+        "SmolLM3Config", "SmolLM3ForCausalLM", _LLAMA, _GROUPS, _BEFORE,
+        _UNUSED_WINDOW | {"tie_word_embeddings": True, "num_key_value_heads": 4}, window="typed",
+        per_block=("layer_types", "no_rope_layers"), unlike_gguf="blocks without rotary positions",
+    ),
 }  # fmt: skip
 
 # Why a model of another family is refused and what helps, where there is more to say than what is supported.

@@ -25,6 +25,7 @@ FAMILIES = (  # as this file was made for: name, classes of config and model in 
     ("mistral", "MistralConfig", "MistralForCausalLM"),
     ("qwen2", "Qwen2Config", "Qwen2ForCausalLM"),
     ("qwen3", "Qwen3Config", "Qwen3ForCausalLM"),
+    ("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM"),
 )
 
 
