@@ -119,6 +119,12 @@ FAMILIES: Mapping[str, Family] = {
         _UNUSED_WINDOW | {"tie_word_embeddings": True, "num_key_value_heads": 4}, window="typed",
         per_block=("layer_types", "no_rope_layers"), unlike_gguf="blocks without rotary positions",
     ),
+    "olmo2": Family(  # a norm of q and of k over all heads
+        "Olmo2Config", "Olmo2ForCausalLM", _BIASED, _GROUPS,
+        {"self_attn.q_norm": QUERIES, "self_attn.k_norm": KEYS,
+         "post_attention_layernorm": HIDDEN, "post_feedforward_layernorm": HIDDEN},
+        norm_after=True, unlike_gguf="norms after attention and MLP",
+    ),
 }  # fmt: skip
 
 # Why a model of another family is refused and what helps, where there is more to say than what is supported.

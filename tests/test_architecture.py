@@ -156,6 +156,12 @@ def test_family_with_images_is_refused_with_what_helps():
     assert not set(families.REASONS) & set(families.FAMILIES)
 
 
+def test_norms_over_all_heads_count_as_parameters_of_a_head():
+    config, shape = tiny_config("olmo2"), BlockShape(4, 2, 96)
+    weights = (32 + 16 + 16 + 32) * 64
+    assert architecture.group_parameters(config, shape, "attention") == weights + 32 + 16
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "expected"),
     [

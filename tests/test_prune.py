@@ -617,7 +617,7 @@ def test_padding_does_not_change_scores(kind, settings):
             torch.testing.assert_close(here[structures], there[structures], rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
 def test_activation_is_the_share_of_energy_written_into_the_residual_stream(settings, family):
     model, parts = tiny_model(family), batches()
     found = saliency.importance(model, parts, settings(importance="activation"))
@@ -864,7 +864,7 @@ def test_surgeon_compares_blocks_by_the_gradient_where_errors_arise(family, expe
     assert asked == expected
 
 
-@pytest.mark.parametrize("family, linear", [("llama", None)])
+@pytest.mark.parametrize("family, linear", [("llama", None), ("olmo2", "mlp.down_proj")])
 def test_gradient_energy_is_the_mean_squared_gradient_at_each_output(family, linear):
     model = tiny_model(family)
     (part,) = batches(count=1)

@@ -26,6 +26,7 @@ FAMILIES = (  # as this file was made for: name, classes of config and model in 
     ("qwen2", "Qwen2Config", "Qwen2ForCausalLM"),
     ("qwen3", "Qwen3Config", "Qwen3ForCausalLM"),
     ("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM"),
+    ("olmo2", "Olmo2Config", "Olmo2ForCausalLM"),
 )
 
 
