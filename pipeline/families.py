@@ -96,9 +96,14 @@ _GROUPS = {
 }
 _BEFORE = {"input_layernorm": HIDDEN, "post_attention_layernorm": HIDDEN}
 _OF_A_HEAD = {"self_attn.q_norm": HEAD, "self_attn.k_norm": HEAD}
+_AROUND = {
+    "input_layernorm": HIDDEN, "post_attention_layernorm": HIDDEN,
+    "pre_feedforward_layernorm": HIDDEN, "post_feedforward_layernorm": HIDDEN,
+}  # fmt: skip
 _LLAMA = _attention("attention_bias", "attention_bias") + _mlp("mlp_bias")
 _BIASED = _attention("attention_bias", "attention_bias") + _mlp()
 _UNUSED_WINDOW: dict[str, object] = {"use_sliding_window": False}  # which configs name all the same
+_GEMMA = {"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 256}
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("LlamaConfig", "LlamaForCausalLM", _LLAMA, _GROUPS, _BEFORE, gguf="deci", twin="mistral"),
@@ -124,6 +129,10 @@ FAMILIES: Mapping[str, Family] = {
         {"self_attn.q_norm": QUERIES, "self_attn.k_norm": KEYS,
          "post_attention_layernorm": HIDDEN, "post_feedforward_layernorm": HIDDEN},
         norm_after=True, unlike_gguf="norms after attention and MLP",
+    ),
+    "gemma3_text": Family(
+        "Gemma3TextConfig", "Gemma3ForCausalLM", _BIASED, _GROUPS, _AROUND | _OF_A_HEAD, _GEMMA, "hidden_activation",
+        window="typed", norm_after=True, unlike_gguf="norms before and after attention and MLP",
     ),
 }  # fmt: skip
 

@@ -169,6 +169,7 @@ def test_norms_over_all_heads_count_as_parameters_of_a_head():
         ("mistral", {"sliding_window": 5}, 5),
         ("qwen3", {"sliding_window": 5}, None),
         ("qwen3", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 2}, 5),
+        ("gemma3_text", {}, 8),
     ],
 )
 def test_window_is_what_blocks_really_attend_within(family, changes, expected):

@@ -864,7 +864,9 @@ def test_surgeon_compares_blocks_by_the_gradient_where_errors_arise(family, expe
     assert asked == expected
 
 
-@pytest.mark.parametrize("family, linear", [("llama", None), ("olmo2", "mlp.down_proj")])
+@pytest.mark.parametrize(
+    "family, linear", [("llama", None), ("olmo2", "mlp.down_proj"), ("gemma3_text", "self_attn.o_proj")]
+)
 def test_gradient_energy_is_the_mean_squared_gradient_at_each_output(family, linear):
     model = tiny_model(family)
     (part,) = batches(count=1)

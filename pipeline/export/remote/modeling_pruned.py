@@ -27,6 +27,7 @@ FAMILIES = (  # as this file was made for: name, classes of config and model in 
     ("qwen3", "Qwen3Config", "Qwen3ForCausalLM"),
     ("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM"),
     ("olmo2", "Olmo2Config", "Olmo2ForCausalLM"),
+    ("gemma3_text", "Gemma3TextConfig", "Gemma3ForCausalLM"),
 )
 
 
