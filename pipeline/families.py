@@ -134,6 +134,10 @@ FAMILIES: Mapping[str, Family] = {
         "Gemma3TextConfig", "Gemma3ForCausalLM", _BIASED, _GROUPS, _AROUND | _OF_A_HEAD, _GEMMA, "hidden_activation",
         window="typed", norm_after=True, unlike_gguf="norms before and after attention and MLP",
     ),
+    "gemma2": Family(
+        "Gemma2Config", "Gemma2ForCausalLM", _BIASED, _GROUPS, _AROUND, _GEMMA, "hidden_activation", window="typed",
+        norm_after=True, output_kept=False, unlike_gguf="norms before and after attention and MLP",
+    ),
 }  # fmt: skip
 
 # Why a model of another family is refused and what helps, where there is more to say than what is supported.

@@ -424,7 +424,7 @@ def test_tree_grows_no_larger_than_its_mask_can_bear():
     assert [tree.size for tree in trees.trees([long])] == [2999]
 
 
-@pytest.mark.parametrize("family, changes", [("mistral", {"sliding_window": 8}), ("gemma3_text", {})])
+@pytest.mark.parametrize("family, changes", [("mistral", {"sliding_window": 8}), ("gemma3_text", {}), ("gemma2", {})])
 @pytest.mark.parametrize("attention", ["eager", None])
 def test_text_beyond_a_sliding_window_is_scored_as_alone(tokenizer, family, changes, attention):
     model = tiny_model(family, **changes)

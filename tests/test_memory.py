@@ -71,7 +71,7 @@ def test_prediction_equals_a_trace_of_the_whole_under_any_setting(changes):
     assert (found.training, found.inference) == whole(config, widths, one)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 def test_prediction_is_exactly_linear_in_the_bits_of_blocks(family):
     config, generator = pruned(family), random.Random(0)
     units = architecture.units(config, "block")
@@ -104,7 +104,7 @@ def test_linear_model_is_a_bound_where_single_linears_share_an_input():
 # --- the trace ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qwen2, pruned", "gradient checkpointing", "a teacher's targets"])
+@pytest.mark.parametrize("name", ["qwen2, pruned", "gradient checkpointing", "a teacher's targets", "gemma2, pruned"])
 def test_trace_for_a_cpu_agrees_with_the_allocations_of_real_steps(name, monkeypatch):
     monkeypatch.setattr(benchmark, "SMALL", benchmark.SMALL | {"vocab_size": 1024})
     case = next(one for one in benchmark.CASES if one.name == name)

@@ -851,7 +851,7 @@ def test_surgeon_costs_follow_from_removing_and_refitting_again():
     assert costs[order[-1]] == float("inf")
 
 
-@pytest.mark.parametrize("family, expected", [("llama", [None])])
+@pytest.mark.parametrize("family, expected", [("llama", [None]), ("gemma2", ["self_attn.o_proj", "mlp.down_proj"])])
 def test_surgeon_compares_blocks_by_the_gradient_where_errors_arise(family, expected, settings, monkeypatch):
     asked = []
 

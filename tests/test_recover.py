@@ -93,7 +93,7 @@ def test_a_batch_of_these_tests_needs_several_chunks():
 
 
 @pytest.mark.parametrize("part", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 def test_response_loss_is_the_models_own(part, family):
     model = adapted(family)
     value, count = loss.response_loss(model, part)
@@ -109,7 +109,7 @@ def test_response_loss_of_a_model_without_adapters():
 
 
 @pytest.mark.parametrize("part", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_gradient_equals_autograd_through_all_logits(part, family):
     model = adapted(family)
     value, count = loss.response_loss(model, part)

@@ -28,6 +28,7 @@ FAMILIES = (  # as this file was made for: name, classes of config and model in 
     ("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM"),
     ("olmo2", "Olmo2Config", "Olmo2ForCausalLM"),
     ("gemma3_text", "Gemma3TextConfig", "Gemma3ForCausalLM"),
+    ("gemma2", "Gemma2Config", "Gemma2ForCausalLM"),
 )
 
 
