@@ -109,6 +109,7 @@ CASES = [
     Case("olmo2, pruned", family="olmo2", shapes=PRUNED),
     Case("gemma3", family="gemma3_text"),
     Case("gemma2, pruned", family="gemma2", shapes=PRUNED),
+    Case("phi3, pruned", family="phi3", shapes=PRUNED),
     Case("rank 2", r=2),
     Case("rank 64", r=64),
     Case("one long row", rows=1, length=512, inference=(1, 512)),

@@ -138,6 +138,19 @@ FAMILIES: Mapping[str, Family] = {
         "Gemma2Config", "Gemma2ForCausalLM", _BIASED, _GROUPS, _AROUND, _GEMMA, "hidden_activation", window="typed",
         norm_after=True, output_kept=False, unlike_gguf="norms before and after attention and MLP",
     ),
+    "phi3": Family(
+        "Phi3Config", "Phi3ForCausalLM",
+        (
+            Linear("self_attn.qkv_proj", (QUERIES, KEYS, KEYS), HIDDEN),
+            Linear("self_attn.o_proj", (HIDDEN,), QUERIES),
+            Linear("mlp.gate_up_proj", (CHANNELS, CHANNELS), HIDDEN),
+            Linear("mlp.down_proj", (HIDDEN,), CHANNELS),
+        ),
+        {"qkv": ("self_attn.qkv_proj",), "o": ("self_attn.o_proj",),
+         "gate_up": ("mlp.gate_up_proj",), "down": ("mlp.down_proj",)},
+        _BEFORE, window="all", output_kept=False,
+        unlike_gguf="q, k and v in one matrix with rotary positions on a part of each head",
+    ),
 }  # fmt: skip
 
 # Why a model of another family is refused and what helps, where there is more to say than what is supported.

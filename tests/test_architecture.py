@@ -156,6 +156,22 @@ def test_family_with_images_is_refused_with_what_helps():
     assert not set(families.REASONS) & set(families.FAMILIES)
 
 
+def test_parts_of_a_fused_matrix_are_members_of_their_own():
+    config, shape = tiny_config("phi3"), BlockShape(4, 2, 96)
+    found = [(member.linear, member.dim, member.start, member.width, member.size)
+             for kind in architecture.KINDS for member in architecture.members(config, shape, kind)]  # fmt: skip
+    assert found == [
+        ("self_attn.qkv_proj", 0, 0, 32, 64),
+        ("self_attn.qkv_proj", 0, 64, 16, 32),
+        ("self_attn.qkv_proj", 0, 96, 16, 32),
+        ("self_attn.o_proj", 1, 0, 32, 64),
+        ("mlp.gate_up_proj", 0, 0, 1, 96),
+        ("mlp.gate_up_proj", 0, 96, 1, 96),
+        ("mlp.down_proj", 1, 0, 1, 96),
+    ]
+    assert architecture.linear_shape(config, shape, "self_attn.qkv_proj") == (128, 64)
+
+
 def test_norms_over_all_heads_count_as_parameters_of_a_head():
     config, shape = tiny_config("olmo2"), BlockShape(4, 2, 96)
     weights = (32 + 16 + 16 + 32) * 64
@@ -170,6 +186,7 @@ def test_norms_over_all_heads_count_as_parameters_of_a_head():
         ("qwen3", {"sliding_window": 5}, None),
         ("qwen3", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 2}, 5),
         ("gemma3_text", {}, 8),
+        ("phi3", {"sliding_window": 7}, 7),
     ],
 )
 def test_window_is_what_blocks_really_attend_within(family, changes, expected):

@@ -98,7 +98,7 @@ def test_one_blocks_config_does_not_change_the_models():
     assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (4, 2, 96)
 
 
-@pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_every_block_follows_the_models_attention_implementation(family):
     model = checkpoint.from_state(*pruned(family))
     model.set_attn_implementation("eager")
@@ -124,7 +124,7 @@ def test_pruned_model_generates_the_same_with_a_cache(family):
 
 
 def test_copy_of_a_pruned_model_answers_the_same():
-    model = checkpoint.from_state(*pruned("llama"))
+    model = checkpoint.from_state(*pruned("phi3"))
     assert torch.equal(logits(model), logits(copy.deepcopy(model)))
 
 

@@ -83,7 +83,7 @@ def test_loglikelihoods_agree_where_the_tokenizer_adds_a_token(model, with_bos, 
     assert_same(SharedPrefixLM(model, with_bos, 512).loglikelihood(requests), expected)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "smollm3", "olmo2"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3"])
 def test_loglikelihoods_agree_for_every_family(tokenizer, loaded, family):
     other = tiny_model(family)
     requests = instances(loaded["hellaswag"], 2) + instances(loaded["winogrande"], 2)

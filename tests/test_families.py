@@ -26,7 +26,7 @@ def divergence(model, expected, tokens):
     return float((expected.exp() * (expected - found)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("family", ["smollm3", "olmo2", "gemma3_text", "gemma2"])
+@pytest.mark.parametrize("family", ["smollm3", "olmo2", "gemma3_text", "gemma2", "phi3"])
 def test_a_model_is_pruned_quantized_and_measured(family, tmp_path):
     text, model = batches(4, rows=4, length=16), tiny_model(family)
     pruned = prune.run(model, text, PRUNING, 0)

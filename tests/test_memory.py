@@ -71,7 +71,7 @@ def test_prediction_equals_a_trace_of_the_whole_under_any_setting(changes):
     assert (found.training, found.inference) == whole(config, widths, one)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3"])
 def test_prediction_is_exactly_linear_in_the_bits_of_blocks(family):
     config, generator = pruned(family), random.Random(0)
     units = architecture.units(config, "block")

@@ -92,7 +92,8 @@ def mean(values):
 @pytest.mark.parametrize(
     ("family", "changes"),
     [(family, {}) for family in FAMILIES]
-    + [("llama", {"num_key_value_heads": 4}), ("llama", {"attention_bias": True, "mlp_bias": True})],
+    + [("llama", {"num_key_value_heads": 4}), ("llama", {"attention_bias": True, "mlp_bias": True})]
+    + [("phi3", {"rope_parameters": LONGROPE})],
 )
 def test_pruned_model_computes_what_the_masked_dense_model_does(family, changes):
     model = tiny_model(family, **changes)

@@ -29,6 +29,7 @@ FAMILIES = (  # as this file was made for: name, classes of config and model in 
     ("olmo2", "Olmo2Config", "Olmo2ForCausalLM"),
     ("gemma3_text", "Gemma3TextConfig", "Gemma3ForCausalLM"),
     ("gemma2", "Gemma2Config", "Gemma2ForCausalLM"),
+    ("phi3", "Phi3Config", "Phi3ForCausalLM"),
 )
 
 
