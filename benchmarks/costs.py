@@ -267,7 +267,7 @@ def trial_flops(setup: Setup) -> dict[str, Figure]:
     shapes = [
         architecture.linear_shape(config, shape, name)
         for shape in architecture.shapes(config)
-        for name in architecture.LINEARS
+        for name in architecture.linear_names(config)
     ]
     head = config.vocab_size * config.hidden_size
     linears = sum(outputs * inputs for outputs, inputs in shapes)

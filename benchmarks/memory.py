@@ -48,12 +48,7 @@ SMALL = {
     "num_key_value_heads": 4,
     "vocab_size": 2048,
     "head_dim": 32,
-}
-FAMILIES = {
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
+    "pad_token_id": 0,  # some families have one beyond this vocabulary
 }
 
 
@@ -94,7 +89,8 @@ class Case:
         if self.name == "SmolLM2's shapes":
             config = checkpoint.load_config("artifacts/base")
         else:
-            config = FAMILIES[self.family](**SMALL, tie_word_embeddings=self.family != "llama")
+            config_class = getattr(transformers, architecture.FAMILIES[self.family].config_class)
+            config = config_class(**SMALL, tie_word_embeddings=self.family != "llama")
         shapes = [BlockShape(*shape) for shape in self.shapes] or architecture.shapes(config)
         return checkpoint.pruned_config(config, shapes)
 
@@ -111,6 +107,11 @@ CASES = [
     Case("mistral", family="mistral"),
     Case("qwen2, pruned", family="qwen2", shapes=PRUNED),
     Case("qwen3", family="qwen3"),
+    Case("smollm3", family="smollm3"),
+    Case("olmo2, pruned", family="olmo2", shapes=PRUNED),
+    Case("gemma3", family="gemma3_text"),
+    Case("gemma2, pruned", family="gemma2", shapes=PRUNED),
+    Case("phi3, pruned", family="phi3", shapes=PRUNED),
     Case("rank 2", r=2),
     Case("rank 64", r=64),
     Case("one long row", rows=1, length=512, inference=(1, 512)),

@@ -66,7 +66,7 @@ def test_memory_that_is_no_amount_is_refused(memory):
     [
         (None, "no preset .*llama-13b.* no folder with a config.json"),
         ("{", "is no JSON object"),
-        ('{"model_type": "opt"}', "model_type 'opt'; supported families are llama, mistral"),
+        ('{"model_type": "opt"}', "model family 'opt' is not supported; use one of llama, mistral"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "is no valid config of llama"),
     ],
 )

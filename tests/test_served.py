@@ -298,7 +298,9 @@ def loaded(tmp_path_factory, tokenizer):
     with storage.writing(folder / "final") as inside:
         real = real_model(config, state, bank, mixed_bits(config))
         real.save_pretrained(inside)
-        get_peft_model(real, adapters.lora_config(bank.settings, 0.0)).save_pretrained(inside / checkpoint.ADAPTER)
+        get_peft_model(real, adapters.lora_config(config, bank.settings, 0.0)).save_pretrained(
+            inside / checkpoint.ADAPTER
+        )
         tokenizer.save_pretrained(inside)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*input example", UserWarning)

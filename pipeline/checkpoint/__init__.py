@@ -19,8 +19,8 @@ from pipeline.checkpoint.loading import (
 )
 from pipeline.checkpoint.mixed import MixedBitsConfig, MixedBitsQuantizer, use_plain_cpu_layout
 from pipeline.checkpoint.pruned import (
+    PRUNED,
     STORED,
-    PrunedLlamaForCausalLM,
     compute_in,
     from_state,
     pruned_config,
@@ -29,10 +29,10 @@ from pipeline.checkpoint.pruned import (
 
 __all__ = [
     "ADAPTER",
+    "PRUNED",
     "STORED",
     "MixedBitsConfig",
     "MixedBitsQuantizer",
-    "PrunedLlamaForCausalLM",
     "compute_in",
     "from_state",
     "load_base",

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import get_args
 
 from pipeline import bits, fits
-from pipeline.architecture import FAMILIES
+from pipeline.architecture import FAMILIES, unsupported
 from pipeline.checks.check import Check, reads
 from pipeline.compress import structures
 from pipeline.data import chat, definitions, further
@@ -225,10 +225,7 @@ def _supported_family(given: SimpleNamespace) -> Iterator[str]:
         yield f"model.source: {error}; name a folder with a model"
         return
     if family not in FAMILIES:
-        yield (
-            f"model.source: model family {shown(family)} is not supported (value {source!r}); "
-            f"use one of {', '.join(FAMILIES)}"
-        )
+        yield f"model.source: {unsupported(family)} (value {source!r})"
 
 
 @reads("evaluate.tasks")

@@ -25,7 +25,7 @@ from pipeline.export.limits import ExportError
 def enough(batches: Sequence[Batch], built: Dense) -> list[Batch]:
     """Return the first of the batches, as many as the widest linear needs, or all of them."""
     config = built.config
-    shapes = ((shape, name) for shape in architecture.shapes(config) for name in architecture.LINEARS)
+    shapes = ((shape, name) for shape in architecture.shapes(config) for name in architecture.linear_names(config))
     widest = max(architecture.linear_shape(config, shape, name)[1] for shape, name in shapes)
     needed = linear_grams.tokens_needed(widest)
     taken: list[Batch] = []

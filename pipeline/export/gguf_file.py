@@ -21,13 +21,13 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import architecture
-from pipeline.architecture import ATTENTION, MLP
 from pipeline.export import cores, iq4nl, limits, vocabulary
 from pipeline.export.dense import Adapter, Dense, Load
 
 Value = Callable[[], torch.Tensor]  # computed when its turn comes, so that few tensors exist at once
 Part = tuple[str, Value, Kind]
 _BLOCK = 32  # weights of a row that share a scale, in IQ4_NL and Q8_0 alike
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _OWN_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -98,7 +98,7 @@ def write(
     if fault := limits.gguf(dense.config):
         raise limits.ExportError(fault)
     words = vocabulary.read(tokenizer, dense.config.vocab_size)
-    writer = gguf.GGUFWriter(path, limits.ARCHITECTURES[architecture.family(dense.config)])
+    writer = gguf.GGUFWriter(path, architecture.description(dense.config).gguf)
     try:
         _describe(writer, dense.config, name, lineage or {})
         vocabulary.write(writer, words, tokenizer)
@@ -118,7 +118,7 @@ def write_adapters(path: Path, dense: Dense, name: str) -> None:
         dense: The model.
         name: What llama.cpp shows.
     """
-    writer = gguf.GGUFWriter(path, limits.ARCHITECTURES[architecture.family(dense.config)])
+    writer = gguf.GGUFWriter(path, architecture.description(dense.config).gguf)
     try:
         writer.add_type("adapter")
         writer.add_name(name)
@@ -139,12 +139,12 @@ def _adapters(dense: Dense, block: int) -> Iterator[tuple[str, torch.Tensor, tor
     """Yield GGUF name, a and b of each adapter of a block."""
     fused: list[Adapter] = []
     rotated = _is_paired(dense.config)
-    for name in (*ATTENTION, *MLP):
+    for name in architecture.linear_names(dense.config):
         adapter = dense.adapters[architecture.linear_name(block, name)]
-        if not rotated and name in ATTENTION[:3]:
+        if not rotated and name in _QKV:
             fused.append(adapter)
             continue
-        b = paired(adapter.b, dense.config) if rotated and name in ATTENTION[:2] else adapter.b
+        b = paired(adapter.b, dense.config) if rotated and name in _QKV[:2] else adapter.b
         yield f"blk.{block}.{_OWN_NAMES[name]}", adapter.a, b
     if fused:
         yield f"blk.{block}.attn_qkv", torch.cat([each.a for each in fused]), torch.block_diag(*(e.b for e in fused))
@@ -152,7 +152,7 @@ def _adapters(dense: Dense, block: int) -> Iterator[tuple[str, torch.Tensor, tor
 
 def _is_paired(config: Any) -> bool:
     """Return whether llama.cpp's architecture rotates neighbours, and holds q, k and v apart."""
-    return limits.ARCHITECTURES[architecture.family(config)] == "deci"
+    return architecture.description(config).gguf == "deci"
 
 
 def _describe(writer: gguf.GGUFWriter, config: Any, name: str, lineage: Mapping[str, str]) -> None:
@@ -205,7 +205,8 @@ def _linears(
     dense: Dense, block: int, types: Types, weight: Load, rounded: Mapping[str, torch.Tensor]
 ) -> Iterator[Part]:
     """Yield the weights and biases of a block's linears; q, k and v are one where the architecture has them so."""
-    names = [architecture.linear_name(block, name) for name in (*ATTENTION, *MLP)]
+    own_names = architecture.linear_names(dense.config)
+    names = [architecture.linear_name(block, name) for name in own_names]
     kinds = [types.of(dense.bits.get(name, 16)) for name in names]
     rotated = _is_paired(dense.config)
 
@@ -215,8 +216,8 @@ def _linears(
     if not rotated:  # in the type with the most bits
         kind = max(kinds[:3], key=_bits)
         yield f"blk.{block}.attn_qkv.weight", partial(_stacked, load(kind), names[:3]), kind
-    for own, name, kind in list(zip((*ATTENTION, *MLP), names, kinds, strict=True))[0 if rotated else 3 :]:
-        place = partial(paired, config=dense.config) if own in ATTENTION[:2] else torch.Tensor.contiguous
+    for own, name, kind in list(zip(own_names, names, kinds, strict=True))[0 if rotated else 3 :]:
+        place = partial(paired, config=dense.config) if own in _QKV[:2] else torch.Tensor.contiguous
         yield f"blk.{block}.{_OWN_NAMES[own]}.weight", partial(_placed, place, load(kind), name), kind
         if (bias := f"{name}.bias") in dense.tensors:
             value = partial(_placed, place, dense.tensors.__getitem__, bias)

@@ -13,8 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import bits, console, device, storage, tracking
-from pipeline.architecture import GRANULARITIES
+from pipeline import bits, console, device, fits, storage, tracking
 from pipeline.data import definitions
 from pipeline.errors import UserError
 from pipeline.identity import TRIAL, Identity, code
@@ -187,7 +186,7 @@ def _code_behind(cell: Cell) -> str:
 
 
 def _log(cell_run: Run, cell: Cell, result: Result, study: Mapping[str, str] | None) -> None:
-    cell_run.params({"bits": bits.grouped(result.bits, len(GRANULARITIES[cell.params.search.granularity]))})
+    cell_run.params({"bits": bits.grouped(result.bits, fits.units_a_block(cell.params.search.granularity))})
     cell_run.tags({"bits": result.bits} | ({"study_digest": Identity(**study).name} if study else {}))
     log_result(cell_run, cell.title, result)
 

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import GIB, console, device, identity, storage, tracking
+from pipeline import GIB, console, device, fits, identity, storage, tracking
 from pipeline import bits as bit_text
-from pipeline.architecture import GRANULARITIES
 from pipeline.bits import Vector
 from pipeline.identity import Identity
 from pipeline.params import Params, digest
@@ -223,7 +222,7 @@ class Recorder:
         run = self.run.child(name, {**belongs, "method": method, "name": name, **decided})
         granularity = self.params.search.granularity
         shown: dict[str, object] = {
-            "bits": bit_text.grouped(text, len(GRANULARITIES[granularity])),
+            "bits": bit_text.grouped(text, fits.units_a_block(granularity)),
             "method": method,
             "granularity": granularity,
             "ratio": vector.ratio,

@@ -10,16 +10,17 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from pipeline import architecture
+from pipeline.architecture import Config
 from pipeline.compress import quantize
 
 
-def lora_config(adapters: quantize.Settings, dropout: float) -> LoraConfig:
-    """Return PEFT's description of the adapters: all seven projections, as in appendix B."""
+def lora_config(config: Config, adapters: quantize.Settings, dropout: float) -> LoraConfig:
+    """Return PEFT's description of the adapters: on all linears of every block, as in appendix B."""
     return LoraConfig(
         r=adapters.r,
         lora_alpha=adapters.lora_alpha,
         lora_dropout=dropout,
-        target_modules=architecture.TARGET_MODULES,
+        target_modules=architecture.target_modules(config),
         task_type="CAUSAL_LM",
     )
 

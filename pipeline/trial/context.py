@@ -221,7 +221,7 @@ def load(
         sources: Where its parts lie.
         settings: How a trial is run.
         compute: Where trials run and in which type.
-        granularity: What one bit choice covers (``architecture.GRANULARITIES``).
+        granularity: What one bit choice covers (``architecture.parts``).
         task_names: lm-eval's tasks.
         validation_rows: Rows that are held out.
         further: What is measured beside what trials go by.

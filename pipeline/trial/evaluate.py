@@ -190,12 +190,6 @@ class SharedPrefixLM(TemplateLM):
 
     def _request(self, context: list[int], continuation: list[int]) -> Request:
         tokens = (context + continuation)[-(self.max_length + 1) :]
-        window = getattr(self.model.config, "sliding_window", None)
-        if window and len(tokens) > window:
-            raise UserError(
-                f"evaluate.tasks: a text has {len(tokens)} tokens, and the model sees {window} at a time (its sliding "
-                "window), which the mask of shared contexts leaves out; take the task out"
-            )
         return Request(tuple(tokens), len(tokens) - len(continuation))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:

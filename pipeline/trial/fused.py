@@ -26,11 +26,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline import architecture
-from pipeline.architecture import ATTENTION, MLP
 from pipeline.trial import adapters
 from pipeline.trial.loss import unwrapped
 
 Gradients = list[torch.Tensor]  # of A and B of each linear in turn
+
+_GATED = 3  # linears of an MLP whose gate is not stored with what it gates
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _threshold(layer: LoraLayer) -> int:
 def used(model: PeftModel) -> Iterator[None]:
     """Let a model's adapted linears compute together for a while; blocks with a base that is trained stay plain."""
     base = cast(PreTrainedModel, unwrapped(model))
-    changed: list[Any] = []
+    about, changed = architecture.description(base.config), list[Any]()
 
     def give(module: Any, forward: Callable[..., Any]) -> None:
         module.forward = forward
@@ -216,16 +217,16 @@ def used(model: PeftModel) -> Iterator[None]:
     for index in range(base.config.num_hidden_layers):
         layers = {
             name: cast(LoraLayer, base.get_submodule(architecture.linear_name(index, name)))
-            for name in architecture.LINEARS
+            for name in architecture.linear_names(base.config)
         }
         if any(weight.requires_grad for layer in layers.values() for weight in layer.get_base_layer().parameters()):
             continue
-        q, k, v, o, *gated = (layers[name] for name in (*ATTENTION, *MLP))
-        _give_together([q, k, v], give)
-        give(o, lambda x, o=o: _applied(_Projections, [o], x)[0])
-        mlp = base.get_submodule(architecture.linear_name(index, MLP[0]).rpartition(".")[0])
-        if base.config.hidden_act == "silu":
-            give(mlp, lambda x, gated=gated: _applied(_GatedMLP, gated, x))
+        for group in ("qkv", "o"):
+            _give_together([layers[name] for name in about.groups[group]], give)
+        names = (*about.groups["gate_up"], *about.groups["down"])
+        if len(names) == _GATED and getattr(base.config, about.activation) == "silu":
+            mlp = base.get_submodule(architecture.linear_name(index, names[0]).rpartition(".")[0])
+            give(mlp, lambda x, gated=[layers[name] for name in names]: _applied(_GatedMLP, gated, x))
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.compress.modules import head_of, last_states
+from pipeline.compress.modules import cap_of, capped, head_of, last_states
 from pipeline.data.alpaca import IGNORED, Batch, Example, batches
 from pipeline.trial.setting import LOSS_CHUNK
 
@@ -34,34 +34,41 @@ def unwrapped(model: nn.Module) -> nn.Module:
 class _ChunkedLoss(torch.autograd.Function):
     """Sum of cross-entropies of ``hidden @ head.T``, a chunk of positions at a time.
 
-    The gradients that are wanted are computed along with the loss, so that no chunk's logits outlive the chunk.
+    Logits are capped as the model caps them. The gradients that are wanted are computed along with the loss, so that no
+    chunk's logits outlive the chunk.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, cap: float | None
+    ) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
         heads = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), LOSS_CHUNK):
             here = slice(start, start + LOSS_CHUNK)
-            logits = (hidden[here] @ head.T).float().log_softmax(-1)
+            logits = (hidden[here] @ head.T).float()
+            slope = None if cap is None else 1 - (logits / cap).tanh_().square_()
+            logits = capped(logits, cap).log_softmax(-1)
             at_labels = torch.arange(len(logits), device=logits.device), labels[here]
             total -= logits[at_labels].sum()
             if gradient is not None:
                 logits.exp_()
                 logits[at_labels] -= 1
+                if slope is not None:
+                    logits *= slope
                 gradient[here] = logits.to(hidden.dtype) @ head
             if heads is not None:
                 heads += logits.T @ hidden[here].float()
-            del logits  # else they live until the next chunk's exist
+            del logits, slope  # else they live until the next chunk's exist
         ctx.save_for_backward(gradient, None if heads is None else heads.to(head.dtype))
         return total
 
     @staticmethod
-    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         gradient, heads = ctx.saved_tensors
         outer = outer.to(gradient.dtype)
-        return gradient * outer, None if heads is None else heads * outer, None
+        return gradient * outer, None if heads is None else heads * outer, None, None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -139,12 +146,13 @@ def loss_at(
         tokens: Token ids, [B, L].
         where: What picks the positions out of [B, L - 1]: a boolean mask, or n rows and n columns.
         wanted: The token after each of them, [n]; or of a distribution p of it p' head, [n, hidden], for a head that is
-            not trained.
+            not trained; where a model caps its logits, before the cap.
         told: What else the model is told, by its arguments' names.
     """
     hidden, head = _before_head(model, tokens, told or {})
-    loss = _ChunkedCrossEntropy if wanted.is_floating_point() else _ChunkedLoss
-    return loss.apply(hidden[where], head, wanted)
+    if wanted.is_floating_point():
+        return _ChunkedCrossEntropy.apply(hidden[where], head, wanted)
+    return _ChunkedLoss.apply(hidden[where], head, wanted, cap_of(unwrapped(model)))
 
 
 def head_width(model: nn.Module) -> int:
@@ -171,7 +179,8 @@ def row_losses(model: PreTrainedModel | PeftModel, examples: Sequence[Example], 
         for states, labels in zip(hidden, part.labels[:, 1:], strict=True):
             (columns,) = (labels != IGNORED).nonzero(as_tuple=True)
             wanted = sent(labels[columns], head.device)
-            losses.append(_ChunkedLoss.apply(states[sent(columns, head.device)], head, wanted))
+            chosen = states[sent(columns, head.device)]
+            losses.append(_ChunkedLoss.apply(chosen, head, wanted, cap_of(unwrapped(model))))
             counts.append(len(columns))
     values = torch.stack(losses).tolist() if losses else []
     return tuple(zip(values, counts, strict=True))

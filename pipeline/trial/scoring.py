@@ -6,19 +6,23 @@ Only positions that predict a scored token reach the head, and their logits exis
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import cast
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.compress.modules import head_of
+from pipeline import architecture
+from pipeline.compress.modules import cap_of, capped, head_of
 from pipeline.trial.loss import sent, unwrapped
 from pipeline.trial.setting import LOSS_CHUNK
-from pipeline.trial.trees import Request, Row, Wanted, additive, pack, tree_mask
+from pipeline.trial.trees import Packed, Request, Row, Wanted, additive, pack, tree_mask, within
+
+Masks = torch.Tensor | Mapping[str, torch.Tensor]  # as transformers' models take them
 
 _CACHED = 16  # rows of logits that a CPU's cache holds
 
@@ -53,10 +57,25 @@ def score(model: PreTrainedModel | PeftModel, requests: Sequence[Request], lengt
         model,
         sent(packed.tokens, device),
         sent(packed.positions, device),
-        additive(tree_mask(sent(packed.owners, device), sent(packed.branches, device)), model.dtype),
+        _masks(cast("PreTrainedModel", unwrapped(model)), packed),
         list(chunks(packed.places, packed.wanted, device)),
     )
     return Scored(packed.wanted, values, greedy)
+
+
+def _masks(model: PreTrainedModel, packed: Packed) -> Masks:
+    """Return what is added to attention scores, or that by type of blocks where some have a window that texts reach."""
+    whole, window = tree_mask(packed.owners, packed.branches), architecture.window(model.config)
+
+    def added(mask: torch.Tensor) -> torch.Tensor:
+        return additive(mask, model.dtype).to(model.device)
+
+    if window is None or int(packed.positions.max()) < window:
+        return added(whole)
+    near = added(whole & within(packed.positions, window))
+    if architecture.description(model.config).window == "all":
+        return near
+    return {"full_attention": added(whole), "sliding_attention": near}
 
 
 @dataclass(frozen=True)
@@ -88,7 +107,7 @@ def chunks(places: Sequence[tuple[int, int]], wanted: Sequence[Wanted], device: 
 
 
 def choose(
-    model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, parts: Sequence[Chunk]
+    model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor, mask: Masks, parts: Sequence[Chunk]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-likelihoods of tokens and whether each is the greedy choice; ``memory`` traces it without data.
 
@@ -96,7 +115,7 @@ def choose(
         model: A causal language model, or one wrapped by PEFT.
         tokens: Token ids, [B, L].
         positions: Position ids, [B, L].
-        mask: What is added to the attention scores, [B, 1, L, L].
+        mask: What is added to the attention scores, [B, 1, L, L]; or that by type of blocks.
         parts: What is wanted. All logits at once would take more than the model, and leave the cache.
     """
     causal = unwrapped(model)
@@ -104,9 +123,9 @@ def choose(
     hidden = causal.get_submodule("model")(
         input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
     ).last_hidden_state
-    values, greedy = [], []
+    cap, values, greedy = cap_of(causal), [], []
     for part in parts:
-        logits = head(hidden[part.rows, part.columns])
+        logits = capped(head(hidden[part.rows, part.columns]), cap)
         wanted = logits[part.at, part.targets].float()
         norms, tops = zip(*map(_norm_and_top, logits.split(_CACHED)), strict=True)
         del logits  # else they live until the next chunk's exist

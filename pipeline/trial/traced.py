@@ -100,7 +100,7 @@ def model_of(
         description = LoraConfig(
             r=setting.r,
             lora_dropout=setting.dropout,
-            target_modules=architecture.TARGET_MODULES,
+            target_modules=architecture.target_modules(config),
             task_type="CAUSAL_LM",
         )
         adapted = get_peft_model(model, description)

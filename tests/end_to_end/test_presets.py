@@ -217,7 +217,7 @@ def test_preset_goes_through_every_stage(finished):
     assert ("model.layers.0.self_attn.q_proj.bias" in state) is (real["model_type"] == "qwen2")
     assert all(heads // kv == real["num_attention_heads"] // real["num_key_value_heads"]
                for heads, kv, _ in config.block_shapes)  # fmt: skip
-    units = blocks * len(architecture.GRANULARITIES[settings.search.granularity])
+    units = blocks * len(architecture.parts(config, settings.search.granularity))
     assert [(prior["ratio"], len(prior["units"])) for prior in read("importance")] == [
         (ratio, units) for ratio in settings.prune.ratios
     ]
