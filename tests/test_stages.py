@@ -47,7 +47,7 @@ def searched(folder, settings, monkeypatch, broken=None, run=None):
         return result(bits), None
 
     monkeypatch.setattr(trial, "run", run or fake)
-    context = types.SimpleNamespace(units=[None] * UNITS)
+    context = types.SimpleNamespace(units=[None] * UNITS, further=None)
     study = Study(folder, STUDY)
     with tracking.stage("search", {}) as top:
         own = Recorder(top, study, settings, context, SPACE)
@@ -73,7 +73,7 @@ def test_no_model_of_an_earlier_trial_is_left_when_the_next_one_is_measured(tmp_
 
     monkeypatch.setattr(trial, "run", fake)
     chosen = settings.search.model_copy(update={"references": ("llm_pruner", "uniform8")})
-    context = types.SimpleNamespace(units=[None] * UNITS)
+    context = types.SimpleNamespace(units=[None] * UNITS, further=None)
     chosen = settings.model_copy(update={"search": chosen})
     study = Study(tmp_path, STUDY)
     with tracking.stage("search", {}) as run:
