@@ -21,6 +21,7 @@ import tempfile
 import venv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ def environment(folder: Path, index: str | None) -> Path:
         return python
     pins = [line for line in Path("requirements.txt").read_text().splitlines() if line.partition("==")[0] in NEEDED]
     venv.create(folder, with_pip=True)
-    install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+    install = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
     if index:
         subprocess.run([*install, "--index-url", index, *(pin for pin in pins if pin.startswith("torch="))], check=True)
     subprocess.run([*install, *pins], check=True)
@@ -71,7 +72,7 @@ def tiny(folder: Path) -> Iterator[Path]:
 def expected(built: Path, form: str, tokens: torch.Tensor) -> torch.Tensor:
     """Return what a form of a built model should answer."""
     if form == "hf":
-        model = checkpoint.load_final(built)
+        model: Any = checkpoint.load_final(built)
     else:
         model = dense.read(built).model(Compute(torch.device("cpu"), checkpoint.STORED))
     with torch.no_grad():
@@ -92,7 +93,8 @@ def compare(built: Path, python: Path, scratch: Path) -> None:
     known = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     alone = {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
     for form in forms:
-        command = [python, "-c", THERE, folder / form, folder / "tokens.pt", folder / "answers.pt"]
+        paths = (folder / form, folder / "tokens.pt", folder / "answers.pt")
+        command = [str(python), "-c", THERE, *map(str, paths)]
         done = subprocess.run(command, cwd=scratch, env=known | alone, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{built.name}, {form}: {done.stderr.strip().splitlines()[-1]}", flush=True)

@@ -106,7 +106,7 @@ def ask() -> None:
     model = checkpoint.load_final(FINAL)
     for question, prompt in prompts.items():
         tokens = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=LENGTH, do_sample=False)
-        own = tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True)
+        own = str(tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True))
         print(f"{question}\n  file:  {told[question].strip()!r}\n  model: {own.strip()!r}", flush=True)
 
 

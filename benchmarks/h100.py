@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ FAST = Ways(flat=True, packed=True, fused=True)
 TRIALS, STEPS = 50, 1000  # of the search on paper
 ROW_TOKENS = 183  # of its rows: what 11.3 hours at 37 TFLOP/s come to
 COLUMNS = ["what", "rows/s", "TFLOP/s", "peak, GiB", "predicted", "loss", "times"]
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 512, "max_position_embeddings": 2048,
 }  # fmt: skip
@@ -166,7 +167,7 @@ def evaluations(context: Context, bits: Sequence[int]) -> list[Line]:
             results.append(found)
 
         work()
-        spent, peak = memory.measured(lambda work=work: seconds(work), context.device)
+        spent, peak = memory.measured(partial(seconds, work), context.device)
         rate = results[0].items / spent
         first = lines[0]["rows/s"] if lines else rate
         predicted = context.predict_run(bits, Passes(context.settings.recover.micro_batch_size, tokens)).inference

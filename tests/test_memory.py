@@ -106,7 +106,13 @@ def test_linear_model_is_a_bound_where_single_linears_share_an_input():
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen2, pruned", "gradient checkpointing", "a teacher's targets", "fused adapters, all 4, pruned", "gemma2, pruned"],
+    [
+        "qwen2, pruned",
+        "gradient checkpointing",
+        "a teacher's targets",
+        "fused adapters, all 4, pruned",
+        "gemma2, pruned",
+    ],
 )
 def test_trace_for_a_cpu_agrees_with_the_allocations_of_real_steps(name, monkeypatch):
     monkeypatch.setattr(benchmark, "SMALL", benchmark.SMALL | {"vocab_size": 1024})

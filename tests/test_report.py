@@ -123,8 +123,8 @@ def section(built, members=(CHOSEN, OTHER)):
 
 def test_choice_says_what_was_built_why_and_how_good_it_is():
     assert section(BUILT).lines == [
-        "trial 7 was built (not pruned, 1 of 4 at 8; sampler): of 2 trials on the front it has the highest expected score "
-        "(55.0; mean accuracy, %)",
+        "trial 7 was built (not pruned, 1 of 4 at 8; sampler): of 2 trials on the front it has the highest expected "
+        "score (55.0; mean accuracy, %)",
         "On 3,000 items that no trial saw: accuracy 50.0 ± 1.0 %, gold answer -1.250 ± 0.020 nats",
         "Registered as models:/qpruner/4, alias champion",
     ]

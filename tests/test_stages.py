@@ -51,7 +51,11 @@ def searched(folder, settings, monkeypatch, broken=None, run=None):
         return result(bits), None
 
     monkeypatch.setattr(trial, "run", run or fake)
+<<<<<<< HEAD
     contexts = contexts_of(UNITS)
+=======
+    context = types.SimpleNamespace(units=[None] * UNITS, further=None)
+>>>>>>> chat
     study = Study(folder, STUDY)
     with tracking.stage("search", {}) as top:
         own = Recorder(top, study, settings, contexts, SPACES)
@@ -77,7 +81,11 @@ def test_no_model_of_an_earlier_trial_is_left_when_the_next_one_is_measured(tmp_
 
     monkeypatch.setattr(trial, "run", fake)
     chosen = settings.search.model_copy(update={"references": ("llm_pruner", "uniform8")})
+<<<<<<< HEAD
     contexts = contexts_of(UNITS)
+=======
+    context = types.SimpleNamespace(units=[None] * UNITS, further=None)
+>>>>>>> chat
     chosen = settings.model_copy(update={"search": chosen})
     study = Study(tmp_path, STUDY)
     with tracking.stage("search", {}) as run:

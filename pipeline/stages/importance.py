@@ -1,7 +1,7 @@
 """Stage ``importance``: mutual information and quantization sensitivity of each unit (paper section 3.2).
 
-Reads ``artifacts/base``, ``artifacts/pruned``, ``artifacts/bank`` and ``data/alpaca.jsonl``. Writes ``reports/importance.json`` and
-``reports/importance.png``.
+Reads ``artifacts/base``, ``artifacts/pruned``, ``artifacts/bank`` and ``data/alpaca.jsonl``. Writes
+``reports/importance.json`` and ``reports/importance.png``.
 """
 
 from __future__ import annotations

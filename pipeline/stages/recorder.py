@@ -132,7 +132,7 @@ class Recorder:
 
     def references(self) -> None:
         """Measure the reference rows that the study lacks, or of which it lacks further tasks."""
-        further = self.context.further if self.context else None
+        further = self.contexts.any.further if self.contexts else None
         known = {
             record.name
             for record in self.study.references()
