@@ -89,7 +89,7 @@ def trials(monkeypatch):
 
     def supplied(params, ratios=()):
         ratio = params.prune.ratio
-        context = types.SimpleNamespace(units=[None] * UNITS, ratio=ratio)
+        context = types.SimpleNamespace(units=[None] * UNITS, ratio=ratio, further=None)
         contexts = types.SimpleNamespace(any=context, folders={ratio: None}, at=lambda ratio: context)
         shared = {"context": context, "contexts": contexts, "spaces": Spaces({ratio: SPACE}, {}), "priors": PRIORS}
         return types.SimpleNamespace(params=params, pruned="", bank="", **shared)

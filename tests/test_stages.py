@@ -38,7 +38,7 @@ def settings(default, monkeypatch, empty_store_here):
 
 def contexts_of(units):
     """What trials share, as far as the recorder reads it."""
-    context = types.SimpleNamespace(units=[None] * units)
+    context = types.SimpleNamespace(units=[None] * units, further=None)
     return types.SimpleNamespace(any=context, folders={RATIO: None}, at=lambda ratio: context)
 
 
@@ -51,11 +51,7 @@ def searched(folder, settings, monkeypatch, broken=None, run=None):
         return result(bits), None
 
     monkeypatch.setattr(trial, "run", run or fake)
-<<<<<<< HEAD
     contexts = contexts_of(UNITS)
-=======
-    context = types.SimpleNamespace(units=[None] * UNITS, further=None)
->>>>>>> chat
     study = Study(folder, STUDY)
     with tracking.stage("search", {}) as top:
         own = Recorder(top, study, settings, contexts, SPACES)
@@ -81,11 +77,7 @@ def test_no_model_of_an_earlier_trial_is_left_when_the_next_one_is_measured(tmp_
 
     monkeypatch.setattr(trial, "run", fake)
     chosen = settings.search.model_copy(update={"references": ("llm_pruner", "uniform8")})
-<<<<<<< HEAD
     contexts = contexts_of(UNITS)
-=======
-    context = types.SimpleNamespace(units=[None] * UNITS, further=None)
->>>>>>> chat
     chosen = settings.model_copy(update={"search": chosen})
     study = Study(tmp_path, STUDY)
     with tracking.stage("search", {}) as run:
