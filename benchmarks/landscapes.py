@@ -116,6 +116,13 @@ class Landscape:
             self, spaces=spaces, about=f"{self.about}, at {', '.join(f'{one:g}' for one in spaces.at)} alone"
         )
 
+    def within(self, max_8bit_fraction: float) -> Landscape:
+        """Return the landscape with a limit on the share of raised units, as section ``search`` has it."""
+        most = int(self.spaces.units * max_8bit_fraction + 1e-9)
+        limited = {ratio: replace(space, max_raised=most) for ratio, space in self.spaces.at.items()}
+        about = f"{self.about}, at most {most} of {self.spaces.units} units raised"
+        return replace(self, spaces=Spaces(limited, {}), about=about)
+
     def told(self, kind: str, seed: int) -> dict[float, Priors]:
         """Return what a search is told before its first trial, at each ratio.
 

@@ -125,8 +125,7 @@ def _random(space: Space, generator: random.Random) -> Iterator[Bits]:
 def jobs(chosen: Sequence[Vector], recovered: int, steps: int) -> list[tuple[Vector, int]]:
     """Return (vector, steps) in the order in which they are measured.
 
-    First all without recovery. Some of a ratio follow each other; which those are depends on the place in the list alone,
-    so that a list's beginning is as well spread.
+    First all without recovery. Some of a ratio follow each other, in blocks of the list: its beginning stays spread.
     """
     ratios = len({vector.ratio for vector in chosen})
     order: list[tuple[Vector, int]] = []

@@ -1,12 +1,13 @@
 """How many trials does a sampler need? Samplers replayed on a landscape of quality, with the noise of a trial.
 
     python -m benchmarks.samplers [folder of a recorded landscape] [seeds=20] [trials=50] [noise=0.01]
-        [objective=response_logprob] [told=OBJECTIVE] [memory=training] [ratios=0.2,...] [units=30] [arms=a,b,...]
-        [out=reports] [workers=cores]
+        [objective=response_logprob] [told=OBJECTIVE] [memory=training] [ratios=0.2,...] [max_8bit_fraction=1.0]
+        [units=30] [arms=a,b,...] [out=reports] [workers=cores]
 
 Without a folder: a synthetic landscape of 30 blocks, made like the measured one (additive gains, small interactions) at
-four pruning ratios; with ``ratios=0.2`` that of one ratio and a quarter of the blocks. With one (``python -m
-benchmarks.record`` writes it): a smooth model fitted on its table, which knows every vector; ``ratios`` keeps some.
+four pruning ratios; with ``ratios=0.2`` that of one ratio, at most a quarter of the blocks raised. With one (``python
+-m benchmarks.record`` writes it): a smooth model fitted on its table, which knows every vector. ``ratios`` keeps some
+of its ratios, ``max_8bit_fraction`` limits the share of raised units.
 Writes ``reports/samplers.csv`` and ``reports/samplers.png``: the hypervolume of the tried vectors' true qualities,
 as a share of the best known, after each trial, with quartiles over the seeds. ``told``: the search raises another
 objective of the landscape than the one it is judged by. Arms of the same landscape that a former call left there are
@@ -238,15 +239,17 @@ def landscape_of(place: str | None, given: dict[str, str], objective: str | None
         objective: The quality; None: the default one.
     """
     ratios = [float(ratio) for ratio in given["ratios"].split(",")] if "ratios" in given else []
-    if place is not None:
+    noise, units = float(given.get("noise", 0.01)), int(given.get("units", 30))
+    if place is None and ratios == [landscapes.ALONE]:
+        return landscapes.synthetic(noise, units=units)
+    if place is None:
+        landscape = landscapes.joint(noise, units=units)
+    else:
         memory = given.get("memory", "training")
         landscape = landscapes.recorded(Path(place), objective or "response_logprob", memory)
-        return landscape.only(ratios) if ratios else landscape
-    noise, units = float(given.get("noise", 0.01)), int(given.get("units", 30))
-    if ratios == [landscapes.ALONE]:
-        return landscapes.synthetic(noise, units=units)
-    landscape = landscapes.joint(noise, units=units)
-    return landscape.only(ratios) if ratios else landscape
+    if ratios:
+        landscape = landscape.only(ratios)
+    return landscape.within(float(given["max_8bit_fraction"])) if "max_8bit_fraction" in given else landscape
 
 
 if __name__ == "__main__":
