@@ -60,8 +60,7 @@ def vectors(spaces: Spaces, priors: Mapping[float, Priors], count: int, seed: in
     size by sensitivity per byte, a random one, a neighbour of a greedy one, a random one.
     """
     sources = [
-        (Vector(ratio, bits) for bits in _of_ratio(space, priors[ratio], random.Random(f"{seed} {ratio:g}")))
-        for ratio, space in spaces.at.items()
+        _of_ratio(ratio, space, priors[ratio], random.Random(f"{seed} {ratio:g}")) for ratio, space in spaces.at.items()
     ]
     chosen: list[Vector] = []
     while sources and len(chosen) < count:
@@ -74,25 +73,25 @@ def vectors(spaces: Spaces, priors: Mapping[float, Priors], count: int, seed: in
     return chosen
 
 
-def _of_ratio(space: Space, priors: Priors, generator: random.Random) -> Iterator[Bits]:
-    """Yield distinct feasible bit vectors until there are hardly any left."""
+def _of_ratio(ratio: float, space: Space, priors: Priors, generator: random.Random) -> Iterator[Vector]:
+    """Yield distinct feasible vectors of a ratio until there are hardly any left."""
     importance = space.per_byte(priors.sensitivity)
     greedy = _greedy(space, importance)
     generator.shuffle(greedy)
     near, anywhere = _neighbours(space, greedy, generator), _random(space, generator)
     seen: set[Bits] = set()
 
-    def fresh(source: Iterator[Bits]) -> Iterator[Bits]:
+    def fresh(source: Iterator[Bits]) -> Iterator[Vector]:
         for bits in source:
             if bits not in seen and bits in space:
                 seen.add(bits)
-                yield bits
+                yield Vector(ratio, bits)
 
     yield from fresh((width,) * space.units for width in space.widths)
     sources = [fresh(source) for source in (iter(greedy), anywhere, near)]
     order = [sources[0], sources[1], sources[2], sources[1]]
     while True:
-        several = [bits for source in order if (bits := next(source, None)) is not None]
+        several = [vector for source in order if (vector := next(source, None)) is not None]
         if not several:
             return
         yield from several
