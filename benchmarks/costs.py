@@ -168,7 +168,7 @@ def recovery(setup: Setup) -> dict[str, Figure]:
     setup.seconds["ours", "recover"], setup.seconds["theirs", "recover"], _ = seconds
     for name, found in (("recovery", rows), ("validation", context.validation)):
         setup.work[f"{name}_tokens"] = sum(len(row.tokens) for row in found)
-        setup.work[f"{name}_heads"] = sum(len(row.tokens) - max(row.response, 1) for row in found)
+        setup.work[f"{name}_heads"] = sum(sum(end - max(start, 1) for start, end in row.responses) for row in found)
     rates = [len(rows) / value for value in seconds]
     return {
         "recovery": more_is_better(rates[0], rates[1], "rows/s", repeats),
@@ -267,7 +267,7 @@ def trial_flops(setup: Setup) -> dict[str, Figure]:
     shapes = [
         architecture.linear_shape(config, shape, name)
         for shape in architecture.shapes(config)
-        for name in architecture.LINEARS
+        for name in architecture.linear_names(config)
     ]
     head = config.vocab_size * config.hidden_size
     linears = sum(outputs * inputs for outputs, inputs in shapes)

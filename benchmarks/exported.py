@@ -5,10 +5,11 @@
     python -m benchmarks.exported questions
 
 In a project's folder, after ``build``. FORM names a file: ``untouched-f16``, ``untouched-bf16``, ``untouched-q8``,
-``built`` (as the stage writes it), ``separate`` (adapters beside), ``built-q5`` (4 bits as Q5_0), ``built-f16``; files
-are written to ``artifacts/benchmark`` and kept there. ``answers``: nats of a response token beside the built model's,
-on the rows held out of recovery, or on ``count`` rows of another file. ``speed``: tokens a second of prompts of 128
-tokens and of 32 generated tokens, one file after the other in every round. ``questions``: greedy answers to five.
+``built`` (as the stage writes it), ``nearest`` (each weight at its nearest level), ``separate`` (adapters beside),
+``built-q5`` (4 bits as Q5_0), ``built-f16``; files are written to ``artifacts/benchmark`` and kept there. ``answers``:
+nats of a response token beside the built model's, on the rows held out of recovery, or on ``count`` rows of another
+file. ``speed``: tokens a second of prompts of 128 tokens and of 32 generated tokens, one file after the other in every
+round. ``questions``: greedy answers to five, of the file and of the built model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from gguf import GGMLQuantizationType as Kind
 
 from pipeline import checkpoint, checks
@@ -24,13 +26,16 @@ from pipeline.data import alpaca
 from pipeline.export import answers, dense, gguf_file, llama, speed
 from pipeline.export.gguf_file import Types
 from pipeline.paths import ALPACA, BASE, FINAL
+from pipeline.stages import export
 
 PLACE = Path("artifacts/benchmark")
+LENGTH = 48  # tokens of an answer
 FORMS = {
     "untouched-f16": (BASE, Types(*(Kind.F16,) * 5)),
     "untouched-bf16": (BASE, gguf_file.SIXTEEN),
     "untouched-q8": (BASE, Types(*(Kind.Q8_0,) * 5)),
     "built": (FINAL, Types()),
+    "nearest": (FINAL, Types()),
     "separate": (FINAL, Types()),
     "built-q5": (FINAL, Types(four=Kind.Q5_0)),
     "built-f16": (FINAL, Types(*(Kind.F16,) * 5)),
@@ -50,8 +55,11 @@ def file_of(form: str) -> tuple[Path, Path | None]:
     file, adapters = PLACE / f"{form}.gguf", PLACE / "adapters.gguf" if form == "separate" else None
     if not file.exists():
         PLACE.mkdir(parents=True, exist_ok=True)
-        model = dense.read(folder)
-        gguf_file.write(file, model, checkpoint.load_tokenizer(folder), form, types, merge=adapters is None)
+        model, merge = dense.read(folder), adapters is None
+        rounded = {}
+        if form in ("built", "separate"):
+            rounded = export.fitted(checks.load(), model, model.merged if merge else model.base)
+        gguf_file.write(file, model, checkpoint.load_tokenizer(folder), form, types, merge=merge, rounded=rounded)
         if adapters:
             gguf_file.write_adapters(adapters, model, form)
     return file, adapters
@@ -90,14 +98,16 @@ def race(forms: Sequence[str], rounds: int, threads: int) -> None:
 
 
 def ask() -> None:
-    """Print the greedy answers of the built model's file."""
+    """Print greedy answers of the built model's file and of the built model."""
     tokenizer = checkpoint.load_tokenizer(FINAL)
-    path, _ = file_of("built")
-    with llama.running(path, llama.threads(), 256) as running:
-        for question in QUESTIONS:
-            print(
-                f"{question}\n  {running.generate(tokenizer.encode(alpaca.prompt(question)), 48).strip()!r}", flush=True
-            )
+    prompts = {question: tokenizer.encode(alpaca.prompt(question)) for question in QUESTIONS}
+    with llama.running(file_of("built")[0], llama.threads(), 256) as running:
+        told = {question: running.generate(prompt, LENGTH) for question, prompt in prompts.items()}
+    model = checkpoint.load_final(FINAL)
+    for question, prompt in prompts.items():
+        tokens = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=LENGTH, do_sample=False)
+        own = tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True)
+        print(f"{question}\n  file:  {told[question].strip()!r}\n  model: {own.strip()!r}", flush=True)
 
 
 def main(what: str, *given: str) -> None:

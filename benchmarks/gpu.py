@@ -34,27 +34,35 @@ from pipeline.settings import settings_of
 from pipeline.stages import trials
 from pipeline.trial import evaluate, even, loss, recover, trial
 from pipeline.trial.assemble import assemble
-from pipeline.trial.context import Context
+from pipeline.trial.context import Context, Passes
 from pipeline.trial.recover import Rows
 
 DEVICE = torch.device("cuda")
 
 
-def random_context(asked: plan.Asked, ratio: float, tokenizer: Any, steps: int, limit: int, folder: Path) -> Any:
-    """Return a trial's context of a random model, its bank made on the GPU; print how long the bank took."""
+def random_context(
+    asked: plan.Asked,
+    ratio: float,
+    tokenizer: Any,
+    steps: int,
+    limit: int,
+    folder: Path,
+    device: torch.device = DEVICE,
+) -> Any:
+    """Return a trial's context of a random model, its bank made on the device; print how long the bank took."""
     params = asked.params
     config = even.pruned(asked.config, ratio, multiple_of=8)
     config.vocab_size = max(config.vocab_size, len(tokenizer))
     config.max_position_embeddings = max(config.max_position_embeddings, 2048)
     torch.manual_seed(0)
-    with DEVICE:
+    with device:
         state = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
     state = {name: tensor.cpu() for name, tensor in state.items()}
     groups, adapters = (
         layer_bank.groups_of(config),
         settings_of(quantize.Settings, params.quantize, method="nearest", init="loftq"),
     )
-    spent = seconds(lambda: bank_writer.write(state, groups, adapters, 0, folder, DEVICE))
+    spent = seconds(lambda: bank_writer.write(state, groups, adapters, 0, folder, device))
     size = sum(state[f"{name}.weight"].numel() for name in layer_bank.names_of(config))
     print(f"layer bank of {size / 1e9:.2f}e9 parameters: {spent:.1f} s\n", flush=True)
     settings = params.recover.model_copy(update={"steps": steps, "warmup_steps": 1, "save_every": 0})
@@ -64,13 +72,16 @@ def random_context(asked: plan.Asked, ratio: float, tokenizer: Any, steps: int, 
     rows, validation = (alpaca.encode(part, tokenizer, settings.max_length) for part in (train, held_out))
     loaded = tasks.load(params.evaluate.tasks, Path("data/sample/benchmarks"))
     units = architecture.units(config, "block")
-    compute = Compute(DEVICE, torch.bfloat16)
+    compute = Compute(device, torch.bfloat16 if device == DEVICE else torch.float32)
+    state = {name: tensor.to(compute.dtype) for name, tensor in state.items()}
     bank, how = layer_bank.Bank(folder), trials.settings(params)
     return Context(config, state, bank, tokenizer, units, loaded, rows, validation, how, compute)
 
 
 def seconds(work: Callable[[], Any]) -> float:
     """Return the seconds of some work on the GPU."""
+    if not torch.cuda.is_available():
+        return timed(work)
 
     def finished() -> None:
         work()
@@ -90,10 +101,13 @@ def a_trial(context: Any, bits: list[int]) -> Lines:
     held = torch.cuda.memory_allocated()
     result, _ = trial.run(context, bits)
     found = [[f"trial: {phase}, s", f"{value:.1f}", "-", "-"] for phase, value in result.seconds.items()]
-    predicted = context.predict(bits)
+    of_run = result.memory.of_run
+    passes = Passes(of_run["run_micro_batch_size"], of_run["run_batch_tokens"])
+    found.append(["passes: rows in recovery, tokens in evaluation", f"{passes.rows}, {passes.tokens}", "-", "-"])
+    predicted = context.predict_run(bits, passes)
     peaks = {
-        "training": ((result.peak_memory_bytes or 0) - held, predicted.training),
-        "inference": (result.inference_memory_bytes - held, predicted.inference),
+        "training": (of_run["run_peak_memory_bytes"] - held, predicted.training),
+        "inference": (of_run["run_inference_memory_bytes"] - held, predicted.inference),
     }
     for step, (real, guess) in peaks.items():
         error = f"{100 * (guess / real - 1):+.2f} %"

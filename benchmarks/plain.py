@@ -83,7 +83,7 @@ def _adapted(context: Context, state: dict[str, torch.Tensor]) -> PeftModel:
 
 
 def _adapters(context: Context) -> LoraConfig:
-    return lora_config(context.bank.settings, context.settings.recover.dropout)
+    return lora_config(context.config, context.bank.settings, context.settings.recover.dropout)
 
 
 class _Collator:

@@ -17,7 +17,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from pipeline import checkpoint, checks, overrides, storage
 from pipeline.compress.modules import head_of, last_states
 from pipeline.data.alpaca import IGNORED, Example, batches
 from pipeline.identity import TRIAL, code
+from pipeline.params import Params
 from pipeline.paths import BASE
 from pipeline.search import paired
 from pipeline.stages.supplies import Supplies
@@ -117,14 +120,23 @@ def parse(name: str, settings: dict[str, int]) -> Arm:
     return Arm(name, changes, numbers["steps"], numbers["bits"], numbers["limit"])
 
 
-def measure(arm: Arm, text: str) -> dict[str, Any]:
-    """Return all figures of an arm."""
+def prepare(arm: Arm, ratios: Sequence[float] = ()) -> tuple[Params, Context, float]:
+    """Return an arm's params, what its models come from, and the seconds that making it took.
+
+    Args:
+        arm: The arm.
+        ratios: Pruning ratios of other arms, whose models are made with this one's where they are missing.
+    """
     named = {key: (key, value) for key, value in arm.changes.items()}
     faults = overrides.adopt(overrides.DEFAULT, "", named)
     params, start = checks.load(more=faults), time.perf_counter()
-    context = Supplies(params).context
-    made = time.perf_counter() - start
-    judge, vector = Judge(context, text), (arm.bits,) * len(context.units)
+    context = Supplies(params, ratios).context
+    return params, context, time.perf_counter() - start
+
+
+def measure(arm: Arm, params: Params, context: Context, judge: Judge) -> dict[str, Any]:
+    """Return an arm's figures before and after its recovery."""
+    vector = (arm.bits,) * len(context.units)
     model = assemble(context, vector)
     before = judge.read(model)
     del model
@@ -138,8 +150,24 @@ def measure(arm: Arm, text: str) -> dict[str, Any]:
         "gold_logprob": result.scores.gold_logprob,
         "accuracy": result.scores.mean,
         "accuracy_stderr": result.scores.mean_stderr,
-        "seconds": result.seconds | {"bank": made},
+        "seconds": result.seconds,
     }
+
+
+def whole(arm: Arm, text: str) -> dict[str, Any]:
+    """Return an arm's figures and what its bank took."""
+    params, context, made = prepare(arm)
+    found = measure(arm, params, context, Judge(context, text))
+    return found | {"seconds": found["seconds"] | {"bank": made}}
+
+
+def kept(file: Path, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures that a file has under a key; without them the work is done and they are written."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if key not in known:
+        known[key] = work()
+        storage.write_text(file, json.dumps(known))
+    return known[key]
 
 
 def perplexity(read: dict[str, Any]) -> float:
@@ -184,19 +212,16 @@ def main(folder: Path, words: list[str]) -> None:
     given = dict(word.split("=", 1) for word in words if ":" not in word and "=" in word)
     text = Path(given.pop("text")).read_text(encoding="utf-8")
     settings = {"steps": 32, "limit": 200, "bits": 4} | {key: int(value) for key, value in given.items()}
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     first = None
     for word in [word for word in words if ":" in word]:
         arm = parse(word, settings)
         key = f"{json.dumps(asdict(arm), sort_keys=True)} {code(*TRIAL, 'pipeline.stages.quantize')}"
-        if key not in kept:
-            kept[key] = measure(arm, text)
-            storage.write_text(RESULTS, json.dumps(kept))
-        print(line(arm.name, kept[key]), flush=True)
+        found = kept(RESULTS, key, partial(whole, arm, text))
+        print(line(arm.name, found), flush=True)
         if first is None:
-            first = kept[key]
+            first = found
         else:
-            print(f"    gains {gains(kept[key], first)}", flush=True)
+            print(f"    gains {gains(found, first)}", flush=True)
 
 
 if __name__ == "__main__":

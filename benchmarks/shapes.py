@@ -1,134 +1,96 @@
-"""One shape for all blocks against a shape for each: what it costs, before and after a recovery in 16 bits.
+"""One shape for all blocks against a shape for each: what it costs at 16 bits, at 4, and after a recovery.
 
-    python -m benchmarks.shapes artifacts/base alpaca=FILE text=FILE [ratios=0.1,0.2,0.35] [steps=16] [key=value ...]
+    python -m benchmarks.shapes FOLDER text=FILE [ratios=0.1,0.2,0.35] [ways=free,uniform] [steps=32] [limit=200]
+        [KEY=VALUE ...]
 
-A line for each ratio and way to cut: ``free`` with the block ranges of params.yaml, ``free, all blocks`` without them,
-and ``uniform``. Perplexity of 20 windows of 256 tokens of the text's first 200,000 characters; mean loss of a token of
-48 held-out responses. The rest of section ``prune`` is that of params.yaml, changed by key=value. ``steps=0`` leaves
-out the recovery; else LoRA trains that many optimizer steps on the other rows, as section ``recover`` says. All in
-fp32; both sides of a ratio share calibration, rows and order.
+In a folder with ``artifacts/base``, ``data/`` and ``params.yaml``; KEY=VALUE changes the params of all arms, as
+``quantize.samples=24``. Ways: ``free`` with the block ranges of the params, ``everywhere`` (free shapes, all blocks may
+lose) and ``uniform``. One calibration serves all ratios of a way. Models and banks are kept in ``artifacts/table``,
+results in ``reports/shapes.json``, so that a killed run goes on.
+
+A line for each ratio and way: what was removed, shapes and multiply-adds of a token; perplexity of 20 windows of 256
+tokens of the text, loss of held-out responses and divergence from the dense model there: pruned in 16 bits, at 4 bits
+with its adapters as they start, and after the recovery; gold answers and accuracy of ``limit`` items a task that trials
+do not see. Then what uniform gains over the first way at the same ratio, with paired standard errors.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import get_peft_model
+from benchmarks import recovery
+from benchmarks.recovery import Arm, Judge
+from pipeline import architecture
+from pipeline.export import speed
+from pipeline.identity import TRIAL, code
+from pipeline.trial.assemble import assemble
 
-from benchmarks import perplexity
-from pipeline import architecture, checkpoint, documents, params
-from pipeline.compress import prune, quantize
-from pipeline.compress.prune import Pruned
-from pipeline.data import alpaca, calibration
-from pipeline.data.alpaca import Example
-from pipeline.settings import pruning, settings_of
-from pipeline.trial import adapters, recover
-from pipeline.trial.recover import Rows
-from pipeline.trial.training import Settings as Training
-
-HELD_OUT, SEED = 48, 42
-WHOLE = params.BlockRange(first=0, last=-1)
-WAYS: dict[str, dict[str, Any]] = {
-    "free": {"shapes": "free"},
-    "free, all blocks": {"shapes": "free", "attention_blocks": WHOLE, "mlp_blocks": WHOLE},
-    "uniform": {"shapes": "uniform", "attention_blocks": WHOLE, "mlp_blocks": WHOLE},
+RESULTS = Path("reports/shapes.json")
+EVERYWHERE = {
+    f"prune.{kind}_blocks.{end}": block
+    for kind in ("attention", "mlp")
+    for end, block in (("first", "0"), ("last", "-1"))
+}
+WAYS = {
+    "free": {"prune.shapes": "free"},
+    "everywhere": {"prune.shapes": "free"} | EVERYWHERE,
+    "uniform": {"prune.shapes": "uniform"} | EVERYWHERE,
 }
 
 
-@dataclass(frozen=True)
-class Judge:
-    """What a model is judged by and recovered on."""
-
-    tokenizer: Any
-    text: str
-    rows: Rows
-    training: Training
-    lora: quantize.Settings
-
-    def figures(self, model: Any) -> str:
-        """Return perplexity and response loss."""
-        losses = recover.row_losses(model, self.rows.validation, 8, self.rows.padding)
-        words = perplexity.perplexity(model, self.tokenizer, self.text)
-        return f"perplexity {words:.2f}, response loss {recover.mean_loss(losses)[0]:.4f}"
-
-    def recovered(self, model: Any) -> Any:
-        """Return the model trained with adapters."""
-        with torch.random.fork_rng():
-            torch.manual_seed(SEED)
-            wrapped = get_peft_model(model, adapters.lora_config(self.lora, self.training.dropout))
-        adapters.use_byte_dropout(wrapped, self.training.dropout)
-        recover.run(wrapped, self.rows, self.training, SEED)
-        return wrapped.eval()
+def measure(arm: Arm, text: str, ratios: Sequence[float]) -> dict[str, Any]:
+    """Return all figures of an arm."""
+    params, context, _ = recovery.prepare(arm, ratios)
+    judge, config = Judge(context, text), context.config
+    pruned = asdict(judge.read(assemble(context, (16,) * len(context.units))))
+    shapes = sorted({(shape.heads, shape.kv_heads, shape.channels) for shape in architecture.shapes(config)})
+    sizes = speed.analytic(config) | {"shapes": shapes}
+    return recovery.measure(arm, params, context, judge) | {"pruned": pruned, "sizes": sizes}
 
 
-def judge(tokenizer: Any, sections: dict[str, Any], rows: Path, text: Path, steps: int) -> Judge:
-    """Return the judge of all ways to cut."""
-    section = params.Recover.model_validate(sections["recover"])
-    training = replace(settings_of(Training, section), steps=steps)
-
-    def encoded(part: Sequence[dict[str, str]]) -> list[Example]:
-        return alpaca.encode(part, tokenizer, section.max_length)
-
-    train, held_out = alpaca.split(alpaca.read(rows), HELD_OUT, SEED)
-    needed = steps * training.batch_size * 2
-    data = Rows(encoded(train[:needed]), encoded(held_out), tokenizer.pad_token_id)
-    lora = settings_of(quantize.Settings, params.Quantize.model_validate(sections["quantize"]))
-    return Judge(tokenizer, text.read_text(encoding="utf-8"), data, training, lora)
+def line(name: str, found: dict[str, Any]) -> str:
+    """Return an arm's figures as text."""
+    sizes, shapes = found["sizes"], found["sizes"]["shapes"]
+    shape = f"all blocks {tuple(shapes[0])}" if len(shapes) == 1 else f"{len(shapes)} shapes"
+    states = " -> ".join(recovery.shown(found[state]) for state in ("pruned", "before", "after"))
+    return (
+        f"{name}: {sizes['parameters'] / 1e6:.2f} M parameters, {sizes['multiply_adds'] / 1e6:.2f} M multiply-adds, "
+        f"{shape}: perplexity, response, divergence {states}; gold {found['gold_logprob']:.4f}; accuracy "
+        f"{100 * found['accuracy']:.1f} ± {100 * found['accuracy_stderr']:.1f}"
+    )
 
 
-def cut(
-    folder: Path, rows: Path, section: params.Prune, ratios: Sequence[float]
-) -> Iterator[tuple[str, float, Pruned]]:
-    """Yield each way's name, ratio and pruned model; the dense model is scored once for all."""
-    tokenizer = checkpoint.load_tokenizer(folder)
-    asked: dict[str, Any] = {"text": section.text, "samples": section.samples, "max_length": section.max_length}
-    parts = calibration.batches(tokenizer, rows, HELD_OUT, SEED, **asked)
-    dense = checkpoint.load_base(folder, dtype=torch.float32)
-    every = architecture.parameters(dense.config)
-    settings = {name: pruning(section.model_copy(update=way)) for name, way in WAYS.items()}
-    scores, grams = prune.scored(dense, parts, settings["uniform"], SEED)  # whose ranges hold all blocks
+def main(folder: Path, given: dict[str, str]) -> None:
+    """Print a line for each way to cut and ratio."""
+    os.chdir(folder)
+    text = Path(given.pop("text")).read_text(encoding="utf-8")
+    ratios = [float(ratio) for ratio in given.pop("ratios", "0.1,0.2,0.35").split(",")]
+    ways = given.pop("ways", "free,uniform").split(",")
+    steps, limit = int(given.pop("steps", "32")), int(given.pop("limit", "200"))
+    measured_by = code(*TRIAL, "pipeline.stages.prune", "pipeline.stages.quantize")
     for ratio in ratios:
-        for name, one in settings.items():
-            prune.check(dense.config, replace(one, ratio=ratio))
-            keep = prune.select(scores, dense.config, round(every * ratio), one)
-            config, state = prune.remove(dense, keep, grams)
-            yield name, ratio, Pruned(config, state, (every, architecture.parameters(config)), keep)
-
-
-def main(folder: Path, rows: Path, text: Path, ratios: Sequence[float], steps: int, changes: dict[str, Any]) -> None:
-    """Print a line for the untouched model and one for each way to cut and ratio."""
-    sections = documents.read("params.yaml")
-    section = params.Prune.model_validate(sections["prune"] | changes)
-    if section.steps > 1:
-        raise SystemExit("prune.steps: the dense model is scored once here; set it to 1")
-    chief = judge(checkpoint.load_tokenizer(folder), sections, rows, text, steps)
-    print(f"untouched: {chief.figures(checkpoint.load_model(folder, dtype=torch.float32))}", flush=True)
-    for name, ratio, pruned in cut(folder, rows, section, ratios):
-        start = time.perf_counter()
-        model = checkpoint.from_state(pruned.config, pruned.state).float().eval()
-        before = chief.figures(model)
-        after = f"; after {steps} steps {chief.figures(chief.recovered(model))}" if steps else ""
-        shapes = {(one.heads, one.kv_heads, one.channels) for one in architecture.shapes(pruned.config)}
-        shown = f"all blocks {shapes.pop()}" if len(shapes) == 1 else f"{len(shapes)} shapes"
-        print(
-            f"{name}, ratio {ratio}: removed {pruned.ratio:.4f}, {shown}: {before}{after}"
-            f" ({time.perf_counter() - start:.0f} s)",
-            flush=True,
-        )
+        first = None
+        for way in ways:
+            changes = given | WAYS[way] | {"prune.ratio": str(ratio)}
+            arm = Arm(f"{way} {ratio}", changes, steps, 4, limit)
+            key = f"{json.dumps(asdict(arm), sort_keys=True)} {measured_by}"
+            found = recovery.kept(RESULTS, key, partial(measure, arm, text, ratios))
+            print(line(arm.name, found), flush=True)
+            if first is None:
+                first = found
+            else:
+                print(f"    gains {recovery.gains(found, first)}", flush=True)
 
 
 if __name__ == "__main__":
-    base, *rest = sys.argv[1:]
-    given = dict(item.split("=", 1) for item in rest)
-    if len({"alpaca", "text"} & given.keys()) < 2:
+    words = dict(word.split("=", 1) for word in sys.argv[2:])
+    if "text" not in words:
         raise SystemExit(__doc__)
-    alpaca_, text_ = Path(given.pop("alpaca")), Path(given.pop("text"))
-    ratios_ = [float(ratio) for ratio in given.pop("ratios", "0.1,0.2,0.35").split(",")]
-    steps_ = int(given.pop("steps", "16"))
-    main(Path(base), alpaca_, text_, ratios_, steps_, {key: documents.parse(value) for key, value in given.items()})
+    main(Path(sys.argv[1]), words)

@@ -1,40 +1,30 @@
-"""What the supported families look like inside: blocks, coupled structures, linears.
+"""What follows from a family's description: blocks, coupled structures, linears, sizes, units of bits.
 
-The only module that knows where heads, channels and linears are; torch is imported where a tensor is made, so that
-settings are checked without it. Llama, Mistral, Qwen2 and Qwen3 share one
-decoder block: grouped-query attention with ``q, k, v, o`` projections, then a gated MLP with ``gate, up, down``.
+Families are described in ``families``; torch is imported where a tensor is made, so that settings are checked without
+it. A block is attention, then a gated MLP. Its structures are key/value heads with their query heads, and MLP channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
+
+from pipeline.families import CHANNELS, FAMILIES, HEAD, HIDDEN, KEYS, QUERIES, REASONS, Family, Linear
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-LINEARS = ATTENTION + MLP
-TARGET_MODULES = [name.split(".")[1] for name in LINEARS]
+__all__ = ["FAMILIES", "BlockShape", "Config", "Unit"]
 
-# Coupled structures (paper section 3.1): removing an output neuron of a root removes the outputs that are multiplied
-# with it and the inputs that read it. Followed from q and from gate through the block's graph, that closes on these.
-COUPLED = {
-    "attention": ((ATTENTION[0], "out"), (ATTENTION[1], "out"), (ATTENTION[2], "out"), (ATTENTION[3], "in")),
-    "mlp": ((MLP[0], "out"), (MLP[1], "out"), (MLP[2], "in")),
-}
-
-# What one bit choice covers, finest last. Serving runtimes fuse q, k, v and gate, up, so that `group` is portable.
-GRANULARITIES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "block": (("block", LINEARS),),
-    "group": (("qkv", ATTENTION[:3]), ("o", ATTENTION[3:]), ("gate_up", MLP[:2]), ("down", MLP[2:])),
-    "linear": tuple((name.split(".")[1], (name,)) for name in LINEARS),
-}
+# Kinds of coupled structures (paper section 3.1), by what leaves with one: removing an output neuron of a root removes
+# the outputs that are multiplied with it and the inputs that read it. Followed from q and from gate through the block's
+# graph, that closes on these.
+KINDS = {"attention": (QUERIES, KEYS), "mlp": (CHANNELS,)}
+_KIND_OF = {axis: kind for kind, axes in KINDS.items() for axis in axes}
+GRANULARITIES = ("block", "group", "linear")  # what one bit choice covers, finest last; `group` is portable
 
 
 class Config(Protocol):
@@ -84,16 +74,61 @@ class Unit:
     linears: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Member:
+    """A part of a linear that coupled structures share out among them.
+
+    Attributes:
+        linear: The linear's name within its block.
+        dim: 0: of its rows, which the structures put out; 1: of its columns, which read them.
+        start: Its first row or column.
+        width: Rows or columns of one structure.
+        size: Rows or columns of all of them.
+        bias: Whether each of its rows has a bias.
+    """
+
+    linear: str
+    dim: int
+    start: int
+    width: int
+    size: int
+    bias: bool
+
+
 def family(config: Config) -> str:
     """Return the family of a config, pruned or not.
 
     Raises:
-        ValueError: The family has no adapter.
+        ValueError: The family has no description.
     """
     name = config.model_type.removeprefix("pruned_")
     if name not in FAMILIES:
-        raise ValueError(f"model family {config.model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
+        raise ValueError(unsupported(config.model_type))
     return name
+
+
+def supported(name: object) -> bool:
+    """Return whether a ``model_type`` is that of a supported family, pruned or not."""
+    return isinstance(name, str) and name.removeprefix("pruned_") in FAMILIES
+
+
+def unsupported(name: object) -> str:
+    """Return what to say of a ``model_type`` that is not supported."""
+    reason = f" ({REASONS[str(name)]})" if str(name) in REASONS else ""
+    return (
+        f"model family {str(name)[:40]!r} is not supported{reason}; use one of {', '.join(FAMILIES)}. Another one "
+        "takes a description of its linears, norms and what couples them (docs/families.md)"
+    )
+
+
+def defaults(name: object) -> Mapping[str, object]:
+    """Return what a ``config.json`` of a ``model_type`` may leave out, where most families have another default."""
+    return FAMILIES[str(name).removeprefix("pruned_")].defaults if supported(name) else {}
+
+
+def description(config: Config) -> Family:
+    """Return the description of a config's family."""
+    return FAMILIES[family(config)]
 
 
 def head_dim(config: Config) -> int:
@@ -120,15 +155,38 @@ def linear_name(block: int, name: str) -> str:
     return f"model.layers.{block}.{name}"
 
 
+def linear_names(config: Config) -> tuple[str, ...]:
+    """Return the names that a block's linears have within it."""
+    return tuple(linear.name for linear in description(config).linears)
+
+
+def linear_of(config: Config, name: str) -> Linear:
+    """Return the description of a linear by its name within its block."""
+    return next(linear for linear in description(config).linears if linear.name == name)
+
+
+def target_modules(config: Config) -> list[str]:
+    """Return the names by which PEFT finds the linears."""
+    return [name.rpartition(".")[2] for name in linear_names(config)]
+
+
 def linears(config: Config) -> Iterator[str]:
     """Yield the full name of every linear of every block, in the order of the blocks."""
     for block in range(config.num_hidden_layers):
-        for name in LINEARS:
+        for name in linear_names(config):
             yield linear_name(block, name)
 
 
+def parts(config: Config, granularity: str) -> Mapping[str, tuple[str, ...]]:
+    """Return what one bit choice covers in a block, in the order of the computation: name -> linears."""
+    if granularity == "group":
+        return description(config).groups
+    names = linear_names(config)
+    return {"block": names} if granularity == "block" else {name.rpartition(".")[2]: (name,) for name in names}
+
+
 def units(config: Config, granularity: str) -> tuple[Unit, ...]:
-    """Return the units of a model: block by block, in the order of ``GRANULARITIES``."""
+    """Return the units of a model: block by block, in the order of ``parts``."""
     return tuple(
         Unit(
             name=str(block) if granularity == "block" else f"{block}.{part}",
@@ -136,7 +194,7 @@ def units(config: Config, granularity: str) -> tuple[Unit, ...]:
             linears=tuple(linear_name(block, name) for name in names),
         )
         for block in range(config.num_hidden_layers)
-        for part, names in GRANULARITIES[granularity]
+        for part, names in parts(config, granularity).items()
     )
 
 
@@ -145,91 +203,118 @@ def group_count(shape: BlockShape, kind: str) -> int:
     return shape.kv_heads if kind == "attention" else shape.channels
 
 
-def member_indices(config: Config, shape: BlockShape, name: str, groups: torch.Tensor) -> torch.Tensor:
-    """Return the rows (or columns) of a linear that belong to coupled structures.
+def width(config: Config, shape: BlockShape, axis: str) -> int:
+    """Return how many rows, columns or values that stand for an axis one coupled structure takes."""
+    if axis == CHANNELS:
+        return 1
+    return head_dim(config) * (shape.heads // shape.kv_heads if axis == QUERIES else 1)
+
+
+def size(config: Config, shape: BlockShape, axis: str) -> int:
+    """Return how many rows, columns or values stand for an axis in a block of this shape."""
+    if axis in (HIDDEN, HEAD):
+        return config.hidden_size if axis == HIDDEN else head_dim(config)
+    return group_count(shape, _KIND_OF[axis]) * width(config, shape, axis)
+
+
+def kept(
+    config: Config, shape: BlockShape, axes: Sequence[str], keep: Mapping[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """Return which rows, columns or values stay, [kept], where some of the structures do; None: all of them.
 
     Args:
         config: The model's config.
         shape: Shape of the block.
-        name: The linear within its block, such as ``self_attn.q_proj``.
-        groups: Indices of the structures, [n].
-
-    Returns:
-        Indices into the coupled dimension, [n * width], group by group.
+        axes: What they stand for, part after part.
+        keep: Kind -> indices of the structures that stay, [n].
     """
     import torch
 
-    width = group_width(config, shape, name)
-    return (groups[:, None] * width + torch.arange(width)).flatten()
+    if all(axis not in _KIND_OF or len(keep[_KIND_OF[axis]]) == group_count(shape, _KIND_OF[axis]) for axis in axes):
+        return None
+    start, indices = 0, []
+    for axis in axes:
+        if (kind := _KIND_OF.get(axis)) is None:
+            here = torch.arange(size(config, shape, axis))
+        else:
+            each = width(config, shape, axis)
+            here = (keep[kind][:, None] * each + torch.arange(each)).flatten()
+        indices.append(start + here)
+        start += size(config, shape, axis)
+    return torch.cat(indices)
 
 
-def group_width(config: Config, shape: BlockShape, name: str) -> int:
-    """Return how many rows or columns of a linear one coupled structure takes."""
-    if name in MLP:
-        return 1
-    rows = head_dim(config)
-    queries = name in (ATTENTION[0], ATTENTION[3])
-    return rows * (shape.heads // shape.kv_heads) if queries else rows
+def members(config: Config, shape: BlockShape, kind: str) -> Iterator[Member]:
+    """Yield what the coupled structures of a kind consist of in a block of this shape, the linear that reads them last.
+
+    Parts of a fused matrix are members of their own, as the matrices that it consists of would be.
+    """
+    for linear in description(config).linears:
+        bias = has_bias(config, linear)
+        for dim, axes in enumerate((linear.outputs, (linear.inputs,))):
+            start = 0
+            for axis in axes:
+                rows = size(config, shape, axis)
+                if axis in KINDS[kind]:
+                    yield Member(linear.name, dim, start, width(config, shape, axis), rows, bias and dim == 0)
+                start += rows
+
+
+def reader(config: Config, kind: str) -> str:
+    """Return the linear that reads a kind's structures, by its name within its block."""
+    return next(linear.name for linear in description(config).linears if linear.inputs in KINDS[kind])
 
 
 def group_parameters(config: Config, shape: BlockShape, kind: str) -> int:
-    """Return the number of parameters that leave with one coupled structure, biases included."""
-    total = 0
-    for name, side in COUPLED[kind]:
-        width = group_width(config, shape, name)
-        total += width * config.hidden_size
-        total += width if side == "out" and has_bias(config, name) else 0
-    return total
+    """Return the number of parameters that leave with one coupled structure, biases and norms included."""
+    linear = sum(member.width * (config.hidden_size + member.bias) for member in members(config, shape, kind))
+    norms = description(config).norms.values()
+    return linear + sum(width(config, shape, axis) for axis in norms if axis in KINDS[kind])
 
 
-def has_bias(config: Config, name: str) -> bool:
-    """Return whether a linear of this family carries a bias."""
-    if family(config) == "qwen2":
-        return name in ATTENTION[:3]
-    if name in MLP:
-        return bool(getattr(config, "mlp_bias", False))
-    return bool(getattr(config, "attention_bias", False))
+def has_bias(config: Config, linear: Linear) -> bool:
+    """Return whether a linear carries a bias."""
+    return bool(getattr(config, linear.bias, False)) if isinstance(linear.bias, str) else linear.bias
 
 
 def linear_shape(config: Config, shape: BlockShape, name: str) -> tuple[int, int]:
     """Return (out_features, in_features) of a linear in a block of this shape."""
-    hidden, size = config.hidden_size, head_dim(config)
-    queries, keys = shape.heads * size, shape.kv_heads * size
-    return {
-        ATTENTION[0]: (queries, hidden),
-        ATTENTION[1]: (keys, hidden),
-        ATTENTION[2]: (keys, hidden),
-        ATTENTION[3]: (hidden, queries),
-        MLP[0]: (shape.channels, hidden),
-        MLP[1]: (shape.channels, hidden),
-        MLP[2]: (hidden, shape.channels),
-    }[name]
+    linear = linear_of(config, name)
+    return sum(size(config, shape, axis) for axis in linear.outputs), size(config, shape, linear.inputs)
 
 
 def dense_parameters(config: Config) -> int:
     """Return the number of parameters outside the linears' weights: embeddings, norms, biases, the head unless tied."""
-    hidden = config.hidden_size
+    hidden, about = config.hidden_size, description(config)
     total = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden + hidden
     for shape in shapes(config):
-        total += 2 * hidden + (2 * head_dim(config) if family(config) == "qwen3" else 0)
-        total += sum(linear_shape(config, shape, name)[0] for name in LINEARS if has_bias(config, name))
+        total += sum(size(config, shape, axis) for axis in about.norms.values())
+        total += sum(linear_shape(config, shape, each.name)[0] for each in about.linears if has_bias(config, each))
     return total
 
 
 def parameters(config: Config) -> int:
     """Return the number of a model's parameters, a tied head counted once."""
-    linear = (linear_shape(config, shape, name) for shape in shapes(config) for name in LINEARS)
+    linear = (linear_shape(config, shape, name) for shape in shapes(config) for name in linear_names(config))
     return dense_parameters(config) + sum(outputs * inputs for outputs, inputs in linear)
 
 
+def window(config: Config) -> int | None:
+    """Return the tokens that blocks with a sliding window see at a time; None: no block has one."""
+    if not description(config).window or not getattr(config, "use_sliding_window", True):
+        return None
+    return getattr(config, "sliding_window", None)
+
+
 @contextmanager
-def block_outputs(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Give a list that a forward pass fills with each block's output, [B, L, hidden].
+def block_outputs(model: nn.Module, linear: str | None = None) -> Iterator[list[torch.Tensor]]:
+    """Give a list that a forward pass fills with each block's output, or that of one of its linears, [B, L, hidden].
 
     Transformers' own ``hidden_states`` end with the state after the last norm, not with the last block's output.
     """
     outputs: list[torch.Tensor] = []
-    handles = [block.register_forward_hook(lambda _, inputs, output: outputs.append(output)) for block in blocks(model)]
+    modules = [block if linear is None else block.get_submodule(linear) for block in blocks(model)]
+    handles = [module.register_forward_hook(lambda _, inputs, output: outputs.append(output)) for module in modules]
     try:
         yield outputs
     finally:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pipeline import architecture, bits
-from pipeline.architecture import ATTENTION, GRANULARITIES, LINEARS, Config
+from pipeline.architecture import Config
 from pipeline.errors import UserError, shown
 from pipeline.paths import BASE
 
@@ -50,14 +50,18 @@ def read(folder: Path) -> SimpleNamespace:
         raise UserError(f"{path} cannot be read ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} cannot be read (it is no JSON object)")
-    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-    values.setdefault("tie_word_embeddings", False)
-    return SimpleNamespace(**values)
+    usual = {"num_key_value_heads": values.get("num_attention_heads"), "tie_word_embeddings": False}
+    return SimpleNamespace(**{**usual, **architecture.defaults(values.get("model_type")), **values})
 
 
 def complete(config: Config) -> bool:
     """Return whether a config has all the sizes that the checks read; transformers has defaults for those it lacks."""
     return all(getattr(config, size, None) is not None for size in _SIZES)
+
+
+def units_a_block(granularity: str) -> int:
+    """Return the units of a block of the model that was fetched; 1 if none was."""
+    return len(architecture.parts(read(BASE), granularity)) if (BASE / "config.json").exists() else 1
 
 
 def unusable(config: Config) -> str | None:
@@ -71,7 +75,8 @@ def unusable(config: Config) -> str | None:
     layers = getattr(config, "num_hidden_layers", None) or 1
     if layers > _MOST_BLOCKS:
         return f"model.source: its config.json has num_hidden_layers {layers:,}; models have at most {_MOST_BLOCKS:,}"
-    heads, shared = getattr(config, "num_attention_heads", None) or 1, config.num_key_value_heads or 1
+    shared = config.num_key_value_heads or 1
+    heads = getattr(config, "num_attention_heads", None) or shared
     if heads % shared:
         return f"model.source: its config.json has {heads} attention heads, no multiple of its {shared} key/value heads"
     hidden = getattr(config, "hidden_size", None) or heads
@@ -96,9 +101,10 @@ def dense(config: Config) -> str | None:
 def rank(config: Config, asked: int) -> str | None:
     """Refuse a LoRA rank that a linear cannot have."""
     shape = architecture.shapes(config)[0]
-    smallest = min(min(architecture.linear_shape(config, shape, name)) for name in LINEARS)
+    sizes = {name: min(architecture.linear_shape(config, shape, name)) for name in architecture.linear_names(config)}
+    name, smallest = min(sizes.items(), key=lambda item: item[1])
     if asked > smallest:
-        at = ATTENTION[1].split(".")[1]
+        at = name.rpartition(".")[2]
         return f"quantize.r: rank {asked} is more than the {smallest} of the smallest linear ({at}); lower it"
     return None
 
@@ -130,7 +136,7 @@ def choice(config: Config, choose: str, granularity: str) -> str | None:
 
 
 def _units(config: Config, granularity: str) -> int:
-    return config.num_hidden_layers * len(GRANULARITIES[granularity])
+    return config.num_hidden_layers * len(architecture.parts(config, granularity))
 
 
 def _miscounted(config: Config, granularity: str, text: str) -> str:

@@ -21,6 +21,7 @@ from pipeline.params import Params, ParamsError
 
 DEFAULT = "params.yaml"  # also what an entry point is given for "as the file says"
 PRESETS = Path("presets")
+BASED_ON = "base"  # key of a preset: the preset that it changes
 PRESET, OVERRIDES = "QPRUNER_PRESET", "QPRUNER_OVERRIDES"  # variables: a preset's name; a JSON object of dotted keys
 _ASSIGNMENT = re.compile(r"(?:^|\s+)([A-Za-z_][\w.]*)=")
 
@@ -122,10 +123,7 @@ def read(file: str | Path | None = None) -> object:
         raise ParamsError(
             f"{file} does not exist here ({Path.cwd()}); run from the project's root or copy presets/default.yaml"
         )
-    try:
-        raw = documents.read(file)
-    except DocumentError as error:
-        raise ParamsError(str(error)) from None
+    raw = _whole(file)
     known = set(keys())
     for key, value in active().items():
         if key not in known:
@@ -137,6 +135,37 @@ def read(file: str | Path | None = None) -> object:
         if isinstance(target, dict):  # else the section is at fault, and the checks say so
             target[name] = value
     return raw
+
+
+def _whole(file: Path, above: tuple[str, ...] = ()) -> object:
+    """Return a file's document; a preset's is laid over that of the preset that its key ``base`` names.
+
+    Args:
+        file: The file.
+        above: The presets that are based on it.
+    """
+    try:
+        raw = documents.read(file)
+    except DocumentError as error:
+        raise ParamsError(str(error)) from None
+    if not isinstance(raw, dict) or BASED_ON not in raw:
+        return raw
+    name = raw.pop(BASED_ON)
+    if file.parent.name != PRESETS.name:  # DVC reads params.yaml by itself, too, and knows no such key
+        raise ParamsError(
+            f"{file}: only a file in {PRESETS}/ may have a base; write all its keys out, or take a preset"
+        )
+    below = file.parent / f"{name}.yaml"
+    if file.stem in above or not isinstance(name, str) or not below.is_file():
+        raise ParamsError(f"{file}: base {shown(name)} is no other preset; name one in {file.parent}")
+    return _over(raw, _whole(below, (*above, file.stem)))
+
+
+def _over(changes: object, document: object) -> object:
+    """Return a document with changes of it, key by key."""
+    if not isinstance(changes, dict) or not isinstance(document, dict):
+        return changes
+    return document | {key: _over(value, document.get(key)) for key, value in changes.items()}
 
 
 def keys(section: type[BaseModel] | None = None, prefix: str = "") -> Iterator[str]:

@@ -38,6 +38,7 @@ Positive = Annotated[int, Field(gt=0, le=_MOST_COUNT)]
 Length = Annotated[int, Field(ge=2, le=_MOST_COUNT)]  # tokens: the first one predicts the second
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1, max_length=_LONGEST_NAME)]
+RowName = Literal["instruction", "input", "output", "messages", "role", "content", "system", "user", "assistant"]
 Text = Annotated[str, Field(max_length=_LONGEST_TEXT)]
 # A number stands for a list of it.
 _ALONE = BeforeValidator(
@@ -74,7 +75,17 @@ class Model(Section):
 class Data(Section):
     """The rows for calibration and recovery, and the benchmark items."""
 
-    alpaca: Text = Field(description="Alpaca-format JSONL file: path:<file> or hub:<org>/<name>@<revision>.")
+    alpaca: Text = Field(description="Rows in `format`: path:<file> or hub:<org>/<name>@<revision>.")
+    format: Literal["alpaca", "chat"] = Field(
+        "alpaca", description="alpaca: rows of instruction, input, output. chat: rows of messages with role, content."
+    )
+    prompt: Literal["alpaca", "chat"] = Field(
+        "alpaca", description="What rows are written in: Alpaca's prompt, or the model's own chat template."
+    )
+    names: dict[RowName, Name | None] = Field(
+        default_factory=dict,
+        description="Our name of a field or role -> the rows' own where it differs; of input null: there is none.",
+    )
     benchmarks: Text = Field(description="Benchmark items: path:<folder of <task>.jsonl> or the word `hub`.")
     validation_rows: Positive = Field(description="Rows held out of calibration and recovery for the validation loss.")
     max_skipped: Fraction = Field(0.01, description="Share of a file's rows or items that may be left out as faulty.")
@@ -200,6 +211,9 @@ class Recover(Section):
     validate_every: Count = Field(description="Steps between two validation losses; 0: only after the last step.")
     patience: Count = Field(description="Validation losses in a row that are no lower before it stops; 0: never.")
     save_every: Count = Field(description="Steps after which the state is kept, to be taken up again; 0: never.")
+    fast: bool = Field(
+        description="On CUDA: packed rows, fused adapters and one vector for the optimizer. No GPU has run them yet."
+    )
 
 
 class Evaluate(Section):
@@ -211,6 +225,22 @@ class Evaluate(Section):
     limit: Count = Field(description="Items of a task in a trial; 0: all.")
     final_limit: Count = Field(description="Items of a task for the built model, of those that no trial saw; 0: all.")
     batch_tokens: Positive = Field(description="Tokens of one forward pass.")
+    further: Annotated[tuple[Name, ...], AsTuple, EachOnce] = Field(
+        (),
+        description="lm-eval's tasks, groups or tags for references, the built model and tables; no trial asks them.",
+    )
+    num_fewshot: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="Examples that a further task shows before each question; null: as lm-eval defines it."
+    )
+    further_limit: Count = Field(0, description="Items of a further task; 0: all.")
+    text: Text | None = Field(None, description="path:<file> of a text whose perplexity is measured, too; null: none.")
+
+    @field_validator("text")
+    @classmethod
+    def _text_is_there(cls, source: str | None) -> str | None:
+        if source is None:
+            return None
+        return sources.must_be(sources.check(source, ("path:",)), Path.is_file, "text file")
 
 
 class Search(Section):

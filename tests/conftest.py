@@ -23,6 +23,7 @@ from tests.fixtures.models import (  # noqa: F401 (tests import these from here)
     ROOT,
     VOCABULARY,
     batches,
+    mask,
     tiny_config,
     tiny_model,
     write_jsonl,

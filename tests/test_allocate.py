@@ -241,9 +241,7 @@ def peak(bits):
     return 100 + sum(cost[width](unit) for unit, width in enumerate(bits))
 
 
-@pytest.mark.parametrize(
-    "fraction, budget, average", list(product((0.4, 1.0), (None, 115, 130), (None, 5.0, 9.0)))
-)
+@pytest.mark.parametrize("fraction, budget, average", list(product((0.4, 1.0), (None, 115, 130), (None, 5.0, 9.0))))
 def test_limits_over_three_widths_agree_with_brute_force(fraction, budget, average):
     found = Space.of(peak, 5, fraction, budget, SIZES, average, THREE)
     vectors = list(product(THREE, repeat=5))

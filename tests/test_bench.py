@@ -149,3 +149,17 @@ def test_losses_of_perplexity_are_the_models_own_window_by_window(tokenizer):
         expected = torch.stack([model(input_ids=part, labels=part).loss for part in windows])
     torch.testing.assert_close(perplexity.losses(model, tokenizer, text, 5), expected, rtol=1e-5, atol=0)
     assert expected.std() > 0.01  # so that windows are told apart
+
+
+def test_figures_that_are_kept_are_not_measured_again(tmp_path):
+    from benchmarks.recovery import kept
+
+    file, calls = tmp_path / "kept.json", []
+
+    def measure(value):
+        calls.append(value)
+        return {"value": value}
+
+    assert kept(file, "a", lambda: measure(1)) == kept(file, "a", lambda: measure(2)) == {"value": 1}
+    assert kept(file, "b", lambda: measure(3)) == {"value": 3} and kept(file, "a", lambda: measure(4)) == {"value": 1}
+    assert calls == [1, 3]

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_config
 
-from benchmarks import evidence, granularity, priors, record
+from benchmarks import evidence, granularity, h100, priors, record
 from pipeline import architecture, checks
 from pipeline import bits as bit_text
 from pipeline.bits import Vector
@@ -22,7 +22,7 @@ from pipeline.params import Objective
 from pipeline.results.cells import changed
 from pipeline.search.allocate import Space, Spaces
 from pipeline.stages import trials
-from pipeline.trial import trial
+from pipeline.trial import fast, trial
 from pipeline.trial.context import Context
 from pipeline.trial.result import Result
 from tests.fixtures.searches import PRIORS, RATIO, UNITS, result
@@ -239,3 +239,38 @@ def test_best_of_a_front_within_a_budget(tmp_path):
     (tmp_path / "reports").mkdir()
     (tmp_path / "reports/pareto.json").write_text(json.dumps(rows))
     assert [granularity.best(tmp_path, budget) for budget in (10, 11, 12, 13, 99)] == ["44", "44", "84", "84", "88"]
+
+
+# --- what the ways of a GPU are worth ------------------------------------------------------------------------------
+
+
+def test_search_on_paper_by_hand():
+    config = tiny_config(num_hidden_layers=1)
+    state = {f"{name}.weight": torch.empty(10) for name in architecture.linears(config)}
+    recovery = SimpleNamespace(batch_size=8)
+    context = SimpleNamespace(config=config, state=state, settings=SimpleNamespace(recover=recovery))
+    tera = 4 * 70 * 183 * 8 * 1000 / 1e12  # operations of a trial's recovery
+    lines = [
+        {"what": "sample rows: plain", "rows/s": 1.0, "TFLOP/s": tera / 3600},  # an hour a trial
+        {"what": "sample rows: + fused adapters", "rows/s": 1.0, "TFLOP/s": tera / 360},
+        {"what": "full rows: plain", "rows/s": 1.0, "TFLOP/s": 99.0},
+        {"what": "evaluation, items/s; 1", "rows/s": 1400 / 3600},
+        {"what": "evaluation, items/s; 2", "rows/s": 1400 / 36},
+    ]
+    assert [line["times"] for line in h100.on_paper(context, lines)] == pytest.approx([50 * 2, 50 * 0.11])
+
+
+def test_variants_add_one_way_each_and_graphs_on_a_gpu_alone():
+    recovery = SimpleNamespace(batch_size=8, micro_batch_size=4)
+    for device, count in (("cpu", 5), ("cuda", 6)):
+        context = SimpleNamespace(settings=SimpleNamespace(recover=recovery), device=torch.device(device))
+        found = h100.variants(context)
+        assert found[0] == ("plain", 4, fast.PLAIN) and len(found) == count
+        for (_, _, before), (_, rows, after) in zip(found, found[1:], strict=False):
+            changed = [getattr(before, way) != getattr(after, way) for way in ("flat", "packed", "fused", "graphs")]
+            assert rows == 8 and sum(changed) == (after != fast.PLAIN)
+
+
+def test_a_failed_line_is_shown_as_such():
+    shown = h100.table([{"what": "a", "rows/s": 2.0, "times": 1 / 3}, {"what": "b", "failed": True}])
+    assert shown.splitlines()[2:] == ["| a | 2 | - | - | - | - | 0.3333 |", "| b FAILED | - | - | - | - | - | - |"]

@@ -34,6 +34,9 @@ def test_grouped_text_is_no_number():
     assert bits.grouped("ffff", 2) == "ff ff"
 
 
-@pytest.mark.parametrize(("text", "said"), [("444", "all 4"), ("88", "all 8"), ("4484", "1 of 4 at 8"), ("ff", "all 16"), ("f484", "1 at 8 and 1 at 16 of 4")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("444", "all 4"), ("88", "all 8"), ("4484", "1 of 4 at 8"), ("ff", "all 16"), ("f484", "1 at 8 and 1 at 16 of 4")],
+)
 def test_summary(text, said):
     assert bits.summary(text) == said

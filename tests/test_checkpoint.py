@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 
@@ -43,8 +44,9 @@ def mixed(request, tmp_path):
 # --- pruned models
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "family, dtype", [("llama", torch.float32), *((family, torch.bfloat16) for family in FAMILIES)]
+)
 def test_pruned_model_is_the_same_after_saving_and_loading(family, dtype, tmp_path):
     config, state = pruned(family, dtype)
     model = checkpoint.from_state(config, state)
@@ -76,7 +78,10 @@ def test_untied_head_survives_pruning_and_saving(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_config_keeps_every_other_field(family):
-    config = tiny_config(family, rope_parameters={"rope_type": "default", "rope_theta": 5000.0}, rms_norm_eps=1e-3)
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    if family == "gemma3_text":  # by type of blocks
+        rope = {"full_attention": rope, "sliding_attention": rope | {"rope_theta": 700.0}}
+    config = tiny_config(family, rope_parameters=rope, rms_norm_eps=1e-3)
     found = checkpoint.pruned_config(config, [BlockShape(2, 1, 9)] * 4)
     changed = {"model_type", "architectures", "block_shapes", "transformers_version"}
     before, after = config.to_dict(), found.to_dict()
@@ -93,8 +98,9 @@ def test_one_blocks_config_does_not_change_the_models():
     assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (4, 2, 96)
 
 
-def test_every_block_follows_the_models_attention_implementation():
-    model = checkpoint.from_state(*pruned())
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_every_block_follows_the_models_attention_implementation(family):
+    model = checkpoint.from_state(*pruned(family))
     model.set_attn_implementation("eager")
     (part,) = batches(1)
     with torch.no_grad():
@@ -105,10 +111,36 @@ def test_every_block_follows_the_models_attention_implementation():
 def test_registering_again_changes_nothing():
     checkpoint.register_types()
     config, state = pruned()
-    assert isinstance(checkpoint.from_state(config, state), checkpoint.PrunedLlamaForCausalLM)
+    assert isinstance(checkpoint.from_state(config, state), checkpoint.PRUNED["llama"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_model_generates_the_same_with_a_cache(family):
+    model = checkpoint.from_state(*pruned(family, torch.float32)).eval()
+    (part,) = batches(1)  # 12 tokens, more than a window
+    told = [model.generate(part.tokens, max_new_tokens=5, do_sample=False, use_cache=cached, eos_token_id=None)
+            for cached in (True, False)]  # fmt: skip
+    assert told[0].shape[1] == 17 and torch.equal(*told)
+
+
+def test_copy_of_a_pruned_model_answers_the_same():
+    model = checkpoint.from_state(*pruned("phi3"))
+    assert torch.equal(logits(model), logits(copy.deepcopy(model)))
 
 
 # --- mixed bits
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen2"])
+def test_mixed_model_of_each_family_is_the_same_after_saving_and_loading(family, tmp_path):
+    config, state = pruned(family)
+    model = real_model(config, state, make_bank(tmp_path, config, state, init="gaussian"), mixed_bits(config))
+    before = logits(model)
+    loaded = saved(model, tmp_path / "mixed")
+    assert {type(loaded.get_submodule(name)) for name in mixed_bits(config)} == {*MODULES.values()}
+    assert torch.equal(before, logits(loaded))
+    dense = logits(checkpoint.from_state(config, state))
+    assert 0 < (before - dense).norm() < 0.5 * dense.norm()
 
 
 def test_each_linear_has_the_module_of_its_bits(mixed):
@@ -190,7 +222,7 @@ def test_four_bit_modules_keep_the_plain_cpu_layout(mixed, tmp_path):
 
 def adapted(model):
     torch.manual_seed(0)
-    names = architecture.TARGET_MODULES
+    names = architecture.target_modules(model.config)
     found = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM"))
     with torch.no_grad():
         for name, parameter in found.named_parameters():

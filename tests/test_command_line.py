@@ -114,7 +114,11 @@ def test_entry_points_of_mlproject_are_understood_with_their_defaults(asked):
     ("entry", "given", "changed"),
     [
         ("search", {"n_trials": "30"}, {"search.n_trials": 30}),
-        ("main", {"memory_budget_gib": "1.5", "ratios": "3e-1"}, {"search.memory_budget_gib": 1.5, "prune.ratios": 0.3}),
+        (
+            "main",
+            {"memory_budget_gib": "1.5", "ratios": "3e-1"},
+            {"search.memory_budget_gib": 1.5, "prune.ratios": 0.3},
+        ),
         (
             "prune",
             {"set": "prune.ratios=0.3 evaluate.tasks=[boolq, piqa] search.history=null data.alpaca='path:a b'"},

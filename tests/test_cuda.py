@@ -16,9 +16,10 @@ from pipeline.device import Compute
 from pipeline.params import TASKS
 from pipeline.settings import pruning
 from pipeline.stages import recorder, trials
-from pipeline.trial import build, evaluate, memory, recover, training, trial
+from pipeline.trial import build, evaluate, memory, packing, recover, training, trial
 from pipeline.trial.assemble import assemble
 from pipeline.trial.context import Context
+from pipeline.trial.fast import Ways
 from pipeline.trial.recover import Rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -164,15 +165,25 @@ def mixed(context):
     return [(4, 8)[index % 2] for index in range(len(context.units))]
 
 
-def test_trial_measures_its_memory_and_keeps_the_prediction_beside_it(context):
+def recovering(context, **changes):
+    """The context with another recovery."""
+    return replace(context, settings=replace(context.settings, recover=replace(context.settings.recover, **changes)))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_trial_is_judged_by_the_prediction_and_keeps_what_it_measured_beside_it(context, fast):
+    context = recovering(context, fast=fast)
     trial.run(context, mixed(context))  # cuBLAS takes its workspaces
     gc.collect()
     held = torch.cuda.memory_allocated()
     result, _ = trial.run(context, mixed(context))
-    assert result.memory_source == "measured"
-    predicted = result.metrics()["predicted_peak_memory_bytes"]
-    assert predicted == context.predict(mixed(context)).training
-    assert 0.5 * predicted < result.peak_memory_bytes - held < 1.02 * predicted  # rows may be shorter
+    assert result.memory_source == "predicted"
+    assert result.peak_memory_bytes == context.predict(mixed(context)).training
+    found = result.metrics()
+    assert found["run_micro_batch_size"] == context.settings.recover.batch_size  # a GPU has room for a tiny model
+    predicted = found["run_predicted_memory_bytes"]
+    assert predicted > result.peak_memory_bytes
+    assert 0.5 * predicted < found["run_peak_memory_bytes"] - held < 1.02 * predicted  # rows may be shorter
     assert len(result.losses) == 3 and result.losses[-1] < 10
     again, _ = trial.run(context, mixed(context))
     assert again.gold_logprob == pytest.approx(result.gold_logprob, abs=0.02)
@@ -225,6 +236,32 @@ def test_interrupted_recovery_ends_as_an_uninterrupted_one(context, tmp_path):
     recovered(keep)
     assert ends[1][0] == pytest.approx(ends[0][0], abs=2e-3)
     assert ends[1][1] == pytest.approx(ends[0][1], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [Ways(flat=True), Ways(packed=True), Ways(fused=True), Ways(True, True, True), Ways(True, True, True, True)],
+    ids=["flat", "packed", "fused", "all", "graphs"],
+)
+def test_ways_of_a_gpu_learn_as_the_plain_path_does(context, ways):
+    context, found = recovering(context, dropout=0.0, steps=4, save_every=0), []
+    rows = Rows(context.train, context.validation, 1)
+    for taken in (Ways(), ways):
+        model = assemble(context, mixed(context))
+        found.append(recover.run(model, rows, context.settings.recover, 0, ways=taken))
+    assert found[1].losses == pytest.approx(found[0].losses, abs=0.03)
+    assert found[1].validation_loss == pytest.approx(found[0].validation_loss, abs=0.03)
+    assert found[0].losses[-1] < found[0].losses[0]
+
+
+def test_attention_within_packed_rows_is_that_of_the_mask():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 40, 32, dtype=torch.bfloat16, device=CUDA) for heads in (4, 2, 2))
+    starts = torch.tensor([0, 7, 30, 40], dtype=torch.int32)
+    found, _ = packing.attend(None, query, key, value, None, None, starts.to(CUDA), 23)
+    inputs = (states.cpu().float() for states in (query, key, value))
+    expected, _ = packing.attend(None, *inputs, None, None, starts, 23)
+    torch.testing.assert_close(found.cpu().float(), expected, rtol=0.02, atol=0.02)
 
 
 def test_optimizer_is_the_papers(context):

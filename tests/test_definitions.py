@@ -196,7 +196,7 @@ def test_gold_logprob_without_choices_is_the_likelihood_of_the_last_word(model, 
 
 def test_fetch_takes_any_tasks_items_as_they_are(folder):
     for name, items in ITEMS.items():
-        assert fetch.benchmark(f"path:{folder}", name) == (items, 0)
+        assert fetch.benchmark(f"path:{folder}", name) == (items, [])
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_items_from_a_hub_are_the_split_that_lm_eval_scores(monkeypatch, tmp_pat
     with monkeypatch.context() as patched:
         patched.setattr(datasets, "load_dataset", stand_in)
         patched.setattr(tasks, "faults", lambda task, items: [""] * len(items))
-        assert fetch.benchmark("hub", "mmlu_anatomy") == (ITEMS["mmlu_anatomy"], 0)
+        assert fetch.benchmark("hub", "mmlu_anatomy") == (ITEMS["mmlu_anatomy"], [])
     assert asked == [("cais/mmlu", "anatomy", {"split": "test"})]
 
 

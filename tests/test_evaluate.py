@@ -83,7 +83,7 @@ def test_loglikelihoods_agree_where_the_tokenizer_adds_a_token(model, with_bos, 
     assert_same(SharedPrefixLM(model, with_bos, 512).loglikelihood(requests), expected)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3"])
 def test_loglikelihoods_agree_for_every_family(tokenizer, loaded, family):
     other = tiny_model(family)
     requests = instances(loaded["hellaswag"], 2) + instances(loaded["winogrande"], 2)
@@ -424,12 +424,20 @@ def test_tree_grows_no_larger_than_its_mask_can_bear():
     assert [tree.size for tree in trees.trees([long])] == [2999]
 
 
-def test_text_beyond_a_sliding_window_is_refused(tokenizer):
-    model = tiny_model("mistral", sliding_window=8)
-    lm = SharedPrefixLM(model, tokenizer, 512)
-    assert lm._loglikelihood_tokens([(None, [5] * 6, [7, 8])])
-    with pytest.raises(UserError, match="a text has 9 tokens, and the model sees 8 at a time"):
-        lm._loglikelihood_tokens([(None, [5] * 7, [7, 8])])
+@pytest.mark.parametrize("family, changes", [("mistral", {"sliding_window": 8}), ("gemma3_text", {}), ("gemma2", {})])
+@pytest.mark.parametrize("attention", ["eager", None])
+def test_text_beyond_a_sliding_window_is_scored_as_alone(tokenizer, family, changes, attention):
+    model = tiny_model(family, **changes)
+    if attention:
+        model.set_attn_implementation(attention)  # what trials on a CPU use
+    context = list(range(5, 25))
+    asked = [(None, context, [7, 8]), (None, context, [9, 10, 11]), (None, [3, 4], [9])]
+    found = SharedPrefixLM(model, tokenizer, 512)._loglikelihood_tokens(asked)
+    for (_, context, continuation), (value, _) in zip(asked, found, strict=True):
+        with torch.no_grad():
+            logprob = model(torch.tensor([context + continuation])).logits[0].log_softmax(-1)
+        wanted = [logprob[len(context) - 1 + i, token].item() for i, token in enumerate(continuation)]
+        assert value == pytest.approx(sum(wanted), abs=1e-4)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 256, 600, 10_000])

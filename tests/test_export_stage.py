@@ -6,7 +6,7 @@ import pytest
 from conftest import write_jsonl
 
 from pipeline import params, paths, storage
-from pipeline.export import gguf_file, limits, llama
+from pipeline.export import dense, gguf_file, limits, llama
 from pipeline.stages import export as stage
 from tests.fixtures.exports import save_built
 from tests.fixtures.models import save_model
@@ -82,3 +82,13 @@ def test_stage_without_llama_cpp_says_that_nothing_was_checked(project, monkeypa
     assert run.figures["gguf_checked"] == 0 and "gguf_difference" not in run.figures
     assert "pip install xllamacpp" in capsys.readouterr().err + (paths.EXPORT / "README.md").read_text()
     assert (paths.EXPORT / "gguf/qpruner.gguf").exists()
+
+
+@pytest.mark.parametrize("method, expected", [("calibrated", True), ("nearest", False)])
+def test_4_bits_are_fitted_to_the_calibration_text_where_the_banks_codes_are(project, method, expected):
+    rows = [{"instruction": "Count.", "input": "", "output": f"{number}, then the next. " * 20} for number in range(9)]
+    write_jsonl(paths.ALPACA, rows)
+    project["quantize"] |= {"method": method, "init": "loftq", "samples": 8, "max_length": 128}
+    built = dense.read(paths.FINAL)
+    found = stage.fitted(export_params(project), built, built.merged)
+    assert set(found) == ({name for name, bits in built.bits.items() if bits == 4} if expected else set())

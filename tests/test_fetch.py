@@ -244,7 +244,7 @@ def test_few_faulty_items_are_left_out_counted_and_told(tmp_path, capsys):
     items = [json.loads(line) for line in (BENCHMARKS / "piqa.jsonl").read_text().splitlines()]
     faulty = [*items[:5], items[5] | {"sol2": ""}, *items[6:]]
     write_jsonl(tmp_path / "piqa.jsonl", faulty)
-    assert fetch.benchmark(f"path:{tmp_path}", "piqa", 0.1) == ([*items[:5], *items[6:]], 1)
+    assert fetch.benchmark(f"path:{tmp_path}", "piqa", 0.1) == ([*items[:5], *items[6:]], [6])
     assert "1 of 64 items are left out: item 6: sol2 is empty" in capsys.readouterr().out
 
 
@@ -297,7 +297,7 @@ def test_weights_that_a_repository_holds_twice_are_copied_once(model_folder, tmp
 
 def test_alpaca_rows_keep_the_three_fields_only():
     write_jsonl(Path("rows.jsonl"), [ROW | {"text": "more"}])
-    assert fetch.alpaca("path:rows.jsonl") == ([ROW], 0)
+    assert fetch.alpaca("path:rows.jsonl") == ([ROW], [])
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_alpaca_rows_keep_the_three_fields_only():
 )
 def test_json_list_and_json_lines_are_read(text):
     Path("rows.json").write_text(text)
-    assert fetch.alpaca("path:rows.json") == ([ROW, ROW], 0)
+    assert fetch.alpaca("path:rows.json") == ([ROW, ROW], [])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ GROUND = (
 )  # fmt: skip
 ROOMS = [
     GROUND,
-    ("architecture", "fits"),
+    ("architecture", "families", "fits"),
     ("checkpoint",),
     ("data",),
     ("compress",),

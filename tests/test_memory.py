@@ -48,7 +48,7 @@ def whole(config, widths, one):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prediction_of_mixed_linears_equals_a_trace_of_the_whole_to_the_byte(family):
     config, generator = pruned(family), random.Random(0)
-    for widths in ((4, 8), (4, 8, 16)):
+    for widths in ((4, 8), (4, 8, 16)) if family == "llama" else ((4, 8, 16),):
         widths = {name: generator.choice(widths) for name in architecture.linears(config)}
         found = memory.predict(config, widths, setting())
         assert (found.training, found.inference) == whole(config, widths, setting())
@@ -62,7 +62,7 @@ def test_prediction_of_many_equal_blocks_equals_a_trace_of_the_whole():
 
 
 @pytest.mark.parametrize("changes", [{"double_quant": True}, {"gradient_checkpointing": True},
-                                     {"teacher": True}, {"dropout": 0.0, "accumulate": False},
+                                     {"teacher": True}, {"dropout": 0.0, "accumulate": False}, {"fast": True},
                                      {"tokens": 2048, "inference_tokens": 2048}])  # fmt: skip
 def test_prediction_equals_a_trace_of_the_whole_under_any_setting(changes):
     config, generator, one = pruned(), random.Random(1), setting(**changes)
@@ -71,7 +71,7 @@ def test_prediction_equals_a_trace_of_the_whole_under_any_setting(changes):
     assert (found.training, found.inference) == whole(config, widths, one)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3"])
 def test_prediction_is_exactly_linear_in_the_bits_of_blocks(family):
     config, generator = pruned(family), random.Random(0)
     units = architecture.units(config, "block")
@@ -104,7 +104,10 @@ def test_linear_model_is_a_bound_where_single_linears_share_an_input():
 # --- the trace ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qwen2, pruned", "gradient checkpointing", "a teacher's targets"])
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2, pruned", "gradient checkpointing", "a teacher's targets", "fused adapters, all 4, pruned", "gemma2, pruned"],
+)
 def test_trace_for_a_cpu_agrees_with_the_allocations_of_real_steps(name, monkeypatch):
     monkeypatch.setattr(benchmark, "SMALL", benchmark.SMALL | {"vocab_size": 1024})
     case = next(one for one in benchmark.CASES if one.name == name)
@@ -169,7 +172,7 @@ def test_traced_model_holds_what_its_tensors_take(bits):
     buffers = sum(4 * value.numel() for value in real.buffers())  # rotary frequencies stay in 32 bits
     matrices = adapters = 0
     for shape in architecture.shapes(config):
-        for name in architecture.LINEARS:
+        for name in architecture.linear_names(config):
             size = architecture.linear_shape(config, shape, name)
             matrices += stored_bytes(*size, bits)
             adapters += 4 * 4 * sum(size)
@@ -184,6 +187,16 @@ def test_paged_optimizer_states_are_not_pytorchs():
     _, held = traced.training(model, one, replace(kernels.CUDA, paged=False))
     every = sum(size for size in (one.numel() for one in model.parameters() if one.requires_grad) if size >= 100_000)
     assert held - paged == 8 * every > 0
+
+
+def test_fused_adapters_keep_less_and_take_up_no_more_for_eight_bits():
+    config = tiny_config()
+    plain, fused = ([peak(config, bits, tokens=2048, fast=fast).training for bits in (4, 8)] for fast in (False, True))
+    assert fused[0] < 0.8 * plain[0] and fused[1] < 0.8 * plain[1]
+    weights = sum(stored_bytes(*architecture.linear_shape(config, shape, name), 8)
+                  - stored_bytes(*architecture.linear_shape(config, shape, name), 4)
+                  for shape in architecture.shapes(config) for name in architecture.LINEARS)  # fmt: skip
+    assert fused[1] - fused[0] == pytest.approx(weights, rel=0.05)
 
 
 def test_gradient_checkpointing_lowers_training_alone():
@@ -205,7 +218,7 @@ def test_fewer_bits_and_smaller_blocks_take_less_memory():
 def test_adapters_cost_sixteen_bytes_a_parameter_and_28_a_token_and_rank():
     config = tiny_config()
     weights = sum(sum(architecture.linear_shape(config, shape, name))
-                  for shape in architecture.shapes(config) for name in architecture.LINEARS)  # fmt: skip
+                  for shape in architecture.shapes(config) for name in architecture.linear_names(config))  # fmt: skip
     small, large = (peak(config, 4, r=r) for r in (3, 8))
     assert large.training - small.training == pytest.approx(5 * (16 * weights + 28 * 192 * 4), rel=0.01)
     assert large.inference - small.inference == 5 * 4 * weights
@@ -253,7 +266,7 @@ def test_keeping_the_best_weights_adds_a_copy_of_what_is_trained():
     adapters = sum(
         setting().r * sum(architecture.linear_shape(config, shape, name))
         for shape in architecture.shapes(config)
-        for name in architecture.LINEARS
+        for name in architecture.linear_names(config)
     )
     assert keeping.training - plain.training == 4 * adapters
     assert keeping.inference == plain.inference

@@ -16,6 +16,7 @@ from pipeline.params import ParamsError
 from pipeline.results import figures
 from pipeline.results.cells import at_ratio, changed, qpruner3
 from pipeline.search import search
+from pipeline.search.allocate import Spaces
 from pipeline.search.history import export_history
 from pipeline.stages import cells, importance, prune, quantize, shell, supplies
 from pipeline.stages import trials as stage_trials
@@ -65,7 +66,7 @@ class Trials:
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
         self.calls.append((write_bits(bits), steps, limit, skip, trained))
         found = result(bits)
-        changes = {"bits": write_bits(bits), "validation_loss": 1 - found.accuracy}
+        changes = {"ratio": context.ratio, "bits": write_bits(bits), "validation_loss": 1 - found.accuracy}
         return Result.from_json(found.as_json() | changes), None
 
 
@@ -83,12 +84,15 @@ def trials(monkeypatch):
     monkeypatch.setattr(
         cells,
         "study_identity",
-        lambda params, pruned, bank, prefix="": Identity(f"{prefix}{params.prune.ratio}", "code"),
+        lambda params, folders, prefix="": Identity(f"{prefix}{params.prune.ratio}", "code"),
     )
 
     def supplied(params, ratios=()):
-        context = types.SimpleNamespace(units=[None] * UNITS)
-        return types.SimpleNamespace(params=params, context=context, space=SPACE, priors=PRIORS, pruned="", bank="")
+        ratio = params.prune.ratio
+        context = types.SimpleNamespace(units=[None] * UNITS, ratio=ratio)
+        contexts = types.SimpleNamespace(any=context, folders={ratio: None}, at=lambda ratio: context)
+        shared = {"context": context, "contexts": contexts, "spaces": Spaces({ratio: SPACE}, {}), "priors": PRIORS}
+        return types.SimpleNamespace(params=params, pruned="", bank="", **shared)
 
     monkeypatch.setattr(cells, "Supplies", supplied)
     return made
@@ -294,11 +298,15 @@ def test_supplies_are_made_once_and_a_damaged_one_again(params, tokenizer, monke
     sections = {name: getattr(params, name).model_copy(update=values) for name, values in small.items()}
     params = params.model_copy(update=sections)
     made = []
-    for stage, name in ((prune, "pruned"), (quantize, "bank"), (importance, "priors")):
-        real = stage.write
-        monkeypatch.setattr(stage, "write", lambda *given, real=real, name=name: made.append(name) or real(*given))
+    for stage, function, name in (
+        (prune, "write", "pruned"),
+        (quantize, "write", "bank"),
+        (importance, "measure", "priors"),
+    ):
+        real = getattr(stage, function)
+        monkeypatch.setattr(stage, function, lambda *given, real=real, name=name: made.append(name) or real(*given))
     first = Supplies(params)
-    assert len(first.priors.units) == len(first.context.units) == 4 and first.space.units == 4
+    assert len(first.priors.units) == len(first.context.units) == 4 and first.spaces.units == 4
     assert made == ["pruned", "bank", "priors"]
     assert Supplies(params).context.config.to_dict() == first.context.config.to_dict() and len(made) == 3
     other = Supplies(params.model_copy(update={"quantize": params.quantize.model_copy(update={"r": 4})}))

@@ -105,6 +105,12 @@ def test_papers_preset_fetches_the_model_of_its_appendix(name, model, monkeypatc
         ("model__sha256", "abc", ["model.sha256", "'abc'", "[0-9a-f]{64}"]),
         ("data__alpaca", "path:no/such.jsonl", ["data.alpaca", "no/such.jsonl does not exist"]),
         ("data__alpaca", "path:tests", ["data.alpaca", "tests is no file with a row a line"]),
+        ("data__format", "chat", ["data.prompt", "Alpaca's prompt holds no conversation", "set data.prompt to chat"]),
+        ("data__prompt", "chat", None),
+        ("data__names", {"output": "response", "input": None}, None),
+        ("data__names", {"reply": "response"}, ["data.names.reply", "'instruction'"]),
+        ("data__names", {"role": "from"}, ["data.names", "'role' is no name in rows of format alpaca"]),
+        ("data__names", {"output": None}, ["data.names", "'output' is null"]),
         ("data__benchmarks", "path:params.yaml", ["data.benchmarks", "params.yaml is no folder"]),
         ("data__alpaca", "path:" + "x" * 5000, ["data.alpaca", "cannot be read (File name too long)"]),
         ("data__benchmarks", "hub:a/b@main", ["data.benchmarks", "'hub:a/b@main'", "path:"]),
@@ -255,6 +261,44 @@ def test_preset_file_holds_every_key():
         assert flat == {key.replace("register.", "register_.") for key in overrides.keys()}
 
 
+@pytest.fixture
+def presets(tmp_path):
+    """Return a writer of a preset in a folder of its own, beside the default; it returns the file."""
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets/default.yaml").write_text((ROOT / "presets/default.yaml").read_text())
+
+    def write(name, text):
+        file = tmp_path / "presets" / f"{name}.yaml"
+        file.write_text(text)
+        return file
+
+    return write
+
+
+def test_preset_states_only_what_differs_from_its_base(presets, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    presets("middle", "base: default\nprune: { ratio: 0.3, steps: 2 }\n")
+    file = presets("top", "base: middle\nprune: { ratio: 0.35 }\nseed: 3\n")
+    expected = change(overrides.read("params.yaml"), prune__ratio=0.35, prune__steps=2, seed=3)
+    assert overrides.read(file) == expected
+    presets("top", "base: middle\nprune: { ratoi: 0.35 }\nsearch: 3\n")
+    message = refused(overrides.read(file))
+    assert "prune.ratoi: unknown key" in message and "search: " in message
+
+
+@pytest.mark.parametrize("base", ["nowhere", "3", "null", "[default]", "own", "../params", "other"])
+def test_base_that_is_no_other_preset_is_refused(presets, base):
+    presets("other", "base: own\n")
+    with pytest.raises(ParamsError, match=r"own\.yaml: base .* is no other preset"):
+        overrides.read(presets("own", f"base: {base}\n"))
+
+
+def test_params_yaml_has_no_base(tmp_path):
+    (tmp_path / "params.yaml").write_text("base: default\n")
+    with pytest.raises(ParamsError, match="only a file in presets/ may have a base"):
+        overrides.read(tmp_path / "params.yaml")
+
+
 def test_missing_key_and_section_are_named(raw_params):
     del raw_params["quantize"], raw_params["prune"]["ratios"]
     lines = refused(raw_params).splitlines()
@@ -335,10 +379,10 @@ def test_history_is_checked_when_params_are(raw_params, tmp_path, content, wante
         assert "search.history" in message and wanted in message
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", None])
+@pytest.mark.parametrize("family", ["gpt2", "gemma", None])
 def test_unsupported_family_of_a_folder_is_refused(raw_params, tmp_path, family):
     message = refused(change(raw_params, model__source=model_of(tmp_path, family)))
-    for text in ("model.source", repr(family), str(tmp_path), "llama, mistral, qwen2, qwen3"):
+    for text in ("model.source", repr(family), str(tmp_path), "llama, mistral, qwen2, qwen3", "docs/families.md"):
         assert text in message
 
 

@@ -61,7 +61,9 @@ def test_front_table_by_hand():
         "trial", "method", "mean accuracy, %", "expected", "accuracy, %", "P(front)", "training, GiB",
         "inference, MiB", "pruned, %", "bits",
     ]  # fmt: skip
-    assert table.texts == [["3", "random", "25.0 ± 2.5", "24.0", "25.0 ± 2.5", "0.88", "0.250", "64", "0", "2 of 4 at 8"]]
+    assert table.texts == [
+        ["3", "random", "25.0 ± 2.5", "24.0", "25.0 ± 2.5", "0.88", "0.250", "64", "0", "2 of 4 at 8"]
+    ]
 
 
 def test_front_table_of_log_probabilities_is_in_nats_with_accuracy_beside():

@@ -51,7 +51,7 @@ def test_alpaca_has_enough_rows_with_and_without_input(rows):
 
 
 def test_alpaca_rows_are_valid_to_fetch(rows):
-    assert fetch.alpaca(f"path:{SAMPLE / 'alpaca.jsonl'}") == (rows, 0)
+    assert fetch.alpaca(f"path:{SAMPLE / 'alpaca.jsonl'}") == (rows, [])
 
 
 def test_alpaca_rows_are_unique(rows):
@@ -65,7 +65,7 @@ def test_benchmark_has_enough_items_with_every_field(task):
     assert len(found) >= 50
     for item in found:
         assert set(tasks.FIELDS[task]) <= set(item)
-    assert fetch.benchmark(f"path:{SAMPLE / 'benchmarks'}", task) == (found, 0)
+    assert fetch.benchmark(f"path:{SAMPLE / 'benchmarks'}", task) == (found, [])
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -4,16 +4,16 @@ import random
 
 import pytest
 
+from pipeline import bits as bit_text
+from pipeline.bits import Vector
 from pipeline.identity import Identity
 from pipeline.search import SearchError, journal, pareto, search
+from pipeline.search.allocate import Spaces
 from pipeline.search.history import export_history, import_history
 from pipeline.search.search import Ended, Problem, Settings
 from pipeline.search.study import Candidate, Study
 from pipeline.search.surrogate import Observation
 from pipeline.trial.result import Result
-from pipeline import bits as bit_text
-from pipeline.bits import Vector
-from pipeline.search.allocate import Spaces
 from tests.fixtures.searches import PRIORS, PROBLEM, RATIO, SPACE, SPACES, STUDY, UNITS, at, result
 
 
@@ -267,7 +267,9 @@ def test_imported_result_of_a_vector_tried_here_no_longer_teaches():
 
 # --- several ratios ----------------------------------------------------------------------------------------------
 
-JOINT = Spaces({ratio: dataclasses.replace(SPACE, base=1100 - int(500 * ratio), max_raised=8) for ratio in (0.0, 0.2, 0.5)}, {})
+JOINT = Spaces(
+    {ratio: dataclasses.replace(SPACE, base=1100 - int(500 * ratio), max_raised=8) for ratio in (0.0, 0.2, 0.5)}, {}
+)
 
 
 def joint_result(vector):

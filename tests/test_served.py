@@ -18,6 +18,7 @@ from peft import get_peft_model
 
 from pipeline import checkpoint, storage
 from pipeline.data import alpaca
+from pipeline.data import prompts as data_prompts
 from pipeline.stages import served, serving
 from pipeline.stages.serving import RequestError, Settings
 from pipeline.tracking import registry
@@ -193,6 +194,21 @@ def test_chat_without_a_template_is_asked_in_alpacas_prompt(model):
     assert model._tokens([user("Add.")]) == model.tokenizer.encode(alpaca.prompt("Add."))
 
 
+def test_model_that_was_recovered_on_chats_is_asked_instructions_in_its_template_too(model, template):
+    model.chats = True
+    asked = [{"instruction": "Add.", "input": "1 2"}, {"instruction": "Name a color."}]
+    found, _ = serving.questions(pd.DataFrame(asked), data_prompts.conversation)
+    assert [model.tokenizer.decode(model._tokens(question)) for question in found] == [
+        "<s>user: Add.\n\n1 2</s><s>assistant: ",
+        "<s>user: Name a color.</s><s>assistant: ",
+    ]
+    (answer,) = model.predict(None, ["Add."], {"max_new_tokens": 4})
+    chat = {"messages": [user("Add.")], "max_new_tokens": 4}
+    assert model.predict(None, chat)["choices"][0]["message"]["content"] == answer
+    with pytest.raises(MlflowException, match="template refuses it: Not that."):
+        model.predict(None, ["forbidden"])
+
+
 def test_what_the_template_refuses_is_one_clear_error(model, template):
     with pytest.raises(MlflowException, match="chat template refuses these messages: Not that.") as caught:
         model.predict(None, {"messages": [user("forbidden")]})
@@ -282,7 +298,9 @@ def loaded(tmp_path_factory, tokenizer):
     with storage.writing(folder / "final") as inside:
         real = real_model(config, state, bank, mixed_bits(config))
         real.save_pretrained(inside)
-        get_peft_model(real, adapters.lora_config(bank.settings, 0.0)).save_pretrained(inside / checkpoint.ADAPTER)
+        get_peft_model(real, adapters.lora_config(config, bank.settings, 0.0)).save_pretrained(
+            inside / checkpoint.ADAPTER
+        )
         tokenizer.save_pretrained(inside)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*input example", UserWarning)

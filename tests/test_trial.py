@@ -13,17 +13,17 @@ from conftest import tiny_model
 from peft.tuners.lora import LoraLayer
 
 from pipeline import GIB, architecture, checkpoint
+from pipeline.bits import Vector
 from pipeline.compress import quantize
 from pipeline.data.alpaca import Example
 from pipeline.device import Compute
 from pipeline.results.cells import changed
-from pipeline.bits import Vector
 from pipeline.settings import settings_of
 from pipeline.stages import trials
 from pipeline.trial import adapters, build, recover, training, trial
 from pipeline.trial import context as contexts
 from pipeline.trial.assemble import assemble
-from pipeline.trial.context import Context
+from pipeline.trial.context import Context, Passes
 from pipeline.trial.memory import Peak
 from pipeline.trial.recover import Rows
 from pipeline.trial.result import MEASURED, Memory, Result
@@ -209,12 +209,22 @@ def measured(**changes):
         {"piqa": 0.5}, {"piqa": 0.25}, {"piqa_acc_norm": 0.75}, 0.5, 0.25, -1 / 3, 0.1, 2, {"piqa": [(1.0, -1 / 3)] * 2}
     )
     recovered = recover.Recovered.of((3.5, 3.25), ((20 / 3, 10), (30.0, 12)), {2: 2.5}, 640)
-    parts = {"vector": Vector(0.2, (4, 4, 8, 4)), "scores": scores, "recovered": recovered, "memory": Memory(2**30, 2**28, "predicted")}
+    parts = {
+        "vector": Vector(0.2, (4, 4, 8, 4)),
+        "scores": scores,
+        "recovered": recovered,
+        "memory": Memory(2**30, 2**28, "predicted"),
+    }
     return Result.of(**parts | {"seconds": {"recover": 1.5}} | changes)
 
 
 @pytest.mark.parametrize(
-    "memory", [Memory(2**30, 2**28, "predicted"), Memory(None, 2**28, "predicted"), Memory(3, 2, "measured", 4)]
+    "memory",
+    [
+        Memory(2**30, 2**28, "predicted"),
+        Memory(None, 2**28, "predicted"),
+        Memory(3, 2, "predicted", {"run_peak_memory_bytes": 4}),
+    ],
 )
 def test_result_survives_its_json_to_the_last_digit(memory):
     result = measured(memory=memory)
@@ -237,13 +247,47 @@ def test_model_that_was_not_trained_has_no_peak_of_training():
     assert Result.from_json(result.as_json()).peak_memory_bytes is None
 
 
-def test_measured_peaks_stand_beside_the_predicted_one(context):
-    phases = Phases(context)
+def test_what_a_gpu_measured_stands_beside_the_prediction_under_names_of_its_own(context):
+    phases, passes, predicted = Phases(context), Passes(8, 4096), Peak(10, 5, "predicted")
     phases.peaks = {"recover": 30, "evaluate": 20}
-    assert phases.memory(Peak(10, 5, "predicted"), True, 3) == Memory(30, 23, "measured", 10)
-    assert phases.memory(Peak(10, 5, "predicted"), False, 0).training is None
+    inference = {"run_inference_memory_bytes": 20, "run_batch_tokens": 4096}
+    training = {"run_peak_memory_bytes": 30, "run_predicted_memory_bytes": 10, "run_micro_batch_size": 8}
+    assert phases.of_run(passes, predicted, True) == inference | training
+    assert phases.of_run(passes, predicted, False) == inference
     phases.peaks["recover"] = None
-    assert phases.memory(Peak(10, 5, "predicted"), True, 3) == Memory(10, 5, "predicted")
+    assert phases.of_run(passes, predicted, True) == {}
+
+
+def test_memory_that_an_earlier_version_measured_is_read_as_it_was():
+    earlier = measured().as_json() | {"memory_source": "measured"}
+    earlier["other"] = {**earlier["other"], "predicted_peak_memory_bytes": 7.0}
+    result = Result.from_json(earlier)
+    assert (result.memory_source, result.metrics()["predicted_peak_memory_bytes"]) == ("measured", 7.0)
+
+
+# --- how full a pass is ------------------------------------------------------------------------------------------
+
+
+def test_passes_are_the_users_where_there_is_no_gpu(context):
+    recovery = context.settings.recover
+    assert context.passes([4] * 4, None) == Passes(recovery.micro_batch_size, context.settings.batch_tokens)
+
+
+def test_passes_are_as_full_as_the_room_on_a_gpu_and_never_above_a_batch(context):
+    recovery = replace(context.settings.recover, batch_size=12, micro_batch_size=2)
+    settings = replace(context.settings, recover=recovery, batch_tokens=4096)
+    context, bits = replace(context, settings=settings), [4, 8, 4, 8]
+    peaks = {rows: context.predict_run(bits, Passes(rows, 4096)).training for rows in (12, 6, 3, 2)}
+    assert peaks[12] > peaks[6] > peaks[3] > peaks[2] == context.predict(bits).training
+    for rows, peak in peaks.items():
+        assert context.passes(bits, peak).rows == rows  # just fits
+    assert context.passes(bits, peaks[12] - 1).rows == 6
+    assert context.passes(bits, 0) == Passes(2, 4096)  # it is left to the allocator whether that fits
+    inference = {tokens: context.predict_run(bits, Passes(2, tokens)).inference for tokens in (8192, 32768)}
+    assert [context.passes(bits, peak).tokens for peak in inference.values()] == [8192, 32768]
+    assert context.passes(bits, 2**40) == Passes(12, 32768)
+    roomy = replace(context, settings=replace(settings, batch_tokens=2**17))
+    assert roomy.passes(bits, 2**40).tokens == 2**17
 
 
 def test_untouched_model_is_measured_once_and_again_where_its_file_is_damaged(context, tmp_path, monkeypatch):

@@ -6,10 +6,10 @@ import itertools
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, batches, tiny_config, tiny_model
+from conftest import FAMILIES, batches, mask, tiny_config, tiny_model
 
 from pipeline import architecture, checkpoint
-from pipeline.architecture import COUPLED, BlockShape
+from pipeline.architecture import KINDS, BlockShape
 from pipeline.compress import prune, structures, uniform
 from pipeline.compress.structures import PruneError, Span
 from pipeline.settings import pruning
@@ -33,7 +33,7 @@ def count(model):
 def scores_of(config, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
-        {kind: torch.rand(architecture.group_count(shape, kind), generator=generator) for kind in COUPLED}
+        {kind: torch.rand(architecture.group_count(shape, kind), generator=generator) for kind in KINDS}
         for shape in architecture.shapes(config)
     ]
 
@@ -98,7 +98,7 @@ def test_local_scope_takes_alike_of_heads_and_channels(settings):
     scores = scores_of(config)
     for block in scores:
         block["attention"] *= 1000
-    head, channel = (architecture.group_parameters(config, BlockShape(8, 4, 96), kind) for kind in COUPLED)
+    head, channel = (architecture.group_parameters(config, BlockShape(8, 4, 96), kind) for kind in KINDS)
     target = 4 * (2 * head + 48 * channel)
     assert sizes(prune.select(scores, config, target, settings(multiple_of=1, scope="local"))) == [(2, 48)] * 4
     assert sizes(prune.select(scores, config, target, settings(multiple_of=1, scope="global")))[0][0] == 4
@@ -171,15 +171,8 @@ def test_model_of_one_shape_answers_as_the_masked_one_and_loads_as_a_stock_class
     )
     assert not type(stock).__module__.startswith("pipeline")
     stock.load_state_dict(found.state)
+    mask(model, found.kept)
     with torch.no_grad():
-        for block, here in zip(model.model.layers, found.kept, strict=True):
-            for reader, kind, width in (
-                (block.self_attn.o_proj, "attention", block.self_attn.o_proj.in_features // 2),
-                (block.mlp.down_proj, "mlp", 1),
-            ):
-                gone = set(range(reader.in_features // width)) - set(here[kind].tolist())
-                for one in gone:
-                    reader.weight[:, one * width : (one + 1) * width] = 0
         tokens = batches(1)[0].tokens
         smaller = checkpoint.from_state(found.config, found.state)
         expected = model(input_ids=tokens).logits

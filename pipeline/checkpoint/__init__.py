@@ -7,7 +7,6 @@ Two things that transformers does not have are added and registered when this pa
 """
 
 from pipeline.checkpoint import mixed, pruned
-from pipeline.checkpoint.dense import dense
 from pipeline.checkpoint.loading import (
     ADAPTER,
     load_base,
@@ -20,8 +19,8 @@ from pipeline.checkpoint.loading import (
 )
 from pipeline.checkpoint.mixed import MixedBitsConfig, MixedBitsQuantizer, use_plain_cpu_layout
 from pipeline.checkpoint.pruned import (
+    PRUNED,
     STORED,
-    PrunedLlamaForCausalLM,
     compute_in,
     from_state,
     pruned_config,
@@ -30,12 +29,11 @@ from pipeline.checkpoint.pruned import (
 
 __all__ = [
     "ADAPTER",
+    "PRUNED",
     "STORED",
     "MixedBitsConfig",
     "MixedBitsQuantizer",
-    "PrunedLlamaForCausalLM",
     "compute_in",
-    "dense",
     "from_state",
     "load_base",
     "load_config",

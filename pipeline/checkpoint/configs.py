@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
@@ -36,9 +36,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     family = values.get("model_type")
     if not isinstance(family, str):
         raise WeightsError(f"config.json: model_type is {family!r}; name the model's family")
-    if family.removeprefix("pruned_") not in architecture.FAMILIES:
-        families = ", ".join(architecture.FAMILIES)
-        raise WeightsError(f"config.json: model family {family!r} is not supported; use one of {families}")
+    if not architecture.supported(family):
+        raise WeightsError(f"config.json: {architecture.unsupported(family)}")
     faults = [*_count_faults(values), *_part_faults(values)]
     if faults:
         raise WeightsError("; ".join(f"config.json: {fault}" for fault in faults) + "; take the model's own config")
@@ -78,13 +77,11 @@ def _count_faults(values: Mapping[str, object]) -> list[str]:
 
 def _part_faults(values: Mapping[str, object]) -> list[str]:
     faults = []
-    activation = values.get("hidden_act", "silu")
+    named = architecture.FAMILIES[str(values["model_type"]).removeprefix("pruned_")].activation
+    activation = values.get(named, "silu")
     if not isinstance(activation, str) or activation not in ACT2FN:
-        faults.append(f"hidden_act {activation!r} is no activation that transformers knows")
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = values.get(key)
-        if rope is None:
-            continue
+        faults.append(f"{named} {activation!r} is no activation that transformers knows")
+    for key, rope in _ropes(values):
         if not isinstance(rope, dict):
             faults.append(f"{key} is no object")
             continue
@@ -103,6 +100,16 @@ def _part_faults(values: Mapping[str, object]) -> list[str]:
         if not isinstance(values.get(key, False), bool):
             faults.append(f"{key} is {values[key]!r}, not true or false")
     return faults
+
+
+def _ropes(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Yield what a config says of rotary positions: once, or once for each type of blocks."""
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = values.get(key)
+        if isinstance(rope, dict) and rope and all(isinstance(value, dict) for value in rope.values()):
+            yield from ((f"{key}.{kind}", value) for kind, value in rope.items())
+        elif rope is not None:
+            yield key, rope
 
 
 def _positive(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Pruned models: Llama, Mistral, Qwen2 and Qwen3 whose blocks have a shape each (config field ``block_shapes``)."""
+"""Pruned models: a class for each family whose blocks have a shape each (config field ``block_shapes``)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from typing import cast
 
 import bitsandbytes as bnb
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pipeline.architecture import BlockShape, head_dim, shapes
+from pipeline.families import FAMILIES, Family
 
 STORED = torch.bfloat16  # what every checkpoint holds, whatever a machine computes in
+
+
+class _OfBlock:
+    """What a block is built from and reads later: the whole model's config, but for the block's own sizes."""
+
+    def __init__(self, whole: PretrainedConfig, shape: BlockShape):
+        self._whole = whole
+        self.num_attention_heads, self.num_key_value_heads = shape.heads, shape.kv_heads
+        self.intermediate_size = shape.channels
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__") or name == "_whole":  # a copy asks before it has any attribute
+            raise AttributeError(name)
+        return getattr(self._whole, name)
 
 
 class _PrunedConfig:
@@ -35,13 +38,10 @@ class _PrunedConfig:
     def validate_architecture(self) -> None:
         """Accept head counts that do not divide the hidden size: pruning takes whole heads."""
 
-    def block(self, index: int) -> PretrainedConfig:
-        """Return the config that one block is built from."""
-        config = cast("PretrainedConfig", copy.copy(self))
-        shape = shapes(config)[index]
-        config.num_attention_heads, config.num_key_value_heads = shape.heads, shape.kv_heads
-        config.intermediate_size = shape.channels
-        return config
+    def block(self, index: int) -> _OfBlock:
+        """Return the config of one block; what it shares with the whole model it reads there, also later."""
+        config = cast("PretrainedConfig", self)
+        return _OfBlock(config, shapes(config)[index])
 
 
 class _PrunedModel:
@@ -51,71 +51,26 @@ class _PrunedModel:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if getattr(config, "block_shapes", None):
             for index, block in enumerate(self.model.layers):  # type: ignore[attr-defined]
-                smaller = type(block)(config.block(index), index)
-                # The attention reads settings that apply to the whole model, such as the implementation, from here.
-                smaller.self_attn.config = config
-                self.model.layers[index] = smaller  # type: ignore[attr-defined]
+                self.model.layers[index] = type(block)(config.block(index), index)  # type: ignore[attr-defined]
             self.post_init()  # type: ignore[attr-defined]
 
 
-class PrunedLlamaConfig(_PrunedConfig, LlamaConfig):
-    """Llama with a shape for each block."""
+def _classes(family: str, about: Family) -> type[PreTrainedModel]:
+    """Return a family's model class with a shape for each block; ``config_class`` is its config's."""
 
-    model_type = "pruned_llama"
-    block_shapes: list | None = None
+    def derived(name: str, base: str, mixin: type, **fields: object) -> type:
+        fields |= {"__module__": __name__, "__doc__": f"{base} with a shape for each block."}
+        return type(name, (mixin, getattr(transformers, base)), fields)
 
-
-class PrunedMistralConfig(_PrunedConfig, MistralConfig):
-    """Mistral with a shape for each block."""
-
-    model_type = "pruned_mistral"
-    block_shapes: list | None = None
-
-
-class PrunedQwen2Config(_PrunedConfig, Qwen2Config):
-    """Qwen2 with a shape for each block."""
-
-    model_type = "pruned_qwen2"
-    block_shapes: list | None = None
+    name = about.model_class.removesuffix("ForCausalLM")
+    config = derived(
+        f"Pruned{name}Config", about.config_class, _PrunedConfig, model_type=f"pruned_{family}", block_shapes=None,
+        __annotations__={"block_shapes": list | None},
+    )  # fmt: skip
+    return derived(f"Pruned{about.model_class}", about.model_class, _PrunedModel, config_class=config)
 
 
-class PrunedQwen3Config(_PrunedConfig, Qwen3Config):
-    """Qwen3 with a shape for each block."""
-
-    model_type = "pruned_qwen3"
-    block_shapes: list | None = None
-
-
-class PrunedLlamaForCausalLM(_PrunedModel, LlamaForCausalLM):
-    """Llama whose blocks have a shape each."""
-
-    config_class = PrunedLlamaConfig
-
-
-class PrunedMistralForCausalLM(_PrunedModel, MistralForCausalLM):
-    """Mistral whose blocks have a shape each."""
-
-    config_class = PrunedMistralConfig
-
-
-class PrunedQwen2ForCausalLM(_PrunedModel, Qwen2ForCausalLM):
-    """Qwen2 whose blocks have a shape each."""
-
-    config_class = PrunedQwen2Config
-
-
-class PrunedQwen3ForCausalLM(_PrunedModel, Qwen3ForCausalLM):
-    """Qwen3 whose blocks have a shape each."""
-
-    config_class = PrunedQwen3Config
-
-
-_PRUNED: dict[str, type[PreTrainedModel]] = {
-    "llama": PrunedLlamaForCausalLM,
-    "mistral": PrunedMistralForCausalLM,
-    "qwen2": PrunedQwen2ForCausalLM,
-    "qwen3": PrunedQwen3ForCausalLM,
-}
+PRUNED: dict[str, type[PreTrainedModel]] = {family: _classes(family, about) for family, about in FAMILIES.items()}
 
 
 def _config_class(model_class: type[PreTrainedModel]) -> type[PretrainedConfig]:
@@ -128,7 +83,7 @@ def pruned_config(config: PretrainedConfig, block_shapes: list[BlockShape]) -> P
     # Qwen2 has no such field and takes hidden size / heads, which is wrong for a block that has lost heads.
     fields["head_dim"] = head_dim(config)
     fields["block_shapes"] = [[shape.heads, shape.kv_heads, shape.channels] for shape in block_shapes]
-    return _config_class(_PRUNED[config.model_type.removeprefix("pruned_")])(**fields)
+    return _config_class(PRUNED[config.model_type.removeprefix("pruned_")])(**fields)
 
 
 def from_state(
@@ -139,7 +94,7 @@ def from_state(
     config = copy.deepcopy(config)
     config.dtype = state["model.embed_tokens.weight"].dtype
     # Without a device of its own, transformers puts a quantized model on a GPU and any other on the CPU.
-    model = _PRUNED[name].from_pretrained(None, config=config, state_dict=state, device_map=device)
+    model = PRUNED[name].from_pretrained(None, config=config, state_dict=state, device_map=device)
     compute_in(model, config.dtype)
     return model
 
@@ -162,7 +117,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 def register() -> None:
     """Make the pruned model types known to transformers; safe to call again."""
-    for model_class in _PRUNED.values():
+    for model_class in PRUNED.values():
         config_class = _config_class(model_class)
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)

@@ -57,7 +57,7 @@ def parse(raw: object, origin: str = overrides.DEFAULT, more: Sequence[str] = ()
         ParamsError: With one line for each fault: the key, the value received, what is allowed.
     """
     if not isinstance(raw, dict):
-        raise ParamsError(f"{origin} must be a mapping of sections; copy one of presets/ over it")
+        raise ParamsError(f"{origin} must be a mapping of sections; copy presets/default.yaml over it")
     faults, wrong = list(more), set()
     try:
         whole = Params.model_validate(raw)

@@ -98,7 +98,13 @@ def _budget(config: SimpleNamespace) -> Check:
     """
 
     @reads(
-        "search.memory_budget_gib", "search.memory", "prune.ratios", "prune.multiple_of", "quantize", "recover", "evaluate"
+        "search.memory_budget_gib",
+        "search.memory",
+        "prune.ratios",
+        "prune.multiple_of",
+        "quantize",
+        "recover",
+        "evaluate",
     )
     def check(given: SimpleNamespace) -> Iterator[str]:
         budget, ratio = given.search.memory_budget_gib, given.prune.ratios[-1]

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 from typing import get_args
 
 from pipeline import bits, fits
-from pipeline.architecture import FAMILIES
+from pipeline.architecture import FAMILIES, unsupported
 from pipeline.checks.check import Check, reads
 from pipeline.compress import structures
-from pipeline.data import definitions
+from pipeline.data import chat, definitions, further
+from pipeline.data.items import ALPACA_FIELDS
 from pipeline.errors import UserError, shown
 from pipeline.params import Objective
 
@@ -188,6 +189,27 @@ def _average_leaves_room(given: SimpleNamespace) -> Iterator[str]:
         )
 
 
+@reads("data.format", "data.prompt")
+def _messages_have_a_template(given: SimpleNamespace) -> Iterator[str]:
+    if (given.data.format, given.data.prompt) == ("chat", "alpaca"):
+        yield (
+            "data.prompt: Alpaca's prompt holds no conversation, and data.format is chat; set data.prompt to chat, "
+            "the model's own template"
+        )
+
+
+@reads("data.format", "data.names")
+def _names_are_of_the_format(given: SimpleNamespace) -> Iterator[str]:
+    fields = (*chat.FIELDS, *chat.ROLES) if given.data.format == "chat" else ALPACA_FIELDS
+    for name, theirs in given.data.names.items():
+        if name not in fields:
+            yield (
+                f"data.names: {name!r} is no name in rows of format {given.data.format}; they have {', '.join(fields)}"
+            )
+        elif theirs is None and name != "input":
+            yield f"data.names: {name!r} is null, and only an input may be missing; name what the rows call it"
+
+
 @reads("model.source")
 def _supported_family(given: SimpleNamespace) -> Iterator[str]:
     source = given.model.source
@@ -203,10 +225,7 @@ def _supported_family(given: SimpleNamespace) -> Iterator[str]:
         yield f"model.source: {error}; name a folder with a model"
         return
     if family not in FAMILIES:
-        yield (
-            f"model.source: model family {shown(family)} is not supported (value {source!r}); "
-            f"use one of {', '.join(FAMILIES)}"
-        )
+        yield f"model.source: {unsupported(family)} (value {source!r})"
 
 
 @reads("evaluate.tasks")
@@ -233,6 +252,39 @@ def _items_are_there(given: SimpleNamespace) -> Iterator[str]:
 def _fault_of_task(task: str) -> str | None:
     try:
         definitions.check(task)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@reads("evaluate.further", "evaluate.tasks")
+def _further_tasks_can_be_run(given: SimpleNamespace) -> Iterator[str]:
+    for index, name in enumerate(given.evaluate.further):
+        place = f"evaluate.further.{index}"
+        if fault := _fault_of_further(name):
+            yield f"{place}: {fault} (value {shown(name)})"
+        elif twice := set(further.tasks_of([name])) & set(given.evaluate.tasks):
+            yield f"{place}: {shown(name)} asks {', '.join(sorted(twice))}, which evaluate.tasks has; name it once"
+
+
+@reads("evaluate.further", "evaluate.num_fewshot", "data.benchmarks")
+def _further_items_are_there(given: SimpleNamespace) -> Iterator[str]:
+    if given.data.benchmarks == "hub":
+        return
+    folder = Path(given.data.benchmarks.removeprefix("path:"))
+    sound = [name for name in given.evaluate.further if _fault_of_further(name) is None]
+    lost = [name for name in further.files(sound, given.evaluate.num_fewshot) if not (folder / name).exists()]
+    if lost:
+        named = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        yield (
+            f"data.benchmarks: {folder} has no {named}, which evaluate.further asks for (<task>.fewshot.jsonl holds "
+            "the examples that evaluate.num_fewshot shows); add it, or take the task out"
+        )
+
+
+def _fault_of_further(name: str) -> str | None:
+    try:
+        definitions.check_further(name)
     except UserError as error:
         return str(error)
     return None
@@ -268,8 +320,12 @@ CHECKS: tuple[Check, ...] = (
     _seeds_are_searched,
     _choice_is_searched,
     _average_leaves_room,
+    _messages_have_a_template,
+    _names_are_of_the_format,
     _supported_family,
     _tasks_can_be_run,
     _items_are_there,
+    _further_tasks_can_be_run,
+    _further_items_are_there,
     _objective_is_measured,
 )

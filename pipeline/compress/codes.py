@@ -1,8 +1,8 @@
 """Calibrated codes: what rounding a weight loses is made up for by the weights that are rounded after it.
 
-Error feedback (GPTQ, arXiv 2210.17323, algorithm 1) onto NF4, FP4 and int8, with a search for the scales. Storage is
-bitsandbytes' own: only codes and scales differ from rounding to the nearest. The loss of a linear W on its inputs X is
-||X (W - Q)^T||^2 = tr((W - Q) H (W - Q)^T), H = X^T X.
+Error feedback (GPTQ, arXiv 2210.17323, algorithm 1) onto any grid, with a search for the scales: here NF4, FP4 and
+int8, elsewhere llama.cpp's. Storage is bitsandbytes' own: only codes and scales differ from rounding to the nearest.
+The loss of a linear W on its inputs X is ||X (W - Q)^T||^2 = tr((W - Q) H (W - Q)^T), H = X^T X.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pipeline.compress.quantize import Stored
 _BLOCK = 64  # neighbours in the flattened matrix that share one 4-bit scale
 _SCALES_BLOCK = 256  # scales that share one scale of their own under double quantization
 _INT8_UNIT = 7.874015718698502e-3  # 1 / 127, to the digits that bitsandbytes multiplies by
-_LEAST_SCALE = 1e-30  # of a block of zeros, so that their code is the one for zero
+# Of a block of zeros, so that their code is the one nearest to zero; half of the type's least would be lost.
+_LEAST_SCALES = {torch.float32: 1e-30, torch.float16: 2.0**-24}
 _BINS = 4096  # of the table that the search for scales reads: it fits a core's nearest cache
 _BLOCKS_AT_ONCE = 512  # whose scales are searched together: their weights fit a core's cache
 _TILE = 64  # columns rounded before the rest of the matrix hears of it
@@ -51,12 +52,17 @@ class Grid:
         block: Neighbours in the flattened matrix that share a scale.
         unit: Factor of all values, applied after the scale as bitsandbytes does.
         dtype: What bitsandbytes returns the values in.
+        ends: Levels that a block's largest weight may stand at, its sign kept, so that scales have both signs; empty:
+            its magnitude is the scale.
+        scale_dtype: What scales are stored in.
     """
 
     levels: torch.Tensor
     block: int
     unit: float = 1.0
     dtype: torch.dtype = torch.float32
+    ends: tuple[float, ...] = ()
+    scale_dtype: torch.dtype = torch.float32
 
     @cached_property
     def bounds(self) -> torch.Tensor:
@@ -83,6 +89,19 @@ class Grid:
         step = _BINS / (most - least)
         bins = (weights * (step / (scales * self.unit))).sub_(least * step).clamp_(0, _BINS - 1)
         return self.table[bins.int()] * (scales * self.unit)
+
+    def scales(self, weights: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
+        """Return the scales to try for blocks of weights, as they are stored: [blocks, block] -> [tried, blocks].
+
+        Args:
+            weights: The blocks.
+            factors: Of the scale that puts a block's largest weight at an end of the levels.
+        """
+        largest = weights.gather(1, weights.abs().argmax(1, keepdim=True))[:, 0]
+        whole = [largest / end for end in self.ends] or [largest.abs()]
+        tried = torch.stack([factor * scales for scales in whole for factor in factors])
+        tried = tried.to(self.scale_dtype).float()
+        return torch.where(tried.abs() < _LEAST_SCALES[self.scale_dtype], _LEAST_SCALES[self.scale_dtype], tried)
 
     def values(self, index: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Return the weights that codes stand for, in fp32, equal to bitsandbytes' to the bit."""
@@ -164,15 +183,12 @@ def calibrated(
             stored for weight in weights for stored in calibrated([weight], gram, bits, four_bit, double_quant, fit)
         ]
     grid, codes = grid_of(weights[0], bits, four_bit)
-    dense = torch.cat([weight.float() for weight in weights]).T.contiguous()
-    problem = Problem(dense, damped(gram.to(dense.device), fit.damping), grid)
-    order = problem.gram.diagonal().argsort(descending=True) if fit.descending else None
-    index, scales = feed_back(problem, fit.factors, order)
+    index, scales = fitted(weights, gram, grid, fit)
     rows = [len(weight) for weight in weights]
     counts = rows if bits == 8 else [-(-weight.numel() // _BLOCK) for weight in weights]
     # Copies, as files hold no views of one tensor.
     scales_of = [part.clone() for part in scales.split(counts)]
-    parts = zip([part.clone() for part in codes[index.T.contiguous().long()].split(rows)], scales_of, strict=True)
+    parts = zip([part.clone() for part in codes[index.long()].split(rows)], scales_of, strict=True)
     if bits == 8:
         return [
             {"weight": part, "SCB": row, "weight_format": torch.tensor(0, dtype=torch.uint8)} for part, row in parts
@@ -182,11 +198,33 @@ def calibrated(
         more: dict[str, object] = {}
         if double_quant:
             absmax, more = _nested(absmax)
-        table = bnb.get_4bit_type(four_bit, device=dense.device)
+        table = bnb.get_4bit_type(four_bit, device=part.device)
         state = bnb.QuantState(absmax, part.shape, table, _BLOCK, four_bit, weights[number].dtype, **more)
         packed = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
         result.append({"weight": _packed(part), **packed})
     return result
+
+
+def fitted(
+    weights: Sequence[torch.Tensor], gram: torch.Tensor, grid: Grid, fit: Fit
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round matrices onto a grid so that their outputs change least.
+
+    Args:
+        weights: Each W, [out, in], of linears that receive the same inputs; but for the last one, a block of the grid
+            ends where they do.
+        gram: H = X^T X of their inputs or a multiple of it, [in, in], finite.
+        grid: The grid.
+        fit: How codes are fitted.
+
+    Returns:
+        Index of each weight's level, the matrices one below the other, [out, in] uint8, and the scales, [blocks].
+    """
+    dense = torch.cat([weight.float() for weight in weights]).T.contiguous()
+    problem = Problem(dense, damped(gram.to(dense.device), fit.damping), grid)
+    order = problem.gram.diagonal().argsort(descending=True) if fit.descending else None
+    index, scales = feed_back(problem, fit.factors, order)
+    return index.T.contiguous(), scales
 
 
 def damped(gram: torch.Tensor, share: float) -> torch.Tensor:
@@ -271,8 +309,7 @@ def best_scales(weights: torch.Tensor, importance: torch.Tensor, grid: Grid, fac
     best = []
     for start in range(0, len(weights), _BLOCKS_AT_ONCE):
         part, weighs = weights[start : start + _BLOCKS_AT_ONCE], importance[start : start + _BLOCKS_AT_ONCE]
-        largest = part.abs().amax(1).clamp(min=_LEAST_SCALE)
-        tried = torch.stack([factor * largest for factor in factors])
+        tried = grid.scales(part, factors)
         costs = [(weighs * (part - grid.rounded(part, scales[:, None])).square_()).sum(1) for scales in tried]
         best.append(tried.gather(0, torch.stack(costs).argmin(0)[None])[0])
     return torch.cat(best)

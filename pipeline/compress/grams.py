@@ -11,14 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline import architecture
-from pipeline.architecture import ATTENTION, MLP
+from pipeline.architecture import KINDS
 from pipeline.compress.modules import last_states
 from pipeline.compress.structures import PruneError
 from pipeline.console import progress
 from pipeline.data.alpaca import IGNORED, Batch
 
 Grams = list[dict[str, torch.Tensor]]  # of each block: X^T X of what reads each kind, and the energy of its output
-READER = {"attention": ATTENTION[3], "mlp": MLP[2]}  # the linear that reads a kind's structures
 _BLOCKS_AT_ONCE = 8  # whose Gram matrices a GPU holds; a pass over the text for each such lot
 _TILE = 256  # columns of a Gram matrix computed at a time, from the diagonal on: the other half is the same
 
@@ -51,7 +50,7 @@ def _grams_of(model: PreTrainedModel, calibration: Sequence[Batch], blocks: rang
             last_states(model, part.tokens)
         for place, block in enumerate(blocks):
             energy[place] += outputs[block][real].float().square().sum()
-            for kind in READER:
+            for kind in KINDS:
                 inputs = seen[block, kind][real].float()
                 width = inputs.shape[1]
                 half = halves.setdefault((block, kind), torch.zeros(width, width, device=model.device))
@@ -59,14 +58,15 @@ def _grams_of(model: PreTrainedModel, calibration: Sequence[Batch], blocks: rang
                     here = slice(start, start + _TILE)
                     half[here, start:].addmm_(inputs[:, here].T, inputs[:, start:])
     grams = [
-        {kind: _whole(halves[block, kind] / total).cpu() for kind in READER} | {"output": (energy[place] / total).cpu()}
+        {kind: _whole(halves[block, kind] / total).cpu() for kind in KINDS} | {"output": (energy[place] / total).cpu()}
         for place, block in enumerate(blocks)
     ]
     for block, measured in zip(blocks, grams, strict=True):
-        for kind, name in READER.items():
+        for kind in KINDS:
             if not measured[kind].isfinite().all():
+                name = architecture.linear_name(block, architecture.reader(model.config, kind))
                 raise PruneError(
-                    f"{architecture.linear_name(block, name)}: what this layer receives is not finite (NaN or "
+                    f"{name}: what this layer receives is not finite (NaN or "
                     "infinite), so nothing can be fitted to it; check the weights of the blocks up to it, or compute "
                     "in another type (dtype)"
                 )
@@ -80,7 +80,7 @@ def _whole(half: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def reading(
-    model: nn.Module, through: Callable[[torch.Tensor], torch.Tensor]
+    model: PreTrainedModel, through: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[dict[tuple[int, str], torch.Tensor]]:
     """Collect what the reading linears of every block receive: (block, kind) -> [B, L, inputs]."""
     seen: dict[tuple[int, str], torch.Tensor] = {}
@@ -89,10 +89,10 @@ def reading(
         seen[place] = through(inputs[0]) if inputs[0].is_leaf else inputs[0]
         return (seen[place],)
 
-    places = [(block, kind) for block in range(len(architecture.blocks(model))) for kind in READER]
+    places = [(block, kind) for block in range(len(architecture.blocks(model))) for kind in KINDS]
     with ExitStack() as hooks:
         for block, kind in places:
-            linear = model.get_submodule(architecture.linear_name(block, READER[kind]))
+            linear = model.get_submodule(architecture.linear_name(block, architecture.reader(model.config, kind)))
             handle = linear.register_forward_pre_hook(partial(hook, (block, kind)))
             hooks.callback(handle.remove)
         yield seen

@@ -223,7 +223,8 @@ def sensitivity(
     model.requires_grad_(False)
     count = sum(map(len, pruned.wanted))
     by_unit = {
-        width: [sum(by_name[name] for name in unit.linears) / count for unit in units] for width, by_name in gains.items()
+        width: [sum(by_name[name] for name in unit.linears) / count for unit in units]
+        for width, by_name in gains.items()
     }
     return by_unit, (from_pruned / count, from_dense / count)
 

@@ -60,17 +60,17 @@ def collect(
     states, calls = [state for state, _ in starts], [call for _, call in starts]
     real = [_real(part).to(there) for part in batches]
     total = count_tokens(batches)
+    groups = architecture.parts(model.config, "group").values()
     for number, block in enumerate(architecture.blocks(model)):
         halves: dict[str, torch.Tensor] = {}
         following = []
         block.to(there)
         for state, call, mask in zip(states, calls, real, strict=True):
-            with _inputs(block) as seen:
+            with _inputs(block, [group[0] for group in groups]) as seen:
                 following.append(_passed(block, state, call[number], there))
             for name, value in seen.items():
                 _add_gram(halves, name, value[mask].float())
         whole = {name: ((half.triu() + half.triu(1).T) / total).cpu() for name, half in halves.items()}
-        groups = [members for _, members in architecture.GRANULARITIES["group"]]
         yield {architecture.linear_name(number, name): whole[group[0]] for group in groups for name in group}
         if sequential:
             following = [_passed(block, state, call[number], there) for state, call in zip(states, calls, strict=True)]
@@ -106,16 +106,16 @@ def _real(part: Batch) -> torch.Tensor:
 
 
 @contextmanager
-def _inputs(block: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect what a block's linears receive, once for those that share it: name of the first -> [B, L, in]."""
+def _inputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Collect what some of a block's linears receive: name -> [B, L, in]."""
     seen: dict[str, torch.Tensor] = {}
 
     def keep(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         seen[name] = inputs[0]
 
     with ExitStack() as hooks:
-        for _, members in architecture.GRANULARITIES["group"]:
-            handle = block.get_submodule(members[0]).register_forward_pre_hook(partial(keep, members[0]))
+        for name in names:
+            handle = block.get_submodule(name).register_forward_pre_hook(partial(keep, name))
             hooks.callback(handle.remove)
         yield seen
 

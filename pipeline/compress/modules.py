@@ -24,15 +24,26 @@ def head_of(model: nn.Module) -> nn.Linear:
     return cast(nn.Linear, model.get_submodule("lm_head"))
 
 
-def last_states(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the states that a causal model's head reads: [B, L] -> [B, L, hidden]."""
-    return model.get_submodule("model")(input_ids=tokens, use_cache=False).last_hidden_state
+def cap_of(model: nn.Module) -> float | None:
+    """Return the bound that a causal model keeps its logits within; None: it does not."""
+    return getattr(model.config, "final_logit_softcapping", None)
+
+
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Return what a head's outputs become where a model keeps its logits below a cap: cap tanh(logits / cap)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def last_states(model: nn.Module, tokens: torch.Tensor, **told: object) -> torch.Tensor:
+    """Return the states that a causal model's head reads: [B, L] -> [B, L, hidden]; ``told`` goes to the model."""
+    return model.get_submodule("model")(input_ids=tokens, use_cache=False, **told).last_hidden_state
 
 
 def mean_embedding(model: nn.Module, last: torch.Tensor) -> torch.Tensor:
     """Return what the head's rows, weighted by a model's predictions, add up to: [positions, hidden] in fp32.
 
-    Of a distribution over the next token it is all that a divergence from it needs (``importance``, ``teacher``).
+    Of a distribution over the next token it is all that a divergence from it needs (``importance``, ``teacher``). Where
+    a model caps its logits, it is that of the logits before the cap: with them the same holds, after it nothing short.
 
     Args:
         model: Its head is read.

@@ -2,19 +2,19 @@
 
 Reads ``artifacts/base`` and Alpaca rows for calibration. Writes ``artifacts/pruned``, a ``pruned_*`` checkpoint that
 ``from_pretrained`` loads. A structure is one key/value head with its query heads, or one MLP channel; removing it
-removes every row and column that is coupled with it (``architecture.COUPLED``).
+removes every row and column that is coupled with it (``architecture.members``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline import architecture, checkpoint
-from pipeline.architecture import COUPLED, BlockShape
+from pipeline.architecture import KINDS, BlockShape
 from pipeline.compress import saliency, uniform
 from pipeline.compress.grams import Grams, input_grams, typical_energy
 from pipeline.compress.modules import Keep, Scores
@@ -69,7 +69,7 @@ def at_ratios(
     """Prune a model to each of several ratios as ``run`` does; the dense model is scored once for all."""
     before = architecture.parameters(dense.config)
     whole: Keep = [
-        {kind: torch.arange(architecture.group_count(shape, kind)) for kind in COUPLED}
+        {kind: torch.arange(architecture.group_count(shape, kind)) for kind in KINDS}
         for shape in architecture.shapes(dense.config)
     ]
     for ratio in ratios:
@@ -86,7 +86,7 @@ def at_ratios(
             target = round(before * ratio * step / settings.steps) - (before - architecture.parameters(config))
             keep = select(scores, config, target, settings)
             config, state = remove(model, keep, grams)
-            left = [{kind: old[kind][new[kind]] for kind in COUPLED} for old, new in zip(left, keep, strict=True)]
+            left = [{kind: old[kind][new[kind]] for kind in KINDS} for old, new in zip(left, keep, strict=True)]
         yield Pruned(config, state, (before, architecture.parameters(config)), left)
 
 
@@ -151,7 +151,7 @@ def select(scores: Scores, config: PretrainedConfig, target: int, settings: Sett
     # (rank, parameters, block, kind, structures), cheapest to lose first
     ranked: list[tuple[float, int, int, str, list[int]]] = []
     for index, (shape, block) in enumerate(zip(architecture.shapes(config), scores, strict=True)):
-        for kind in COUPLED:
+        for kind in KINDS:
             if not prunable(config, settings, index, kind):
                 continue
             cost = architecture.group_parameters(config, shape, kind)
@@ -165,7 +165,7 @@ def select(scores: Scores, config: PretrainedConfig, target: int, settings: Sett
                 rank = local_rank if settings.scope == "local" else mean / cost
                 ranked.append((rank, cost * len(lot), index, kind, lot))
     ranked.sort(key=lambda item: (item[0], item[2], item[3], item[4]))
-    gone: list[dict[str, set[int]]] = [{kind: set() for kind in COUPLED} for _ in scores]
+    gone: list[dict[str, set[int]]] = [{kind: set() for kind in KINDS} for _ in scores]
     left = target
     for _, cost, index, name, lot in ranked:
         if cost / 2 <= left:  # a large head may not fit where channels still do
@@ -174,7 +174,7 @@ def select(scores: Scores, config: PretrainedConfig, target: int, settings: Sett
     return [
         {
             kind: torch.tensor([i for i in range(architecture.group_count(shape, kind)) if i not in removed[kind]])
-            for kind in COUPLED
+            for kind in KINDS
         }
         for shape, removed in zip(architecture.shapes(config), gone, strict=True)
     ]
@@ -201,26 +201,41 @@ def remove(
     shapes = architecture.shapes(model.config)
     smaller = []
     for index, (shape, block) in enumerate(zip(shapes, keep, strict=True)):
-        for kind, members in COUPLED.items():
-            if len(block[kind]) == architecture.group_count(shape, kind):
-                continue
-            for name, side in members:
-                full = architecture.linear_name(index, name)
-                rows = architecture.member_indices(model.config, shape, name, block[kind])
-                weight = state[f"{full}.weight"]
-                if side == "in":
-                    if grams:
-                        columns = refit(weight.to(model.device), grams[index][kind].to(model.device), rows).cpu()
-                    else:
-                        columns = weight[:, rows]
-                    state[f"{full}.weight"] = columns.contiguous()
-                else:
-                    state[f"{full}.weight"] = weight[rows].contiguous()
-                    if f"{full}.bias" in state:
-                        state[f"{full}.bias"] = state[f"{full}.bias"][rows].contiguous()
+        state |= _cut(model, state, index, shape, block, None if grams is None else grams[index])
         queries = shape.heads // shape.kv_heads
         smaller.append(BlockShape(len(block["attention"]) * queries, len(block["attention"]), len(block["mlp"])))
     return checkpoint.pruned_config(model.config, smaller), state
+
+
+def _cut(
+    model: PreTrainedModel,
+    state: Mapping[str, torch.Tensor],
+    index: int,
+    shape: BlockShape,
+    keep: Mapping[str, torch.Tensor],
+    grams: Mapping[str, torch.Tensor] | None,
+) -> dict[str, torch.Tensor]:
+    """Return those tensors of a block that lose something, without it; arguments as for ``remove``."""
+    config, about, smaller = model.config, architecture.description(model.config), {}
+    for linear in about.linears:
+        name = architecture.linear_name(index, linear.name)
+        weight = state[f"{name}.weight"]
+        if (rows := architecture.kept(config, shape, linear.outputs, keep)) is not None:
+            weight = smaller[f"{name}.weight"] = weight[rows].contiguous()
+            if (bias := f"{name}.bias") in state:
+                smaller[bias] = state[bias][rows].contiguous()
+        if (columns := architecture.kept(config, shape, [linear.inputs], keep)) is not None:
+            if grams is None:
+                left = weight[:, columns]
+            else:
+                (kind,) = (kind for kind in KINDS if linear.inputs in KINDS[kind])
+                left = refit(weight.to(model.device), grams[kind].to(model.device), columns).cpu()
+            smaller[f"{name}.weight"] = left.contiguous()
+    for norm, axis in about.norms.items():
+        if (values := architecture.kept(config, shape, [axis], keep)) is not None:
+            name = architecture.linear_name(index, f"{norm}.weight")
+            smaller[name] = state[name][values].contiguous()
+    return smaller
 
 
 def refit(weight: torch.Tensor, gram: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline import architecture
-from pipeline.architecture import COUPLED
-from pipeline.compress.grams import READER, Grams, input_grams, reading
+from pipeline.architecture import KINDS
+from pipeline.compress.grams import Grams, input_grams, reading
 from pipeline.compress.modules import Scores, row_losses, weight_of
 from pipeline.compress.structures import PruneError, Settings
 from pipeline.compress.surgeon import surgeon
@@ -63,7 +63,7 @@ def _importance(
                 # Selection divides by the parameters of a structure, which here must not tell.
                 name: torch.rand(architecture.group_count(shape, name), generator=generator)
                 * architecture.group_parameters(model.config, shape, name)
-                for name in COUPLED
+                for name in KINDS
             }
             for shape in architecture.shapes(model.config)
         ]
@@ -148,14 +148,14 @@ def structure_scores(model: PreTrainedModel, scores: Tensors, level: str, aggreg
     summed: Scores = []
     for index, shape in enumerate(architecture.shapes(model.config)):
         block = {}
-        for kind, members in COUPLED.items():
+        for kind in KINDS:
             by_member = []
-            for name, side in members:
-                weights = scores[architecture.linear_name(index, name)]
-                dim = 1 if side == "out" else 0
-                vectors = weights.abs().sum(dim) if level == "parameter" else weights.sum(dim).abs()
-                width = architecture.group_width(model.config, shape, name)
-                by_member.append(vectors.unflatten(0, (-1, width)).sum(1))
+            for member in architecture.members(model.config, shape, kind):
+                weights = scores[architecture.linear_name(index, member.linear)]
+                weights = weights.narrow(member.dim, member.start, member.size)
+                across = 1 - member.dim
+                vectors = weights.abs().sum(across) if level == "parameter" else weights.sum(across).abs()
+                by_member.append(vectors.unflatten(0, (-1, member.width)).sum(1))
             block[kind] = aggregated(torch.stack(by_member), aggregate)
         summed.append(block)
     return summed
@@ -177,7 +177,7 @@ def fisher_mask(model: PreTrainedModel, calibration: Sequence[Batch]) -> Scores:
     F / 2, F being the mean over rows of (dL/dm)^2; the mean of dL/dm itself is near zero at a minimum.
     """
     squares = [
-        {kind: torch.zeros(architecture.group_count(shape, kind), device=model.device) for kind in COUPLED}
+        {kind: torch.zeros(architecture.group_count(shape, kind), device=model.device) for kind in KINDS}
         for shape in architecture.shapes(model.config)
     ]
     model.eval().requires_grad_(False)
@@ -196,15 +196,18 @@ def fisher_mask(model: PreTrainedModel, calibration: Sequence[Batch]) -> Scores:
 def activation(model: PreTrainedModel, grams: Grams) -> Scores:
     """Return the share of the residual stream's energy that each structure writes into it.
 
-    The mean square of what the reading linear adds because of the structure, over that of its block's output.
+    The mean square of what the reading linear adds because of the structure, over that of its block's output; over that
+    of all that the linear adds, where a norm scales it on its way there.
     """
+    scaled = architecture.description(model.config).norm_after
     shares: Scores = []
     for index, block in enumerate(grams):
         scores = {}
         for kind, gram in block.items():
             if kind == "output":
                 continue
-            reader = weight_of(model, architecture.linear_name(index, READER[kind])).detach().float()
+            name = architecture.linear_name(index, architecture.reader(model.config, kind))
+            reader = weight_of(model, name).detach().float()
             count = architecture.group_count(architecture.shapes(model.config)[index], kind)
             width, gram = gram.shape[0] // count, gram.to(reader.device)
             energy = (
@@ -217,7 +220,8 @@ def activation(model: PreTrainedModel, grams: Grams) -> Scores:
                 if width > 1
                 else gram.diagonal() * reader.square().sum(0)
             )
-            scores[kind] = energy / block["output"].to(reader.device)
+            written = torch.einsum("oi,ij,oj->", reader, gram, reader) if scaled else block["output"].to(reader.device)
+            scores[kind] = energy / written
         shares.append(scores)
     return shares
 

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline import architecture
-from pipeline.compress.grams import READER, Grams, typical_energy
+from pipeline.architecture import KINDS
+from pipeline.compress.grams import Grams, typical_energy
 from pipeline.compress.modules import Scores, token_losses, weight_of
 from pipeline.compress.structures import Limits, prunable
 from pipeline.console import progress
@@ -28,20 +29,23 @@ def surgeon(model: PreTrainedModel, calibration: Sequence[Batch], limits: Limits
     ``compensate: true``. A head's error is multiplied by ``_HEAD_FACTOR``: what it moves to other tokens is felt beyond
     its own output.
     """
-    energy = gradient_energy(model, calibration[:: -(-len(calibration) // _ENERGY_BATCHES)])
+    energy = _energies(model, calibration[:: -(-len(calibration) // _ENERGY_BATCHES)])
     shapes = architecture.shapes(model.config)
     scores: Scores = []
     for index, block in enumerate(progress(grams, "importance (surgeon)")):
         costs, shape = {}, shapes[index]
-        for kind, name in READER.items():
+        for kind in KINDS:
             if not prunable(model.config, limits, index, kind):
                 costs[kind] = torch.full((architecture.group_count(shape, kind),), float("inf"))
                 continue
-            weight = weight_of(model, architecture.linear_name(index, name)).detach()
-            width = architecture.group_width(model.config, shape, name)
+            name = architecture.linear_name(index, architecture.reader(model.config, kind))
+            weight = weight_of(model, name).detach()
+            width = weight.shape[1] // architecture.group_count(shape, kind)
             factor = _HEAD_FACTOR if kind == "attention" else 1.0
             costs[kind] = (
-                surgeon_order(weight, block[kind].to(weight.device), width) * energy[index] ** _ENERGY_POWER * factor
+                surgeon_order(weight, block[kind].to(weight.device), width)
+                * energy[kind][index] ** _ENERGY_POWER
+                * factor
             )
         scores.append(costs)
     return scores
@@ -93,13 +97,26 @@ def surgeon_order(weight: torch.Tensor, gram: torch.Tensor, width: int, chunk: i
     return costs
 
 
-def gradient_energy(model: PreTrainedModel, calibration: Sequence[Batch]) -> torch.Tensor:
-    """Return the mean over tokens of ||dL/dh||^2 at each block's output h, L summed over tokens: [blocks]."""
+def _energies(model: PreTrainedModel, calibration: Sequence[Batch]) -> dict[str, torch.Tensor]:
+    """Return ``gradient_energy`` where a kind's errors arise: at a block's output, or before a norm on the way."""
+    if not architecture.description(model.config).norm_after:
+        return dict.fromkeys(KINDS, gradient_energy(model, calibration))
+    return {kind: gradient_energy(model, calibration, architecture.reader(model.config, kind)) for kind in KINDS}
+
+
+def gradient_energy(model: PreTrainedModel, calibration: Sequence[Batch], linear: str | None = None) -> torch.Tensor:
+    """Return the mean over tokens of ||dL/dh||^2 at each block's output h, L summed over tokens: [blocks].
+
+    Args:
+        model: The model.
+        calibration: Token batches.
+        linear: One of a block's linears, whose output is meant instead.
+    """
     total, tokens = torch.zeros(len(architecture.blocks(model)), device=model.device), 0
     model.eval().requires_grad_(False)
     for part in progress(calibration, "gradient energy"):
         embedded = model.get_input_embeddings()(part.tokens).requires_grad_(True)
-        with architecture.block_outputs(model) as outputs:
+        with architecture.block_outputs(model, linear) as outputs:
             logits = model(inputs_embeds=embedded, use_cache=False).logits
         value = token_losses(logits, part.labels).sum()
         total += torch.stack([gradient.float().square().sum() for gradient in torch.autograd.grad(value, outputs)])

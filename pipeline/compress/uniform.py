@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline import architecture
-from pipeline.architecture import COUPLED, BlockShape, Config
+from pipeline.architecture import KINDS, BlockShape, Config
 from pipeline.compress.modules import Keep, Scores
 from pipeline.compress.structures import Settings, kept
 
@@ -46,7 +46,7 @@ def select(scores: Scores, config: Config, target: int, settings: Settings) -> K
     """
     chosen = _cheapest(scores, config, target, settings)
     stay = {"attention": chosen.heads, "mlp": chosen.channels}
-    return [{kind: _best(block[kind], stay[kind]) for kind in COUPLED} for block in scores]
+    return [{kind: _best(block[kind], stay[kind]) for kind in KINDS} for block in scores]
 
 
 def _cheapest(scores: Scores, config: Config, target: int, settings: Settings) -> _Choice:

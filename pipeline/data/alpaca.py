@@ -1,17 +1,18 @@
-"""Alpaca rows as tokens: the prompt template, the held-out split, batches of similar length."""
+"""Rows as tokens: Alpaca's in its prompt, conversations by the chat template; the held-out split, batches."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from pipeline.data import chat
 from pipeline.data.prompts import prompt
 from pipeline.errors import UserError
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+TextRow = dict[str, Any]  # instruction, input and output, or messages
 
 ROUND = 32  # lengths are padded to a multiple: few distinct shapes let matrix kernels be reused
 IGNORED = -100  # label of a position that the loss leaves out
@@ -31,10 +33,18 @@ class Example:
     Attributes:
         tokens: Token ids of prompt, response and end of text, truncated.
         response: Position of the response's first token.
+        gaps: (start, end) of what stands after it and is no response: the later questions of a conversation.
     """
 
     tokens: tuple[int, ...]
     response: int
+    gaps: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def responses(self) -> list[tuple[int, int]]:
+        """Return (start, end) of each response."""
+        edges = [self.response, *(edge for gap in self.gaps for edge in gap), len(self.tokens)]
+        return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,12 @@ class Batch:
         """Return the batch on a device."""
         return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device))
 
+    def told(self, device: torch.device) -> dict[str, object]:
+        """Return what a model must be told besides the tokens: nothing of padded rows."""
+        return {}
 
-def read(path: str | Path) -> list[dict[str, str]]:
+
+def read(path: str | Path) -> list[TextRow]:
     """Read the rows that ``fetch`` wrote."""
     # Not splitlines: JSON strings may hold other line separators, such as U+2028.
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
@@ -69,17 +83,46 @@ def split(rows: Sequence[T], held_out: int, seed: int) -> tuple[list[T], list[T]
     return shuffled[held_out:], shuffled[:held_out]
 
 
-def encode(rows: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+def encode(rows: Iterable[TextRow], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
     """Tokenize rows; those whose prompt alone fills ``max_length`` are left out."""
     return list(_encoded(rows, tokenizer, max_length))
 
 
-def _encoded(rows: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[Example]:
+def asked(row: TextRow, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
+    """Return a row's prompt up to the first response, as text and as tokens."""
+    if "messages" not in row:
+        text = prompt(row["instruction"], row["input"])
+        return text, tokenizer.encode(text)
+    text, _ = chat.passages(row["messages"], tokenizer)[0][0]
+    return text, tokenizer.encode(text, add_special_tokens=False)  # the template has them
+
+
+def _encoded(rows: Iterable[TextRow], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[Example]:
     for row in rows:
+        if "messages" in row:
+            for pieces in chat.passages(row["messages"], tokenizer):
+                yield from _passage(pieces, tokenizer, max_length)
+            continue
         start = tokenizer.encode(prompt(row["instruction"], row["input"]))
         answer = tokenizer.encode(row["output"], add_special_tokens=False) + [tokenizer.eos_token_id]
         if len(start) < max_length:
             yield Example(tuple((start + answer)[:max_length]), len(start))
+
+
+def _passage(pieces: Sequence[chat.Piece], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[Example]:
+    """Yield a passage as an example, cut after the last response token within ``max_length``; nothing without one."""
+    text, tokens, spans = "", list[int](), list[tuple[int, int]]()
+    for piece, said in pieces:
+        start, text = len(tokens), text + piece
+        whole = tokenizer.encode(text, add_special_tokens=False)
+        # As the model would go on: its own tokens after those that it was given, not one that is half of each.
+        joined = whole[:start] == tokens
+        tokens = whole if joined else tokens + tokenizer.encode(piece, add_special_tokens=False)
+        if said and start < max_length:
+            spans.append((start, min(len(tokens), max_length)))
+    if spans:
+        gaps = tuple((end, start) for (_, end), (start, _) in pairwise(spans))
+        yield Example(tuple(tokens[: spans[-1][1]]), spans[0][0], gaps)
 
 
 def padded(length: int) -> int:
@@ -93,7 +136,7 @@ def batch(examples: Sequence[Example], padding: int, whole: bool) -> Batch:
     Args:
         examples: The rows.
         padding: Token id for the padded positions.
-        whole: Predict every token but the first; else the response only.
+        whole: Predict every token but the first; else the responses only.
     """
     length = padded(max(len(example.tokens) for example in examples))
     tokens = torch.full((len(examples), length), padding, dtype=torch.long)
@@ -101,8 +144,8 @@ def batch(examples: Sequence[Example], padding: int, whole: bool) -> Batch:
     for row, example in enumerate(examples):
         ids = torch.tensor(example.tokens)
         tokens[row, : len(ids)] = ids
-        first = 1 if whole else example.response
-        labels[row, first : len(ids)] = ids[first:]
+        for start, end in [(1, len(ids))] if whole else example.responses:
+            labels[row, start:end] = ids[start:end]
     return Batch(tokens, labels, sum(len(example.tokens) for example in examples))
 
 
@@ -172,10 +215,19 @@ def responses(
     They are running prose; the short ones are names, numbers and lists, and most instructions are alike.
     """
     train, _ = split(read(path), held_out, seed)
-    return _windows(sorted((row["output"] for row in train), key=len, reverse=True), tokenizer, samples, length)
+    answers = (answer for row in train for answer in _answers(row))
+    return _windows(sorted(answers, key=len, reverse=True), tokenizer, samples, length)
 
 
-def _text(row: Mapping[str, str]) -> str:
+def _answers(row: TextRow) -> list[str]:
+    if "messages" not in row:
+        return [row["output"]]
+    return [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+
+
+def _text(row: TextRow) -> str:
+    if "messages" in row:
+        return "\n".join(message["content"] for message in row["messages"] if message["role"] != "system")
     return "\n".join(part for part in (row["instruction"], row["input"], row["output"]) if part)
 
 

@@ -23,17 +23,30 @@ _MAY_BE_BLANK = ("ctx_b", "activity_label")
 _DEEPEST = 8  # objects within objects that are told apart
 
 
+def of_columns(row: object, names: Mapping[str, str | None]) -> object:
+    """Return a row of Alpaca with our names for its fields, further ones left out; what is no object as it is.
+
+    Args:
+        row: The row.
+        names: Our name of a field -> the row's, where it differs; None: it has no such field, and an empty text.
+    """
+    if not isinstance(row, dict):
+        return row
+    theirs = {name: names.get(name, name) for name in ALPACA_FIELDS}
+    return {ours: row[name] if name else "" for ours, name in theirs.items() if name is None or name in row}
+
+
 def alpaca_fault(row: object) -> str:
     """Return why a row of Alpaca teaches nothing; an empty text if it does."""
     wanted = f"needs the texts {', '.join(ALPACA_FIELDS)}"
     if not isinstance(row, dict):
-        return f"{wanted}; it is {_shown(row)}"
+        return f"{wanted}; it is {short(row)}"
     for name in ALPACA_FIELDS:
         if name not in row:
             return f"{wanted}; {name} is missing"
         if not isinstance(row[name], str):
-            return f"{wanted}; {name} is {_shown(row[name])}"
-        if _has_surrogate(row[name]):
+            return f"{wanted}; {name} is {short(row[name])}"
+        if has_surrogate(row[name]):
             return f"{name} holds half of a surrogate pair, which is no text"
     for name in ("instruction", "output"):
         if not row[name].strip():
@@ -59,22 +72,22 @@ def choices_fault(choices: Sequence[object]) -> str:
         return f"it has {len(choices)} choice{'' if len(choices) == 1 else 's'}, and needs two at least"
     for number, choice in enumerate(choices, 1):
         if not isinstance(choice, str):
-            return f"choice {number} is {_shown(choice)}, not a text"
+            return f"choice {number} is {short(choice)}, not a text"
         if not choice.strip():
             return f"choice {number} is empty"
     if len(set(choices)) < len(choices):
         twice = Counter(choices).most_common(1)[0][0]
-        return f"two of its choices are equal: {_shown(twice)}"
+        return f"two of its choices are equal: {short(twice)}"
     return ""
 
 
 def _fields_fault(task: str, item: object) -> str:
     if not isinstance(item, dict):
-        return f"needs an object, not {_shown(item)}"
+        return f"needs an object, not {short(item)}"
     missing = [name for name in FIELDS.get(task, ()) if name not in item]
     if missing:
         return f"lacks {', '.join(missing)}"
-    surrogate = next((name for name, value in item.items() if _has_surrogate(value)), "")
+    surrogate = next((name for name, value in item.items() if has_surrogate(value)), "")
     if surrogate:
         return f"{surrogate} holds half of a surrogate pair, which is no text"
     return _CHECKS[task](item) if task in _CHECKS else ""
@@ -84,7 +97,7 @@ def _texts_fault(item: Item, names: Iterable[str]) -> str:
     for name in names:
         text = item[name]
         if not isinstance(text, str):
-            return f"{name} is {_shown(text)}, not a text"
+            return f"{name} is {short(text)}, not a text"
         if not text.strip() and name not in _MAY_BE_BLANK:
             return f"{name} is empty"
     return ""
@@ -93,7 +106,7 @@ def _texts_fault(item: Item, names: Iterable[str]) -> str:
 def _number_fault(answer: object, count: int) -> str:
     if type(answer) is int and 0 <= answer < count:
         return ""
-    return f"its answer {_shown(answer)} is none of its {count} choices (0 to {count - 1})"
+    return f"its answer {short(answer)} is none of its {count} choices (0 to {count - 1})"
 
 
 def _boolq(item: Item) -> str:
@@ -113,7 +126,7 @@ def _hellaswag(item: Item) -> str:
     if fault:
         return fault
     if not isinstance(item["endings"], list):
-        return f"endings is {_shown(item['endings'])}, not a list of texts"
+        return f"endings is {short(item['endings'])}, not a list of texts"
     label, count = item["label"], len(item["endings"])
     number = int(label) if isinstance(label, str) and label.isdecimal() and len(label) < 4 else label
     return choices_fault(item["endings"]) or _number_fault(number, count)
@@ -126,7 +139,7 @@ def _winogrande(item: Item) -> str:
     if "_" not in str(item["sentence"]):
         return "sentence has no gap (_)"
     if item["answer"] not in ("1", "2"):
-        return f"its answer {_shown(item['answer'])} is none of its 2 choices ('1' or '2')"
+        return f"its answer {short(item['answer'])} is none of its 2 choices ('1' or '2')"
     return choices_fault([item["option1"], item["option2"]])
 
 
@@ -145,9 +158,9 @@ def _labelled(question: str) -> Callable[[Item], str]:
         if wrong:
             return wrong
         if len({str(label) for label in labels}) < len(labels) or not all(isinstance(label, str) for label in labels):
-            return f"the labels of its choices are {_shown(labels)}, and need to be different texts"
+            return f"the labels of its choices are {short(labels)}, and need to be different texts"
         if item["answerKey"] not in labels:
-            return f"its answer {_shown(item['answerKey'])} is none of its {len(labels)} choices ({', '.join(labels)})"
+            return f"its answer {short(item['answerKey'])} is none of its {len(labels)} choices ({', '.join(labels)})"
         return ""
 
     return fault
@@ -198,10 +211,12 @@ def _odd_kind(kinds: Mapping[str, str], common: Mapping[str, str]) -> str:
     return ""
 
 
-def _has_surrogate(value: object) -> bool:
+def has_surrogate(value: object) -> bool:
+    """Return whether a value is a text with half of a surrogate pair in it."""
     return isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def _shown(value: object) -> str:
+def short(value: object) -> str:
+    """Return a value as a message shows it."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -69,7 +69,9 @@ def read(path: Path, what: str) -> list[object]:
     return rows
 
 
-def usable(rows: Sequence[T], faults: Sequence[str], what: str, place: str, most: float) -> list[T]:
+def usable(
+    rows: Sequence[T], faults: Sequence[str], what: str, place: str, most: float, numbers: Sequence[int] | None = None
+) -> list[T]:
     """Return the rows that have no fault; tell how many were left out and why.
 
     Args:
@@ -78,11 +80,13 @@ def usable(rows: Sequence[T], faults: Sequence[str], what: str, place: str, most
         what: What to call their file in messages.
         place: What to call a row: ``row`` or ``item``.
         most: Share of the rows that may be left out.
+        numbers: Of each row in its file, where some were left out before; None: from 1 on.
 
     Raises:
         FetchError: More than that are faulty, or all of them.
     """
-    told = [f"{place} {number}: {fault}" for number, fault in enumerate(faults, 1) if fault]
+    numbered = zip(numbers or range(1, len(rows) + 1), faults, strict=True)
+    told = [f"{place} {number}: {fault}" for number, fault in numbered if fault]
     if not told:
         return list(rows)
     if len(told) == len(rows) or len(told) > most * len(rows):

@@ -78,16 +78,21 @@ def load(names: Iterable[str], folder: str | Path) -> dict[str, Task]:
         CheckpointError: A task's file is missing.
     """
     names = tuple(names)
-    with _scratch() as scratch:
+    with scratch() as place:
         for name in names:
             path = (Path(folder) / f"{name}.jsonl").resolve()
             if not path.exists():
                 raise storage.CheckpointError(f"{path} does not exist; run: dvc repro fetch")
-            (scratch / f"{name}.yaml").write_text(documents.write(_on_local_items(name, path, scratch)))
-        datasets.disable_progress_bars()  # reading a small file is no progress worth a bar
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        manager = lm_eval.tasks.TaskManager(include_path=str(scratch), include_defaults=False)
-        return manager.load(list(names))["tasks"]
+            (place / f"{name}.yaml").write_text(documents.write(on_local_items(name, path, place)))
+        return defined(place, names)["tasks"]
+
+
+def defined(place: Path, names: Iterable[str]) -> lm_eval.tasks.manager.TaskDict:
+    """Return lm-eval's tasks, groups and which is in which, by the definitions in a folder alone."""
+    datasets.disable_progress_bars()  # reading a small file is no progress worth a bar
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = lm_eval.tasks.TaskManager(include_path=str(place), include_defaults=False)
+    return manager.load(list(names))
 
 
 @contextmanager
@@ -105,7 +110,8 @@ _compiled = lru_cache(1024)(lm_eval.utils.env.from_string)
 
 
 @contextmanager
-def _scratch() -> Iterator[Path]:
+def scratch() -> Iterator[Path]:
+    """Yield a folder that is gone afterwards."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -152,10 +158,10 @@ def _hopeless(name: str, items: Sequence[Item]) -> bool:
 
 
 def _asked(name: str, items: Sequence[Item]) -> list[str]:
-    with _scratch() as scratch:
+    with scratch() as place:
         lines = "".join(json.dumps(item) + "\n" for item in items)
-        (scratch / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        task = load([name], scratch)[name]
+        (place / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        task = load([name], place)[name]
     with compiled_templates():
         told = [_answer_fault(task, document) for document in task.eval_docs]
         if any(told) and len(told) != len(items):
@@ -203,7 +209,8 @@ def _answer_fault(task: Task, document: Item) -> str:
     return ""
 
 
-def _on_local_items(name: str, path: Path, cache: Path) -> dict[str, object]:
+def on_local_items(name: str, path: Path, cache: Path) -> dict[str, object]:
+    """Return a definition that includes the shipped one of a task and points it at a file of items."""
     overridden: dict[str, object] = {
         "include": str(definitions.path(name)),
         "task": name,
@@ -224,7 +231,7 @@ def _on_local_items(name: str, path: Path, cache: Path) -> dict[str, object]:
         "num_fewshot": 0,
     }
     settings = definitions.settings(name)
-    if "process_results" not in settings and settings.get("metric_list"):
+    if "process_results" not in settings and settings.get("metric_list") and definitions.has_accuracy(name):
         # lm-eval bootstraps the errors of the others (perplexity, F1) in new processes, and nothing here reads them.
         read = {definitions.metric(name), "acc", "acc_norm"}
         overridden["metric_list"] = [

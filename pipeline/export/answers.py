@@ -32,8 +32,10 @@ class Agreement:
 
 
 def rows_of(examples: Sequence[Example]) -> list[Row]:
-    """Return each row's prompt and response as tokens."""
-    return [(example.tokens[: example.response], example.tokens[example.response :]) for example in examples]
+    """Return what stands before each response, and the response, as tokens."""
+    return [
+        (example.tokens[:start], example.tokens[start:end]) for example in examples for start, end in example.responses
+    ]
 
 
 @torch.inference_mode()
@@ -61,13 +63,19 @@ def compare(exported: Sequence[Sequence[float | None]], built: Sequence[Sequence
     return Agreement(mean, error, sum(abs(value) for row in pairs for value in row) / tokens, tokens)
 
 
-def check_tokens(llama: Llama, texts: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
+def check_tokens(llama: Llama, texts: Sequence[str], tokens: Sequence[Sequence[int]], special: bool = True) -> None:
     """Check that llama.cpp splits texts into the same tokens.
+
+    Args:
+        llama: At work.
+        texts: The texts.
+        tokens: Their tokens by the model's own tokenizer.
+        special: Whether a tokenizer puts its own token before a text; a chat template writes it itself.
 
     Raises:
         ExportError: It does not.
     """
-    wrong = [text for text, own in zip(texts, tokens, strict=True) if llama.tokenize(text) != list(own)]
+    wrong = [text for text, own in zip(texts, tokens, strict=True) if llama.tokenize(text, special) != list(own)]
     if wrong:
         raise ExportError(
             f"llama.cpp splits {len(wrong)} of {len(texts)} held-out prompts into other tokens than the model's "

@@ -40,11 +40,14 @@ def card(name: str, forms: list[Form], costs: Mapping[str, Mapping[str, str]], l
         costs: Label of a row -> label of a model -> text: what it costs to run.
         lineage: What it was made from.
     """
+    prompted = ["It was recovered on Alpaca's prompts:", f"```\n{prompt('What is the capital of France?', '')}\n```"]
+    if lineage.get("prompt") == "chat":
+        prompted = ["It was recovered on conversations in its own chat template, which its tokenizer holds."]
     parts = [
         f"---\ntags: [pruned, mixed-precision, gguf]\n---\n# {name}",
         "A causal language model that was pruned, quantized to 4 and 8 bits by a search, and recovered with LoRA "
-        "(QPruner, arXiv 2412.11629). It was recovered on Alpaca's prompts:",
-        f"```\n{prompt('What is the capital of France?', '')}\n```",
+        f"(QPruner, arXiv 2412.11629). {prompted[0]}",
+        *prompted[1:],
     ]
     for form in forms:
         listed = {"size": f"{form.size_bytes / _MB:.1f} MB", **form.figures}

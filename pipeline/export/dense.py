@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
-from pipeline import checkpoint, storage
+from pipeline import architecture, checkpoint, storage
 from pipeline.compress import quantize
 from pipeline.compress.quantize import Stored
+from pipeline.device import Compute
+
+Load = Callable[[str], torch.Tensor]  # from a name to a tensor
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,23 @@ class Dense:
         weight = self.base(name)
         return weight + self.adapters[name].delta if name in self.adapters else weight
 
+    def model(self, compute: Compute) -> PreTrainedModel:
+        """Return the model with plain dense linears: on a CPU several times as fast as bitsandbytes' modules.
 
-def read(folder: Path) -> Dense:
+        Weights are summed in 32 bits and rounded to the type that the model computes in, as in trials on a CPU.
+        bitsandbytes' int8 modules round what they receive, too, and so differ by that.
+        """
+        config = copy.deepcopy(self.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        state = dict(self.tensors) | {f"{name}.weight": self.merged(name) for name in architecture.linears(config)}
+        state = {name: value.to(compute.dtype) for name, value in state.items()}
+        return checkpoint.from_state(config, state, compute.device).eval()
+
+
+def read(folder: str | Path) -> Dense:
     """Read a checkpoint, untouched or built, without building a model."""
+    folder = Path(folder)
     config = checkpoint.load_config(folder)
     settings = getattr(config, "quantization_config", None) or {}
     bits: dict[str, int] = dict((settings if isinstance(settings, dict) else settings.to_dict()).get("linear_bits", {}))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,14 +21,13 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import architecture
-from pipeline.architecture import ATTENTION, MLP
-from pipeline.export import iq4nl, limits, vocabulary
-from pipeline.export.dense import Adapter, Dense
+from pipeline.export import cores, iq4nl, limits, vocabulary
+from pipeline.export.dense import Adapter, Dense, Load
 
-Load = Callable[[str], torch.Tensor]  # from a name to a tensor
 Value = Callable[[], torch.Tensor]  # computed when its turn comes, so that few tensors exist at once
 Part = tuple[str, Value, Kind]
 _BLOCK = 32  # weights of a row that share a scale, in IQ4_NL and Q8_0 alike
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _OWN_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -79,6 +77,7 @@ def write(
     types: Types = Types(),  # noqa: B008  (frozen)
     lineage: Mapping[str, str] | None = None,
     merge: bool = True,
+    rounded: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a model as a GGUF file.
 
@@ -90,6 +89,8 @@ def write(
         types: Of the tensors.
         lineage: What it was made from: key -> text.
         merge: Add the adapters to the weights before these are rounded.
+        rounded: Weights that are in IQ4_NL already, ``iq4nl``'s bytes by the full names of linears; others go to the
+            nearest level.
 
     Raises:
         ExportError: llama.cpp cannot hold the model or its tokenizer.
@@ -97,11 +98,11 @@ def write(
     if fault := limits.gguf(dense.config):
         raise limits.ExportError(fault)
     words = vocabulary.read(tokenizer, dense.config.vocab_size)
-    writer = gguf.GGUFWriter(path, limits.ARCHITECTURES[architecture.family(dense.config)])
+    writer = gguf.GGUFWriter(path, architecture.description(dense.config).gguf)
     try:
         _describe(writer, dense.config, name, lineage or {})
         vocabulary.write(writer, words, tokenizer)
-        _add(writer, _tensors(dense, types, merge))
+        _add(writer, _tensors(dense, types, dense.merged if merge else dense.base, rounded or {}))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -117,7 +118,7 @@ def write_adapters(path: Path, dense: Dense, name: str) -> None:
         dense: The model.
         name: What llama.cpp shows.
     """
-    writer = gguf.GGUFWriter(path, limits.ARCHITECTURES[architecture.family(dense.config)])
+    writer = gguf.GGUFWriter(path, architecture.description(dense.config).gguf)
     try:
         writer.add_type("adapter")
         writer.add_name(name)
@@ -138,12 +139,12 @@ def _adapters(dense: Dense, block: int) -> Iterator[tuple[str, torch.Tensor, tor
     """Yield GGUF name, a and b of each adapter of a block."""
     fused: list[Adapter] = []
     rotated = _is_paired(dense.config)
-    for name in (*ATTENTION, *MLP):
+    for name in architecture.linear_names(dense.config):
         adapter = dense.adapters[architecture.linear_name(block, name)]
-        if not rotated and name in ATTENTION[:3]:
+        if not rotated and name in _QKV:
             fused.append(adapter)
             continue
-        b = paired(adapter.b, dense.config) if rotated and name in ATTENTION[:2] else adapter.b
+        b = paired(adapter.b, dense.config) if rotated and name in _QKV[:2] else adapter.b
         yield f"blk.{block}.{_OWN_NAMES[name]}", adapter.a, b
     if fused:
         yield f"blk.{block}.attn_qkv", torch.cat([each.a for each in fused]), torch.block_diag(*(e.b for e in fused))
@@ -151,7 +152,7 @@ def _adapters(dense: Dense, block: int) -> Iterator[tuple[str, torch.Tensor, tor
 
 def _is_paired(config: Any) -> bool:
     """Return whether llama.cpp's architecture rotates neighbours, and holds q, k and v apart."""
-    return limits.ARCHITECTURES[architecture.family(config)] == "deci"
+    return architecture.description(config).gguf == "deci"
 
 
 def _describe(writer: gguf.GGUFWriter, config: Any, name: str, lineage: Mapping[str, str]) -> None:
@@ -180,7 +181,7 @@ def _describe(writer: gguf.GGUFWriter, config: Any, name: str, lineage: Mapping[
         writer.add_rope_scaling_factor(turn["factor"])
 
 
-def _tensors(dense: Dense, types: Types, merge: bool) -> Iterator[Part]:
+def _tensors(dense: Dense, types: Types, weight: Load, rounded: Mapping[str, torch.Tensor]) -> Iterator[Part]:
     """Yield each tensor's GGUF name, what computes its value, and its type."""
     config = dense.config
 
@@ -194,23 +195,30 @@ def _tensors(dense: Dense, types: Types, merge: bool) -> Iterator[Part]:
     if (factors := rope_factors(config)) is not None:
         yield "rope_freqs.weight", lambda: factors, Kind.F32
     for block in range(config.num_hidden_layers):
-        yield from _linears(dense, block, types, merge)
+        yield from _linears(dense, block, types, weight, rounded)
         for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
             if (norm := f"model.layers.{block}.{name}.weight") in dense.tensors:
                 yield f"blk.{block}.{_OWN_NAMES[name]}.weight", kept(norm), Kind.F32
 
 
-def _linears(dense: Dense, block: int, types: Types, merge: bool) -> Iterator[Part]:
+def _linears(
+    dense: Dense, block: int, types: Types, weight: Load, rounded: Mapping[str, torch.Tensor]
+) -> Iterator[Part]:
     """Yield the weights and biases of a block's linears; q, k and v are one where the architecture has them so."""
-    names = [architecture.linear_name(block, name) for name in (*ATTENTION, *MLP)]
+    own_names = architecture.linear_names(dense.config)
+    names = [architecture.linear_name(block, name) for name in own_names]
     kinds = [types.of(dense.bits.get(name, 16)) for name in names]
-    weight = dense.merged if merge else dense.base
     rotated = _is_paired(dense.config)
+
+    def load(kind: Kind) -> Load:
+        return lambda name: rounded[name] if kind is Kind.IQ4_NL and name in rounded else weight(name)
+
     if not rotated:  # in the type with the most bits
-        yield f"blk.{block}.attn_qkv.weight", partial(_stacked, weight, names[:3]), max(kinds[:3], key=_bits)
-    for own, name, kind in list(zip((*ATTENTION, *MLP), names, kinds, strict=True))[0 if rotated else 3 :]:
-        place = partial(paired, config=dense.config) if own in ATTENTION[:2] else torch.Tensor.contiguous
-        yield f"blk.{block}.{_OWN_NAMES[own]}.weight", partial(_placed, place, weight, name), kind
+        kind = max(kinds[:3], key=_bits)
+        yield f"blk.{block}.attn_qkv.weight", partial(_stacked, load(kind), names[:3]), kind
+    for own, name, kind in list(zip(own_names, names, kinds, strict=True))[0 if rotated else 3 :]:
+        place = partial(paired, config=dense.config) if own in _QKV[:2] else torch.Tensor.contiguous
+        yield f"blk.{block}.{_OWN_NAMES[own]}.weight", partial(_placed, place, load(kind), name), kind
         if (bias := f"{name}.bias") in dense.tensors:
             value = partial(_placed, place, dense.tensors.__getitem__, bias)
             yield f"blk.{block}.{_OWN_NAMES[own]}.bias", value, Kind.F32
@@ -260,22 +268,18 @@ def rope_factors(config: Any) -> torch.Tensor | None:
 
 
 def _add(writer: gguf.GGUFWriter, parts: Iterable[Part]) -> None:
-    """Compute tensors, a core each, and add them to a file.
-
-    Small products that all cores share would wait for the slowest of them thousands of times.
-    """
-    cores = torch.get_num_threads()
-    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            for key, value, kind in pool.map(_computed, parts):
-                writer.add_tensor(key, value, raw_dtype=kind)
-        finally:
-            torch.set_num_threads(cores)  # threads that torch starts later take over what was set last
+    """Compute tensors, a core each, and add them to a file."""
+    with cores.each() as pool:
+        for key, value, kind in pool.map(_computed, parts):
+            writer.add_tensor(key, value, raw_dtype=kind)
 
 
 def _computed(part: Part) -> tuple[str, np.ndarray, Kind]:
     key, load, kind = part
-    value = load().float()
+    value = load()
+    if value.dtype is torch.uint8:
+        return key, value.numpy(), kind
+    value = value.float()
     if kind in (Kind.IQ4_NL, Kind.Q8_0) and value.shape[-1] % _BLOCK:
         kind = Kind.BF16
     return key, encoded(value, kind), kind
@@ -284,5 +288,5 @@ def _computed(part: Part) -> tuple[str, np.ndarray, Kind]:
 def encoded(value: torch.Tensor, kind: Kind) -> np.ndarray:
     """Return a tensor in a GGUF type: the bytes of its rows, or numbers for F32 and F16."""
     if kind is Kind.IQ4_NL:
-        return iq4nl.encode(value)
+        return iq4nl.nearest(value).numpy()
     return gguf.quants.quantize(value.contiguous().numpy(), kind)

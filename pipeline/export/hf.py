@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -66,6 +67,7 @@ def plain_config(config: Any) -> PretrainedConfig:
         ExportError: The blocks differ, or no class holds the heads.
     """
     shapes, family = architecture.shapes(config), architecture.family(config)
+    twin = architecture.description(config).twin
     if not limits.one_shape(shapes):
         raise limits.ExportError("the blocks have different shapes, which no class of transformers' own holds")
     fields = config.to_dict()
@@ -78,13 +80,16 @@ def plain_config(config: Any) -> PretrainedConfig:
         "head_dim": architecture.head_dim(config),
         "dtype": str(checkpoint.STORED).removeprefix("torch."),
     }
-    if family == "llama" and config.hidden_size % shapes[0].heads:  # which Llama's config refuses
-        if config.attention_bias or config.mlp_bias:
+    if twin and config.hidden_size % shapes[0].heads:  # which the family's own class refuses
+        if any(architecture.has_bias(config, linear) for linear in architecture.description(config).linears):
             raise limits.ExportError(
-                "its head count does not divide the hidden size, and Mistral's class has no biases"
+                f"its head count does not divide the hidden size, and {twin}'s class, which takes that, has no biases"
             )
-        family = "mistral"  # the same computation
+        family = twin
         fields["sliding_window"] = None
-    result = AutoConfig.for_model(family, **fields)
-    result.architectures = [f"{family.capitalize()}ForCausalLM"]
+    try:
+        result = AutoConfig.for_model(family, **fields)
+    except (ValueError, StrictDataclassError) as error:
+        raise limits.ExportError(f"transformers' class of {family} does not hold the heads: {error}") from None
+    result.architectures = [architecture.FAMILIES[family].model_class]
     return result

@@ -9,8 +9,7 @@ from pipeline import architecture
 from pipeline.architecture import BlockShape, Config
 from pipeline.errors import UserError
 
-# llama.cpp's architectures that read heads and widths by block; `llama` and `qwen3` size all blocks by the first one.
-ARCHITECTURES = {"llama": "deci", "mistral": "deci", "qwen2": "deci", "qwen3": "openelm"}
+# Of llama.cpp's architectures that read heads and widths by block; `llama` and most others size all by the first one.
 ROPES = {"deci": ("default", "linear", "llama3"), "openelm": ("default", "linear")}
 
 
@@ -29,14 +28,13 @@ def rope(config: Config) -> dict[str, Any]:
 
 def gguf(config: Config) -> str | None:
     """Return why llama.cpp cannot run a model of this config, pruned or not; None if it can."""
-    family = architecture.family(config)
-    name = ARCHITECTURES[family]
-    window = getattr(config, "sliding_window", None)
-    uses_window = window if getattr(config, "use_sliding_window", family == "mistral") else None
-    kind = rope(config)["rope_type"]
-    if getattr(config, "hidden_act", "silu") != "silu":
-        fault = f"its MLP's function is {config.hidden_act}, llama.cpp's is silu"  # type: ignore[attr-defined]
-    elif uses_window:
+    about = architecture.description(config)
+    name, window, kind = about.gguf, architecture.window(config), rope(config)["rope_type"]
+    if not name:
+        fault = f"of llama.cpp's architectures that read heads and widths by block none has {about.unlike_gguf}"
+    elif (function := getattr(config, about.activation, "silu")) != "silu":
+        fault = f"its MLP's function is {function}, llama.cpp's is silu"
+    elif window:
         fault = f"it attends within a sliding window of {window} tokens, which llama.cpp's `{name}` does not have"
     elif kind not in ROPES[name]:
         fault = f"its rope_type is {kind}, llama.cpp's `{name}` has {', '.join(ROPES[name])}"

@@ -73,9 +73,9 @@ class Llama:
         except OSError as error:
             raise ExportError(f"llama.cpp ended or does not answer ({error}):\n{self._last_words()}") from None
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return a text's tokens, with those that the tokenizer puts before it."""
-        return self._ask("tokenize", content=text, add_special=True)["tokens"]
+    def tokenize(self, text: str, special: bool = True) -> list[int]:
+        """Return a text's tokens, with those that the tokenizer puts before it or without."""
+        return self._ask("tokenize", content=text, add_special=special)["tokens"]
 
     def generate(self, prompt: Sequence[int], length: int) -> str:
         """Return what follows a prompt, the most likely token each time, up to the end of the text."""

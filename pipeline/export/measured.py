@@ -101,8 +101,9 @@ def forms(name: str, folder: Path, found: Measured) -> list[Form]:
             Form(
                 "GGUF, for llama.cpp and what is built on it",
                 "One file with tokenizer, chat template and a type for each tensor: 4 bits are IQ4_NL, 8 bits Q8_0. "
-                "NF4's levels are not IQ4_NL's, so weights are rounded once more. For Ollama, `Modelfile` lies beside.",
-                f'llama-cli -m gguf/{name}.gguf{beside} -p "The capital of France is"\n'
+                "NF4's levels are not IQ4_NL's, so weights are rounded once more. `llama-cli -m` chats. For Ollama, "
+                "`Modelfile` lies beside.",
+                f'llama-completion -m gguf/{name}.gguf{beside} -no-cnv -n 32 -p "The capital of France is"\n'
                 f"cd gguf && ollama create {name} && ollama run {name}",
                 "sh",
                 _size(folder / "gguf"),

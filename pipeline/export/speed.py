@@ -120,7 +120,9 @@ def analytic(config: Config) -> dict[str, float]:
     linear = sum(
         outputs * inputs
         for shape in shapes
-        for outputs, inputs in (architecture.linear_shape(config, shape, name) for name in architecture.LINEARS)
+        for outputs, inputs in (
+            architecture.linear_shape(config, shape, name) for name in architecture.linear_names(config)
+        )
     )
     return {
         "parameters": architecture.parameters(config),

@@ -202,7 +202,9 @@ class Space:
         order = list(range(self.units))
         generator.shuffle(order)
         chosen = set(order[: generator.randint(1, self.max_raised)]) if self.max_raised else set()
-        bits = tuple(generator.choice(self.widths[1:]) if unit in chosen else self.widths[0] for unit in range(self.units))
+        bits = tuple(
+            generator.choice(self.widths[1:]) if unit in chosen else self.widths[0] for unit in range(self.units)
+        )
         return self.repair(bits, [generator.random() for _ in bits])
 
     def unseen(self, seen: set[Bits], generator: Random, near: Bits | None = None) -> Bits | None:

@@ -43,17 +43,18 @@ def seeds(
         n_random: How many random ones.
         generator: Draws these.
     """
+    ratio = paper_ratio(spaces.ratios)
+    space, prior = spaces.at[ratio], priors[ratio]
     if len(spaces.at) > 1:
-        yield Candidate(spaces.smallest(), "smallest")
+        smallest = spaces.smallest()
+        yield Candidate(smallest, "qpruner1" if smallest.ratio == ratio else "smallest")
         yield from _uniform(spaces)
-    if (ratio := paper_ratio(spaces.ratios)) in spaces.at:
-        space, prior = spaces.at[ratio], priors[ratio]
-        yield Candidate(Vector(ratio, (space.widths[0],) * space.units), "qpruner1")
-        yield Candidate(Vector(ratio, space.allocate(prior.mutual_information)), "qpruner2")
-        if len(spaces.at) == 1:
-            yield Candidate(Vector(ratio, space.allocate(space.per_byte(prior.sensitivity))), "sensitivity")
-    for other, space in spaces.at.items():
-        yield Candidate(Vector(other, (space.widths[0],) * space.units), "uniform")
+    yield Candidate(Vector(ratio, (space.widths[0],) * space.units), "qpruner1")
+    yield Candidate(Vector(ratio, space.allocate(prior.mutual_information)), "qpruner2")
+    if len(spaces.at) == 1:
+        yield Candidate(Vector(ratio, space.allocate(space.per_byte(prior.sensitivity))), "sensitivity")
+    for other, there in spaces.at.items():
+        yield Candidate(Vector(other, (there.widths[0],) * there.units), "uniform")
     for vector in given:
         yield Candidate(vector, "seed")
     for _ in range(n_random):

@@ -15,7 +15,6 @@ from pipeline.bits import Vector
 from pipeline.search import SearchError, paired, surrogate
 from pipeline.search.surrogate import Belief, Observation
 
-
 PEAKS = {"training": "peak_memory_bytes", "inference": "inference_memory_bytes"}  # the metrics of the two peaks
 
 

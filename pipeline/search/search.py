@@ -148,9 +148,7 @@ def propose(
         vector = problem.spaces.unseen(exclude, generator)
     else:
         taught = [observation for observation in problem.history if observation.vector not in tried]
-        vector = surrogate.propose(
-            [*measured, *taught], problem.spaces, problem.beliefs, exclude | tried, generator
-        )
+        vector = surrogate.propose([*measured, *taught], problem.spaces, problem.beliefs, exclude | tried, generator)
     return None if vector is None else Candidate(vector, "sampler")
 
 

@@ -134,9 +134,7 @@ class Study:
         SearchError: Another process searches there.
     """
 
-    def __init__(
-        self, folder: Path, identity: Identity, objective: str = "gold_logprob", memory: str = "training"
-    ):
+    def __init__(self, folder: Path, identity: Identity, objective: str = "gold_logprob", memory: str = "training"):
         _hold(folder)
         self.path = folder / journal.NAME
         self.mended = journal.mend(self.path)

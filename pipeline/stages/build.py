@@ -37,6 +37,7 @@ def run(params: Params, run: Run) -> None:
         "benchmarks_md5": tracking.md5(BENCHMARKS),
         "pruned_checkpoint": storage.sha256(pruned / storage.CHECKSUMS),
         "base_model": params.model.source,
+        "prompt": params.data.prompt,
         "search_run": made("search")["search_run"],
     }
     with storage.writing(FINAL) as folder:

@@ -13,8 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import bits, console, device, storage, tracking
-from pipeline.architecture import GRANULARITIES
+from pipeline import bits, console, device, fits, storage, tracking
 from pipeline.data import definitions
 from pipeline.errors import UserError
 from pipeline.identity import TRIAL, Identity, code
@@ -26,7 +25,7 @@ from pipeline.search import pareto, search
 from pipeline.search.history import import_history
 from pipeline.search.search import Settings
 from pipeline.search.study import Study
-from pipeline.stages import trials
+from pipeline.stages import further, trials
 from pipeline.stages.agreement import verified_runs
 from pipeline.stages.recorder import (
     Recorder,
@@ -148,13 +147,14 @@ class Cells:
 
     def _origin(self, cell: Cell) -> Mapping[str, object]:
         """Return what a cell's result depends on besides its params: base model, data, compute type and code."""
-        return self.origin | {"code": _code_behind(cell)}
+        beside = {"further": part} if (part := further.named(cell.params)) else {}
+        return self.origin | {"code": _code_behind(cell)} | beside
 
     def _compute(self, cell: Cell, cell_run: Run, label: str) -> tuple[Result, dict[str, str] | None]:
         """Run one cell; return its result and the identity of its study, if it held one."""
         params, supplies = cell.params, self._supplied(cell.params)
         vector, study = _bits(cell, cell_run, supplies)
-        work = trial.Work(params.table.steps, params.table.limit, params.evaluate.limit)
+        work = trial.Work(params.table.steps, params.table.limit, params.evaluate.limit, further=True)
         if cell.row == labels.UNTOUCHED:
             return trials.untouched(params, supplies.context, work), study
         result, _ = trial.run(supplies.context, vector, work, progress=steps(label), keep=unfinished(self.key(cell)))
@@ -186,7 +186,7 @@ def _code_behind(cell: Cell) -> str:
 
 
 def _log(cell_run: Run, cell: Cell, result: Result, study: Mapping[str, str] | None) -> None:
-    cell_run.params({"bits": bits.grouped(result.bits, len(GRANULARITIES[cell.params.search.granularity]))})
+    cell_run.params({"bits": bits.grouped(result.bits, fits.units_a_block(cell.params.search.granularity))})
     cell_run.tags({"bits": result.bits} | ({"study_digest": Identity(**study).name} if study else {}))
     log_result(cell_run, cell.title, result)
 

@@ -1,5 +1,7 @@
 """Stage ``evaluate``: score the built checkpoint, with bitsandbytes' modules, on items that no trial saw.
 
+Further tasks (``evaluate.further``, ``evaluate.text``) are asked here, too.
+
 Reads ``artifacts/final`` and ``data/benchmarks``. Writes ``reports/evaluate.json``.
 """
 
@@ -9,9 +11,10 @@ from pipeline import checkpoint, console, device, storage
 from pipeline.data import tasks
 from pipeline.params import Params
 from pipeline.paths import BENCHMARKS, FINAL
+from pipeline.stages import further as beside
 from pipeline.stages.shell import keep_figures
 from pipeline.tracking import Run
-from pipeline.trial import evaluate
+from pipeline.trial import evaluate, further
 
 
 def run(params: Params, run: Run) -> None:
@@ -43,6 +46,14 @@ def run(params: Params, run: Run) -> None:
         **scores.accuracy,
     }
     figures |= {f"{task}_stderr": error for task, error in scores.stderr.items()} | scores.other
+    if asked := beside.tasks(params):
+        figures |= further.run(
+            model,
+            checkpoint.load_tokenizer(FINAL),
+            asked,
+            params.evaluate.batch_tokens,
+            lambda batches: console.progress(batches, "evaluate: further tasks, batches"),
+        )
     for task in params.evaluate.tasks:
         run.dataset(BENCHMARKS / f"{task}.jsonl", task, "evaluation")
     keep_figures(run, "evaluate", figures)

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline import architecture, checkpoint, console, device, storage
 from pipeline.data import alpaca
-from pipeline.export import answers, card, dense, gguf_file, hf, limits, llama, measured, speed
+from pipeline.export import answers, card, dense, feedback, gguf_file, hf, limits, llama, measured, speed
 from pipeline.export.answers import Agreement
-from pipeline.export.dense import Dense
+from pipeline.export.dense import Dense, Load
 from pipeline.export.measured import Measured
 from pipeline.params import Params
 from pipeline.paths import ALPACA, BASE, EXPORT, FINAL
+from pipeline.stages import quantize
 from pipeline.stages.shell import keep_figures
 from pipeline.tracking import Run
+
+if TYPE_CHECKING:
+    import torch
 
 
 def run(params: Params, run: Run) -> None:
@@ -50,7 +55,8 @@ def _gguf(params: Params, built: Dense, folder: Path, found: Measured) -> Measur
     file, adapters = folder / "gguf" / f"{name}.gguf", None
     file.parent.mkdir()
     lineage = storage.read_json(FINAL / "lineage.json", "build")
-    gguf_file.write(file, built, tokenizer, name, lineage=lineage, merge=merge)
+    rounded = fitted(params, built, built.merged if merge else built.base)
+    gguf_file.write(file, built, tokenizer, name, lineage=lineage, merge=merge, rounded=rounded)
     if not merge:
         adapters = file.with_name(f"{name}-adapters.gguf")
         gguf_file.write_adapters(adapters, built, name)
@@ -82,6 +88,14 @@ def _gguf(params: Params, built: Dense, folder: Path, found: Measured) -> Measur
         return found.timed(timed, other.stat().st_size)
 
 
+def fitted(params: Params, built: Dense, weight: Load) -> dict[str, torch.Tensor]:
+    """Return the 4-bit linears in llama.cpp's type, fitted to what they receive where the bank's codes were."""
+    if params.quantize.method != "calibrated":
+        return {}
+    text = feedback.enough(quantize.calibration_set(params, FINAL), built)
+    return feedback.rounded(built, weight, text, device.choose(params.device, params.dtype))
+
+
 def _on_gpu(params: Params, found: Measured) -> Measured:
     """Time both models in transformers and bitsandbytes where there is a GPU."""
     compute, rounds = device.choose(params.device, params.dtype), params.export.rounds
@@ -97,9 +111,9 @@ def _checked(params: Params, file: Path, adapters: Path | None) -> Agreement:
     tokenizer = checkpoint.load_tokenizer(FINAL)
     _, held_out = alpaca.split(alpaca.read(ALPACA), params.data.validation_rows, params.seed)
     rows = answers.rows_of(alpaca.encode(held_out, tokenizer, params.recover.max_length))
-    texts = [alpaca.prompt(row["instruction"], row["input"]) for row in held_out]
+    texts, tokens = zip(*(alpaca.asked(row, tokenizer) for row in held_out), strict=True)
     with llama.running(file, llama.threads(), params.recover.max_length, slots=4, adapters=adapters) as running:
-        answers.check_tokens(running, texts, [tokenizer.encode(text) for text in texts])
+        answers.check_tokens(running, texts, tokens, special="messages" not in held_out[0])
         theirs = running.log_probabilities(rows)
     compute = device.choose(params.device, params.dtype)
     return answers.compare(

@@ -38,4 +38,10 @@ def sources(params: Params) -> fetch.Sources:
         sha256=params.model.sha256,
         max_skipped=params.data.max_skipped,
         prompts=prompts,
+        form=params.data.format,
+        names={str(name): theirs for name, theirs in params.data.names.items()},
+        prompt=params.data.prompt,
+        further=params.evaluate.further,
+        num_fewshot=params.evaluate.num_fewshot,
+        text=params.evaluate.text,
     )

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import GIB, console, device, identity, storage, tracking
+from pipeline import GIB, console, device, fits, identity, storage, tracking
 from pipeline import bits as bit_text
-from pipeline.architecture import GRANULARITIES
 from pipeline.bits import Vector
 from pipeline.identity import Identity
 from pipeline.params import Params, digest
@@ -32,13 +31,22 @@ if TYPE_CHECKING:
     from pipeline.trial.result import Result
 
 # What of section ``search`` names a study: what may be tried, and by what it is judged.
-_SPACE = {"granularity", "objective", "memory", "context", "bits", "max_8bit_fraction", "memory_budget_gib", "average_bits"}
+_SPACE = {
+    "granularity",
+    "objective",
+    "memory",
+    "context",
+    "bits",
+    "max_8bit_fraction",
+    "memory_budget_gib",
+    "average_bits",
+}
 
 
 def study_identity(params: Params, folders: Sequence[Path], prefix: str = "") -> Identity:
     """Return what names a study: the models, the data, how and where a trial is run, what is searched, and the code.
 
-    A GPU's trials measure their memory, a CPU's predict it, and types round differently: they do not belong on one
+    A GPU's trials compute with other modules than a CPU's, and types round differently: they do not belong on one
     front.
 
     Args:
@@ -50,7 +58,8 @@ def study_identity(params: Params, folders: Sequence[Path], prefix: str = "") ->
     data = [tracking.md5(ALPACA), *(tracking.md5(BENCHMARKS / f"{task}.jsonl") for task in params.evaluate.tasks)]
     space = params.search.model_dump(include=_SPACE)
     ratios = list(params.prune.ratios)
-    settings = [params.recover, params.evaluate, params.data.validation_rows, ratios, space, params.seed]
+    asked = params.evaluate.model_dump(include={"tasks", "limit", "final_limit", "batch_tokens"}, mode="json")
+    settings = [params.recover, asked, params.data.validation_rows, ratios, space, params.seed]
     where = str(device.choose(params.device, params.dtype))
     return Identity(prefix + digest(parts, data, *settings, where), identity.code(*identity.TRIAL))
 
@@ -122,8 +131,13 @@ class Recorder:
             )
 
     def references(self) -> None:
-        """Measure the reference rows that the study lacks."""
-        known = {record.name for record in self.study.references()}
+        """Measure the reference rows that the study lacks, or of which it lacks further tasks."""
+        further = self.context.further if self.context else None
+        known = {
+            record.name
+            for record in self.study.references()
+            if further is None or further.measured(record.result.scores.other)
+        }
         for name in self.params.search.references:
             if name not in known:
                 self._reference(name)
@@ -143,8 +157,8 @@ class Recorder:
             if name == "dense":
                 result = trials.untouched(self.params, self.contexts.any)
             else:
-                context = self.contexts.at(ratio)
-                result, _ = trial.run(context, vector.bits, progress=self.screen.steps, keep=kept)
+                context, work = self.contexts.at(ratio), trial.Work(further=True)
+                result, _ = trial.run(context, vector.bits, work, progress=self.screen.steps, keep=kept)
         except Exception as error:
             run.finish("FAILED", error)
             console.note(f"reference {name} failed: {error}")
@@ -208,7 +222,7 @@ class Recorder:
         run = self.run.child(name, {**belongs, "method": method, "name": name, **decided})
         granularity = self.params.search.granularity
         shown: dict[str, object] = {
-            "bits": bit_text.grouped(text, len(GRANULARITIES[granularity])),
+            "bits": bit_text.grouped(text, fits.units_a_block(granularity)),
             "method": method,
             "granularity": granularity,
             "ratio": vector.ratio,

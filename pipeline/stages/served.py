@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -23,6 +24,8 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types.llm import ChatChoice, ChatCompletionResponse, ChatMessage, TokenUsageStats
 
 from pipeline import checkpoint, device, storage
+from pipeline.data import chat, prompts
+from pipeline.export import dense
 from pipeline.stages import serving
 from pipeline.stages.serving import Conversation, RequestError, Settings
 
@@ -45,16 +48,27 @@ class _Answer:
 
 
 class Compressed(PythonModel):
-    """A built checkpoint that answers instructions and chats."""
+    """A built checkpoint that answers instructions and chats.
+
+    Attributes:
+        chats: Whether it was recovered on chats, so that instructions are asked in the model's chat template, too.
+    """
+
+    chats = False
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load and verify the checkpoint, onto a GPU if there is one."""
         folder = context.artifacts["checkpoint"]
         storage.verify(folder, "build")
         compute = device.choose("auto", "auto")
-        built = checkpoint.load_final(folder, compute.device, compute.dtype)
-        self.model: Any = checkpoint.dense(built) if compute.device.type == "cpu" else built
+        if compute.device.type == "cpu":
+            self.model: Any = dense.read(folder).model(compute)
+        else:
+            self.model = checkpoint.load_final(folder, compute.device, compute.dtype)
         self.tokenizer = checkpoint.load_tokenizer(folder)
+        # What was built by earlier versions does not tell, and was recovered in Alpaca's prompt.
+        lineage = Path(folder) / "lineage.json"
+        self.chats = lineage.exists() and storage.read_json(lineage, "build").get("prompt") == "chat"
         self.one_at_a_time = threading.Lock()  # a server answers in threads; draws follow the process's one generator
 
     # Of the type hints that MLflow reads, that of a DataFrame alone leaves all inputs as they are, without a warning.
@@ -77,7 +91,7 @@ class Compressed(PythonModel):
         """
         limit = self.model.config.max_position_embeddings
         try:
-            questions, given = serving.questions(model_input)
+            questions, given = serving.questions(model_input, prompts.conversation if self.chats else prompts.prompt)
             settings = serving.settings({**(params or {}), **given}, limit)
             rows = [self._tokens(question) for question in questions]
             for number, row in enumerate(rows):
@@ -97,9 +111,18 @@ class Compressed(PythonModel):
         return [answer.text for answer in answers]
 
     def _tokens(self, question: str | Conversation) -> list[int]:
-        """Return a prompt's tokens: a chat's by the model's own template, if it has one."""
+        """Return a prompt's tokens: a chat's by the model's own template, if it has one.
+
+        A model that was recovered on chats is asked as its rows were.
+        """
         if isinstance(question, str):
             return list(self.tokenizer.encode(question))
+        if self.chats:
+            try:
+                text = chat.written(question, self.tokenizer, answered=False)
+            except chat.ChatError as error:
+                raise RequestError(str(error)) from None
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
         if not self.tokenizer.chat_template:
             return list(self.tokenizer.encode(serving.flat(question)))
         try:

@@ -1,4 +1,4 @@
-"""What the registered model is asked: instructions as Alpaca prompts, chats as messages, params within their limits.
+"""What the registered model is asked: instructions in its prompt, chats as messages, params within their limits.
 
 Inputs come as Python users give them, and as MLflow's server makes them of ``instances``, ``inputs``,
 ``dataframe_split``, ``dataframe_records`` and ``messages``.
@@ -6,7 +6,7 @@ Inputs come as Python users give them, and as MLflow's server makes them of ``in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipeline.data.prompts import prompt
 from pipeline.errors import UserError
 
 Conversation = list[dict[str, str]]  # messages with role and content, the last one the user's
+Asking = Callable[[str, str], "str | Conversation"]  # makes what is asked of an instruction and its input
 
 _FORMS = (
     "give a list of instructions, a DataFrame with a column `instruction` (and, if you like, `input`), or "
@@ -94,12 +95,13 @@ def is_chat(asked: object) -> bool:
     return not (isinstance(messages, list) and messages and isinstance(messages[0], list))
 
 
-def questions(asked: object) -> tuple[list[str | Conversation], dict[str, Any]]:
-    """Return (what each wanted answer is to, params that stand in the input itself): Alpaca prompts or conversations.
+def questions(asked: object, asking: Asking = prompt) -> tuple[list[str | Conversation], dict[str, Any]]:
+    """Return (what each wanted answer is to, params that stand in the input itself): prompts or conversations.
 
     Args:
         asked: A list of instructions; columns ``instruction`` and perhaps ``input``, or ``messages``, as a DataFrame or
             a mapping; one conversation as the list itself or as ``{"messages": [...]}``, params beside it.
+        asking: How the model is asked an instruction: in Alpaca's prompt, or as a conversation.
 
     Raises:
         RequestError: It is none of these, or a text is missing or empty.
@@ -108,13 +110,13 @@ def questions(asked: object) -> tuple[list[str | Conversation], dict[str, Any]]:
         given = {_OPENAI.get(str(key), str(key)): value for key, value in asked.items() if key != "messages"}
         return [_conversation(asked["messages"], "messages")], given
     if isinstance(asked, pd.DataFrame | Mapping):
-        return _of_frame(_frame(asked)), {}
+        return _of_frame(_frame(asked), asking), {}
     asked = _plain(asked)
     if not isinstance(asked, Sequence) or isinstance(asked, str | bytes) or not asked:
         raise RequestError(f"the input is {_short(asked)}; {_FORMS}")
     if isinstance(asked[0], Mapping):
         return [_conversation(asked, "messages")], {}
-    return [prompt(_text(text, f"instruction {number}")) for number, text in enumerate(asked)], {}
+    return [asking(_text(text, f"instruction {number}"), "") for number, text in enumerate(asked)], {}
 
 
 def _frame(asked: pd.DataFrame | Mapping[Any, Any]) -> pd.DataFrame:
@@ -130,7 +132,7 @@ def _frame(asked: pd.DataFrame | Mapping[Any, Any]) -> pd.DataFrame:
     return pd.DataFrame({name: pd.Series(column, dtype=object) for name, column in columns.items()})
 
 
-def _of_frame(frame: pd.DataFrame) -> list[str | Conversation]:
+def _of_frame(frame: pd.DataFrame, asking: Asking) -> list[str | Conversation]:
     columns = set(map(str, frame.columns))
     if columns == {"messages"} and not frame.empty:
         return [_conversation(row, f"row {number}") for number, row in enumerate(frame["messages"])]
@@ -140,7 +142,7 @@ def _of_frame(frame: pd.DataFrame) -> list[str | Conversation]:
     texts = [_text(text, f"instruction {number}") for number, text in enumerate(frame["instruction"])]
     inputs: Iterable[object] = frame["input"] if "input" in columns else [""] * len(texts)
     return [
-        prompt(text, "" if _absent(context) else _string(context, f"input {number}"))
+        asking(text, "" if _absent(context) else _string(context, f"input {number}"))
         for number, (text, context) in enumerate(zip(texts, inputs, strict=True))
     ]
 

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import GIB, bits, device, identity, storage, tracking
-from pipeline.errors import UserError
 from pipeline.bits import Vector
+from pipeline.errors import UserError
 from pipeline.params import Params, digest
 from pipeline.paths import ALPACA, BANK, BASE, BENCHMARKS, PRUNED, TEACHER, UNTOUCHED, at_ratio
 from pipeline.search.allocate import Space, Spaces
 from pipeline.settings import settings_of
+from pipeline.stages import further
 from pipeline.trial import context as contexts
 from pipeline.trial import memory, recover, trial
 from pipeline.trial.context import Context, Settings, Sources
@@ -62,6 +63,7 @@ class Contexts:
             granularity=params.search.granularity,
             task_names=params.evaluate.tasks,
             validation_rows=params.data.validation_rows,
+            further=further.tasks(params, items),
         )
         for text in params.search.seed_bits:
             vector(text, params.prune.ratios, len(self._last.units))
@@ -150,7 +152,7 @@ def _space(params: Params, context: Context, budget: int | None) -> Space:
 
 def untouched(params: Params, context: Context, work: Work | None = None) -> Result:
     """Return the base model's result: kept from an earlier search of the same data and settings, or measured now."""
-    work = work or Work()
+    work = work or Work(further=True)
     recovery = context.settings.recover
     name = digest(
         storage.sha256(BASE / storage.CHECKSUMS),
@@ -161,5 +163,6 @@ def untouched(params: Params, context: Context, work: Work | None = None) -> Res
         asdict(context.memory_setting),
         [params.search.granularity, str(context.compute)],
         identity.code(*identity.TRIAL),
+        *further.named(params),
     )
     return trial.untouched_result(context, BASE, UNTOUCHED / f"{name}.json", work)

@@ -10,16 +10,17 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from pipeline import architecture
+from pipeline.architecture import Config
 from pipeline.compress import quantize
 
 
-def lora_config(adapters: quantize.Settings, dropout: float) -> LoraConfig:
-    """Return PEFT's description of the adapters: all seven projections, as in appendix B."""
+def lora_config(config: Config, adapters: quantize.Settings, dropout: float) -> LoraConfig:
+    """Return PEFT's description of the adapters: on all linears of every block, as in appendix B."""
     return LoraConfig(
         r=adapters.r,
         lora_alpha=adapters.lora_alpha,
         lora_dropout=dropout,
-        target_modules=architecture.TARGET_MODULES,
+        target_modules=architecture.target_modules(config),
         task_type="CAUSAL_LM",
     )
 
@@ -38,9 +39,13 @@ class ByteDropout(nn.Module):
         """Zero each value with the probability, scale up the others."""
         if not self.training or self.threshold == 0:
             return x
-        words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 8),), dtype=torch.int64, device=x.device)
-        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.threshold
-        return x * (kept.to(x.dtype) * (256 / (256 - self.threshold)))
+        return x * (kept(x, self.threshold).to(x.dtype) * (256 / (256 - self.threshold)))
+
+
+def kept(x: torch.Tensor, threshold: int) -> torch.Tensor:
+    """Return which values dropout keeps, drawn from random bytes: those that are not below the threshold."""
+    words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 8),), dtype=torch.int64, device=x.device)
+    return words.view(torch.uint8)[: x.numel()].view(x.shape) >= threshold
 
 
 def use_byte_dropout(model: nn.Module, p: float) -> None:

@@ -37,7 +37,7 @@ def assemble(context: Context, bits: Sequence[int], *, real: bool | None = None)
         model = checkpoint.from_state(context.config, simulated, context.device)
     on_cpu = context.device.type == "cpu"
     # On a CPU, adapters in the weights' type, byte dropout and plain attention double the speed of a training step.
-    config = lora_config(context.bank.settings, context.settings.recover.dropout)
+    config = lora_config(context.config, context.bank.settings, context.settings.recover.dropout)
     with torch.random.fork_rng():  # a dense linear's adapter is drawn
         torch.manual_seed(context.settings.seed)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=not on_cpu)

@@ -73,7 +73,7 @@ def save(context: Context, bits: Sequence[int], trained: PeftModel, folder: Path
     real = mixed_model(replace(context, state=checkpoint.stored(context.state)), widths)
     real.save_pretrained(folder)  # before PEFT renames its linears
     checkpoint.compute_in(real, context.compute.dtype)
-    adapted = get_peft_model(real, lora_config(context.bank.settings, context.settings.recover.dropout))
+    adapted = get_peft_model(real, lora_config(context.config, context.bank.settings, context.settings.recover.dropout))
     set_peft_model_state_dict(adapted, get_peft_model_state_dict(trained, save_embedding_layers=False))
     # The embeddings are the base's; left to itself, PEFT asks a hub whether they are.
     adapted.save_pretrained(str(folder / checkpoint.ADAPTER), save_embedding_layers=False)

@@ -18,9 +18,11 @@ from pipeline.data.alpaca import Example
 from pipeline.device import Compute
 from pipeline.errors import UserError
 from pipeline.trial import memory, recover
+from pipeline.trial.further import Further
 from pipeline.trial.setting import ROW, Setting
 from pipeline.trial.teacher import Teacher
 
+_FULL = 2**15  # tokens of an evaluation's pass beyond which it gains nothing
 INT8_MULTIPLE = 4  # cuBLAS multiplies int8 matrices whose sides are multiples of it
 
 
@@ -41,6 +43,19 @@ class Settings:
     batch_tokens: int
     seed: int
     cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How much one pass takes where it runs; what memory is judged by is the user's (``Context.memory_setting``).
+
+    Attributes:
+        rows: Rows of full length in recovery.
+        tokens: Tokens in evaluation.
+    """
+
+    rows: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,7 @@ class Context:
         compute: Where trials run and in which type.
         teacher: The dense model, where recovery aims at its predictions.
         ratio: The share of the parameters that was pruned.
+        further: What is measured of references and tables' cells beside what trials go by.
     """
 
     config: PretrainedConfig
@@ -97,6 +113,7 @@ class Context:
     compute: Compute
     teacher: Teacher | None = None
     ratio: float = 0.0
+    further: Further | None = None
 
     @property
     def device(self) -> torch.device:
@@ -116,6 +133,47 @@ class Context:
     def predict(self, bits: Sequence[int]) -> memory.Peak:
         """Return the predicted peak memory of a bit vector."""
         return memory.predict(self.config, self.widths(bits), self.memory_setting)
+
+    def predict_run(self, bits: Sequence[int], passes: Passes) -> memory.Peak:
+        """Return the predicted peak memory of a bit vector in passes of another size."""
+        recovery = replace(self.settings.recover, micro_batch_size=passes.rows)
+        return memory.predict(
+            self.config, self.widths(bits), memory_setting(recovery, passes.tokens, self.bank.settings)
+        )
+
+    def passes(self, bits: Sequence[int], room: int | None) -> Passes:
+        """Return how full passes are: the user's, or larger ones where a GPU has room for them.
+
+        A batch's gradient is the same however it is cut, and fewer, fuller passes launch fewer kernels.
+
+        Args:
+            bits: Bits of each unit.
+            room: Bytes that a peak may take; None: not on a GPU.
+        """
+        recovery, tokens = self.settings.recover, self.settings.batch_tokens
+        users = Passes(recovery.micro_batch_size, tokens)
+        if room is None:
+            return users
+        rows = memory.largest(
+            _halved(recovery.batch_size, users.rows),
+            lambda size: self.predict_run(bits, replace(users, rows=size)).training,
+            room,
+        )
+        tokens = memory.largest(
+            _halved(max(_FULL, users.tokens), users.tokens),
+            lambda size: self.predict_run(bits, replace(users, tokens=size)).inference,
+            room,
+        )
+        return Passes(rows, tokens)
+
+
+def _halved(most: int, least: int) -> list[int]:
+    """Return descending sizes, each half of the one before it, that end with the least."""
+    sizes = []
+    while most > least:
+        sizes.append(most)
+        most //= 2
+    return [*sizes, least]
 
 
 def memory_setting(
@@ -143,6 +201,7 @@ def memory_setting(
         keeps_best=recovery.validate_every > 0,
         teacher=recovery.target == "teacher",
         cached_tokens=cached_tokens,
+        fast=recovery.fast,
     )
 
 
@@ -154,6 +213,7 @@ def load(
     granularity: str,
     task_names: Sequence[str],
     validation_rows: int,
+    further: Further | None = None,
 ) -> Context:
     """Load and verify what trials share.
 
@@ -161,9 +221,10 @@ def load(
         sources: Where its parts lie.
         settings: How a trial is run.
         compute: Where trials run and in which type.
-        granularity: What one bit choice covers (``architecture.GRANULARITIES``).
+        granularity: What one bit choice covers (``architecture.parts``).
         task_names: lm-eval's tasks.
         validation_rows: Rows that are held out.
+        further: What is measured beside what trials go by.
 
     Raises:
         CheckpointError: The pruned model or the bank is missing or was changed.
@@ -189,6 +250,7 @@ def load(
         compute=compute,
         teacher=teacher,
         ratio=sources.ratio,
+        further=further,
     )
 
 

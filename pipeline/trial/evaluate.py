@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from statistics import fmean, variance
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import torch
 from lm_eval import evaluator
@@ -25,9 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.data import definitions, tasks
 from pipeline.errors import UserError
 from pipeline.trial.scores import Scores
-from pipeline.trial.scoring import score
+from pipeline.trial.scoring import Scored, score
 from pipeline.trial.trees import Request, Row, batches, trees
 
+T = TypeVar("T")
 Tokens = tuple[object, list[int], list[int]]  # texts, context and continuation, as lm-eval hands them over
 Pass = tuple[int, list[Row]]  # length and rows of one forward pass
 Passes = Callable[[Sequence[Pass]], Iterable[Pass]]  # shows the progress of forward passes
@@ -177,24 +178,18 @@ class SharedPrefixLM(TemplateLM):
         passes = list(batches(trees(asked), self.batch_tokens))
 
         @torch.inference_mode()  # of the thread that it runs in
-        def scored(single: Pass) -> list[tuple[int, tuple[float, bool]]]:
+        def scored(single: Pass) -> Scored:
             length, rows = single
-            return list(score(self.model, asked, length, rows))
+            return score(self.model, asked, length, rows)
 
         with side_by_side(self.model, len(passes)) as mapped:
-            for _pass, values in zip(self.progress(passes), mapped(scored, passes), strict=True):
-                for index, value in values:
+            for _pass, found in zip(self.progress(passes), behind(mapped(scored, passes)), strict=True):
+                for index, value in found.read():
                     results[index] = value
         return results
 
     def _request(self, context: list[int], continuation: list[int]) -> Request:
         tokens = (context + continuation)[-(self.max_length + 1) :]
-        window = getattr(self.model.config, "sliding_window", None)
-        if window and len(tokens) > window:
-            raise UserError(
-                f"evaluate.tasks: a text has {len(tokens)} tokens, and the model sees {window} at a time (its sliding "
-                "window), which the mask of shared contexts leaves out; take the task out"
-            )
         return Request(tuple(tokens), len(tokens) - len(continuation))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -204,6 +199,15 @@ class SharedPrefixLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generation tasks are not scored here."""
         raise NotImplementedError("tasks that generate text are not supported; use multiple-choice tasks")
+
+
+def behind(items: Iterable[T]) -> Iterator[T]:
+    """Yield each item when the next one is there: a pass's figures are read while a GPU computes the next."""
+    last: list[T] = []
+    for item in items:
+        yield from last
+        last = [item]
+    yield from last
 
 
 @contextmanager

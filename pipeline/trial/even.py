@@ -40,9 +40,8 @@ def config_of(values: Mapping[str, object], origin: str) -> PretrainedConfig:
 
     plain = {key: value for key, value in values.items() if key not in ("model_type", "quantization_config")}
     kind = str(values.get("model_type"))
-    if kind.removeprefix("pruned_") not in architecture.FAMILIES:
-        families = ", ".join(architecture.FAMILIES)
-        raise UserError(f"{origin} has model_type {kind!r}; supported families are {families}")
+    if not architecture.supported(kind):
+        raise UserError(f"{origin}: {architecture.unsupported(kind)}")
     try:
         return AutoConfig.for_model(kind, **plain)
     except (TypeError, ValueError, StrictDataclassError) as error:
@@ -81,9 +80,9 @@ def _smaller(config: Config, shape: BlockShape, share: float) -> BlockShape:
 
 
 def _removable(config: Config, shape: BlockShape) -> int:
-    kinds = architecture.COUPLED
     return sum(
-        architecture.group_parameters(config, shape, kind) * architecture.group_count(shape, kind) for kind in kinds
+        architecture.group_parameters(config, shape, kind) * architecture.group_count(shape, kind)
+        for kind in architecture.KINDS
     )
 
 

@@ -107,7 +107,7 @@ class Machine:
         fp32_adapters: Whether adapters are 32-bit; else only those of 8-bit linears are (PEFT gives adapters the type
             that a linear computes in, which an 8-bit one does not tell); others have 32-bit copies for the optimizer.
         byte_dropout: Whether dropout is ``recover.ByteDropout``.
-        attention: Name of the attention in transformers.
+        attention: Name of the attention in transformers; None: what it chooses on CUDA, fused where the family has it.
         paged: Whether large optimizer states lie outside PyTorch's allocator.
         dtype: Of weights and activations.
     """
@@ -116,7 +116,7 @@ class Machine:
     fused: bool
     fp32_adapters: bool
     byte_dropout: bool
-    attention: str
+    attention: str | None
     paged: bool
     dtype: torch.dtype = torch.bfloat16
 
@@ -127,7 +127,7 @@ class Machine:
 
 CUDA = Machine(
     kernels={**_COMMON, torch.ops.bitsandbytes.int8_scaled_mm.default: partial(_int8, on_cuda=True)},
-    fused=True, fp32_adapters=True, byte_dropout=False, attention="sdpa", paged=True,
+    fused=True, fp32_adapters=True, byte_dropout=False, attention=None, paged=True,
 )  # fmt: skip
 CPU = Machine(
     kernels={

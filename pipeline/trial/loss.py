@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,19 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.compress.modules import head_of, last_states
+from pipeline.compress.modules import cap_of, capped, head_of, last_states
 from pipeline.data.alpaca import IGNORED, Batch, Example, batches
 from pipeline.trial.setting import LOSS_CHUNK
 
 Where = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # a mask, or rows and columns
 RowLosses = tuple[tuple[float, int], ...]  # of each row the sum of its losses in nats, and their number
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device; a GPU takes it from the CPU's memory without being waited for."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -27,34 +34,41 @@ def unwrapped(model: nn.Module) -> nn.Module:
 class _ChunkedLoss(torch.autograd.Function):
     """Sum of cross-entropies of ``hidden @ head.T``, a chunk of positions at a time.
 
-    The gradients that are wanted are computed along with the loss, so that no chunk's logits outlive the chunk.
+    Logits are capped as the model caps them. The gradients that are wanted are computed along with the loss, so that no
+    chunk's logits outlive the chunk.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, cap: float | None
+    ) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
         heads = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), LOSS_CHUNK):
             here = slice(start, start + LOSS_CHUNK)
-            logits = (hidden[here] @ head.T).float().log_softmax(-1)
+            logits = (hidden[here] @ head.T).float()
+            slope = None if cap is None else 1 - (logits / cap).tanh_().square_()
+            logits = capped(logits, cap).log_softmax(-1)
             at_labels = torch.arange(len(logits), device=logits.device), labels[here]
             total -= logits[at_labels].sum()
             if gradient is not None:
                 logits.exp_()
                 logits[at_labels] -= 1
+                if slope is not None:
+                    logits *= slope
                 gradient[here] = logits.to(hidden.dtype) @ head
             if heads is not None:
                 heads += logits.T @ hidden[here].float()
-            del logits  # else they live until the next chunk's exist
+            del logits, slope  # else they live until the next chunk's exist
         ctx.save_for_backward(gradient, None if heads is None else heads.to(head.dtype))
         return total
 
     @staticmethod
-    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         gradient, heads = ctx.saved_tensors
         outer = outer.to(gradient.dtype)
-        return gradient * outer, None if heads is None else heads * outer, None
+        return gradient * outer, None if heads is None else heads * outer, None, None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -90,12 +104,14 @@ def response_loss(model: nn.Module, part: Batch, targets: torch.Tensor | None = 
 
     Args:
         model: A causal language model, plain or wrapped by PEFT.
-        part: Tokens and labels, on the model's device.
+        part: Tokens and labels, in the CPU's memory: positions that are found there need no wait for a GPU.
         targets: Of each labelled position, row after row, what is wanted in place of its label (``loss_at``).
     """
-    labels = part.labels[:, 1:]
-    chosen = labels != IGNORED
-    return loss_at(model, part.tokens, chosen, labels[chosen] if targets is None else targets), int(chosen.sum())
+    labels, device = part.labels[:, 1:], head_of(unwrapped(model)).weight.device
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    wanted = labels[rows, columns] if targets is None else targets
+    where = sent(rows, device), sent(columns, device)
+    return loss_at(model, sent(part.tokens, device), where, sent(wanted, device), part.told(device)), len(rows)
 
 
 def blended(model: nn.Module, part: Batch, targets: torch.Tensor, answers_weight: float) -> torch.Tensor:
@@ -103,15 +119,16 @@ def blended(model: nn.Module, part: Batch, targets: torch.Tensor, answers_weight
 
     Args:
         model: As for ``response_loss``.
-        part: Labels, on the model's device.
+        part: Labels, in the CPU's memory.
         targets: The teacher's, [n, hidden].
         answers_weight: The answers' share.
     """
-    targets = targets.to(part.labels.device)
+    head = head_of(unwrapped(model)).weight.detach()
+    targets = sent(targets, head.device)
     if not answers_weight:
         return targets
     labels = part.labels[:, 1:]
-    answers = head_of(unwrapped(model)).weight.detach()[labels[labels != IGNORED]]
+    answers = head[sent(labels[labels != IGNORED], head.device)]
     return torch.lerp(targets.to(answers.dtype), answers, answers_weight)
 
 
@@ -120,6 +137,7 @@ def loss_at(
     tokens: torch.Tensor,
     where: Where,
     wanted: torch.Tensor,
+    told: Mapping[str, object] | None = None,
 ) -> torch.Tensor:
     """Return the sum of the next-token losses at some positions; ``memory`` traces it on tensors without data.
 
@@ -128,11 +146,13 @@ def loss_at(
         tokens: Token ids, [B, L].
         where: What picks the positions out of [B, L - 1]: a boolean mask, or n rows and n columns.
         wanted: The token after each of them, [n]; or of a distribution p of it p' head, [n, hidden], for a head that is
-            not trained.
+            not trained; where a model caps its logits, before the cap.
+        told: What else the model is told, by its arguments' names.
     """
-    hidden, head = _before_head(model, tokens)
-    loss = _ChunkedCrossEntropy if wanted.is_floating_point() else _ChunkedLoss
-    return loss.apply(hidden[where], head, wanted)
+    hidden, head = _before_head(model, tokens, told or {})
+    if wanted.is_floating_point():
+        return _ChunkedCrossEntropy.apply(hidden[where], head, wanted)
+    return _ChunkedLoss.apply(hidden[where], head, wanted, cap_of(unwrapped(model)))
 
 
 def head_width(model: nn.Module) -> int:
@@ -140,25 +160,30 @@ def head_width(model: nn.Module) -> int:
     return head_of(unwrapped(model)).in_features
 
 
-def _before_head(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _before_head(
+    model: nn.Module, tokens: torch.Tensor, told: Mapping[str, object]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the states that next tokens are predicted from, [B, L - 1, hidden], and the head's weight."""
     causal = unwrapped(model)
-    return last_states(causal, tokens)[:, :-1], head_of(causal).weight
+    return last_states(causal, tokens, **told)[:, :-1], head_of(causal).weight
 
 
 @torch.no_grad()
 def row_losses(model: PreTrainedModel | PeftModel, examples: Sequence[Example], size: int, padding: int) -> RowLosses:
     """Return of each row the sum of its response tokens' losses, in nats, and their number; shorter rows first."""
     model.eval()
-    losses: list[tuple[float, int]] = []
+    losses: list[torch.Tensor] = []
+    counts: list[int] = []
     for part in batches(examples, size, padding, False):
-        here = part.to(model.device)
-        hidden, head = _before_head(model, here.tokens)
-        for states, wanted in zip(hidden, here.labels[:, 1:], strict=True):
-            chosen = wanted != IGNORED
-            loss = _ChunkedLoss.apply(states[chosen], head, wanted[chosen])
-            losses.append((loss.item(), int(chosen.sum())))
-    return tuple(losses)
+        hidden, head = _before_head(model, sent(part.tokens, model.device), {})
+        for states, labels in zip(hidden, part.labels[:, 1:], strict=True):
+            (columns,) = (labels != IGNORED).nonzero(as_tuple=True)
+            wanted = sent(labels[columns], head.device)
+            chosen = states[sent(columns, head.device)]
+            losses.append(_ChunkedLoss.apply(chosen, head, wanted, cap_of(unwrapped(model))))
+            counts.append(len(columns))
+    values = torch.stack(losses).tolist() if losses else []
+    return tuple(zip(values, counts, strict=True))
 
 
 def mean_loss(rows: Sequence[tuple[float, int]]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Peak memory of training and inference: measured on CUDA, predicted from shapes elsewhere.
+"""Peak memory of training and inference: predicted from shapes, and measured on CUDA.
 
 The prediction is the peak of the bytes that PyTorch's allocator is asked for in one step of ``recover`` and in one
 forward pass of ``evaluate`` on CUDA, from a trace of the real modules without data (``traced``). It takes rows to be
@@ -14,17 +14,20 @@ import copy
 import gc
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from transformers import PretrainedConfig
 
 from pipeline import architecture
-from pipeline.architecture import ATTENTION, LINEARS, MLP, BlockShape
+from pipeline.architecture import BlockShape
 from pipeline.compress.quantize import stored_bytes
+from pipeline.families import QUERIES
 from pipeline.trial.setting import Setting
 
 T = TypeVar("T")
+_USED = 0.9  # share of a GPU's free memory that a prediction may fill: the rest is rounding, fragments and workspaces
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,12 @@ def predict(config: PretrainedConfig, widths: Mapping[str, int], setting: Settin
     """
     weights, peak = training(config, widths, setting)
     model, widest = config.to_json_string(use_diff=False), 0
-    for index, (shape, bits) in enumerate(_blocks(config, widths)):
-        alone = (shape.heads, shape.kv_heads, shape.channels)
-        twice = _of_blocks(config, [index, index])  # only a first block's input is all that lives
-        block_weights, block_peak = _traced(twice, (model, alone), (bits, bits), setting, "inference")
+    for index, ((shape, bits), kind) in enumerate(zip(_blocks(config, widths), _kinds(config), strict=True)):
+        alone = (shape.heads, shape.kv_heads, shape.channels, kind)
+        others = _other_kinds(config, index)
+        twice = _of_blocks(config, [index, index, *others])  # only a first block's input is all that lives
+        at_four = [(4,) * len(bits)] * len(others)
+        block_weights, block_peak = _traced(twice, (model, alone), (bits, bits, *at_four), setting, "inference")
         widest = max(widest, block_peak - block_weights)
     return Peak(peak, weights + widest + cache(config, setting.cached_tokens), "predicted")
 
@@ -69,7 +74,7 @@ def stored(config: PretrainedConfig, widths: Mapping[str, int], setting: Setting
     return sum(
         _held(architecture.linear_shape(config, shape, name), width, setting)
         for shape, bits in _blocks(config, widths)
-        for name, width in zip(LINEARS, bits, strict=True)
+        for name, width in zip(architecture.linear_names(config), bits, strict=True)
     )
 
 
@@ -99,10 +104,23 @@ def training(config: PretrainedConfig, widths: Mapping[str, int], setting: Setti
 
 def _blocks(config: PretrainedConfig, widths: Mapping[str, int]) -> list[tuple[BlockShape, tuple[int, ...]]]:
     """Return of each block its shape and the bits of its linears."""
+    names = architecture.linear_names(config)
     return [
-        (shape, tuple(widths[architecture.linear_name(index, name)] for name in LINEARS))
+        (shape, tuple(widths[architecture.linear_name(index, name)] for name in names))
         for index, shape in enumerate(architecture.shapes(config))
     ]
+
+
+def _kinds(config: PretrainedConfig) -> list[tuple[object, ...]]:
+    """Return what blocks differ in besides their shapes, such as whether they attend within a window."""
+    fields = [getattr(config, name, None) for name in architecture.description(config).per_block]
+    return [tuple(values and values[block] for values in fields) for block in range(config.num_hidden_layers)]
+
+
+def _other_kinds(config: PretrainedConfig, block: int) -> list[int]:
+    """Return a block of each other type of layers: all types' rotary positions live through the whole pass."""
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    return [kinds.index(kind) for kind in dict.fromkeys(kinds) if kind != kinds[block]]
 
 
 def _added(
@@ -111,23 +129,25 @@ def _added(
     """Return the bytes by which a block stores and keeps for backward more than at 4 bits.
 
     An 8-bit linear keeps its 16-bit input, also under gradient checkpointing. Linears that read the same one share it.
-    Without checkpointing the attention keeps o_proj's anyway, and what block 0's attention reads needs no gradient.
+    Without checkpointing most attentions keep o_proj's anyway, and what block 0's attention reads needs no gradient.
     """
-    width = dict(zip(LINEARS, bits, strict=True))  # by the linear's name
+    names = architecture.linear_names(config)
+    width = dict(zip(names, bits, strict=True))  # by the linear's name
     stored = 0
-    for name in LINEARS:
+    for name in names:
         size = architecture.linear_shape(config, shape, name)
         stored += _held(size, width[name], setting) - _held(size, 4, setting)
     tokens = setting.tokens // setting.rows * setting.rows
-    queries, hidden = shape.heads * architecture.head_dim(config), config.hidden_size
+    if setting.fast:
+        return stored, 0  # fused adapters keep that input at any bits
+    about = architecture.description(config)
     again = setting.gradient_checkpointing  # frees what autograd saved, which these inputs are not
-    read = {
-        ATTENTION[:3]: hidden if block or again else 0,
-        ATTENTION[3:]: queries if again else 0,
-        MLP[:2]: hidden,
-        MLP[2:]: shape.channels,
-    }
-    kept = sum(2 * tokens * size for names, size in read.items() if any(width[name] == 8 for name in names))
+    kept = 0
+    for place, group in enumerate(about.groups.values()):
+        inputs = architecture.linear_of(config, group[0]).inputs
+        free = not again and (inputs == QUERIES and about.output_kept or (block == 0 and place == 0))
+        if not free and any(width[name] == 8 for name in group):
+            kept += 2 * tokens * architecture.size(config, shape, inputs)
     return stored, kept
 
 
@@ -140,7 +160,7 @@ def _of_blocks(config: PretrainedConfig, indices: Sequence[int]) -> PretrainedCo
     """Return the config of a model that consists of some of the blocks."""
     chosen = copy.deepcopy(config)
     chosen.num_hidden_layers = len(indices)
-    for name in ("layer_types", "block_shapes"):
+    for name in ("block_shapes", *architecture.description(config).per_block):
         if per_block := getattr(chosen, name, None):
             setattr(chosen, name, [per_block[index] for index in indices])
     return chosen
@@ -152,9 +172,9 @@ def _last_block_at(config: PretrainedConfig, model: str, bits: tuple[int, ...], 
     Where all blocks between the first and the last are alike, each adds the same: two of them tell about all.
     """
     count = config.num_hidden_layers
-    kinds = zip(architecture.shapes(config), getattr(config, "layer_types", None) or [None] * count, strict=True)
+    kinds = zip(architecture.shapes(config), _kinds(config), strict=True)
     alike = len(set(list(kinds)[1:-1])) == 1
-    fours = (4,) * len(LINEARS)
+    fours = (4,) * len(architecture.linear_names(config))
     if count < 5 or not alike:
         return _traced(config, model, (*[fours] * (count - 1), bits), setting, "training")
     traces = []
@@ -176,14 +196,25 @@ def _traced(
     if key not in _traces:
         from pipeline.trial import traced  # transformers, peft and lm-eval take seconds to import
 
-        names = {
-            architecture.linear_name(index, name): width
-            for index, block in enumerate(bits)
-            for name, width in zip(LINEARS, block, strict=True)
-        }
+        names = dict(zip(architecture.linears(config), chain.from_iterable(bits), strict=True))
         run = traced.training if step == "training" else traced.inference
         _traces[key] = run(traced.model_of(config, names, setting), setting)
     return _traces[key]
+
+
+def room(device: torch.device) -> int | None:
+    """Return the bytes that a prediction may fill on a GPU, by what is free there now; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    gc.collect()  # an earlier trial's model refers to itself
+    free, _ = torch.cuda.mem_get_info(device)
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(_USED * (free + idle))
+
+
+def largest(sizes: Sequence[int], peak: Callable[[int], int], room: int) -> int:
+    """Return the first of descending sizes whose peak is within the room, or else the last."""
+    return next((size for size in sizes[:-1] if peak(size) <= room), sizes[-1])
 
 
 def measured(work: Callable[[], T], device: torch.device) -> tuple[T, int | None]:

@@ -15,13 +15,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
-from pipeline.data.alpaca import Example, batch
+from pipeline.data.alpaca import Batch, Example, batch
+from pipeline.trial import fast
+from pipeline.trial.fast import Ways
 from pipeline.trial.loss import RowLosses, mean_loss, row_losses
 from pipeline.trial.teacher import Targets
 from pipeline.trial.training import RecoverError, Settings, Training, micro_batches, must_be_finite
@@ -82,6 +85,7 @@ def run(
     seed: int,
     progress: Steps = iter,
     keep: Path | None = None,
+    ways: Ways | None = None,
 ) -> Recovered:
     """Train a model and measure its validation loss; changes the model.
 
@@ -96,11 +100,21 @@ def run(
         progress: Wraps the steps.
         keep: File for the state of training, written each ``save_every`` steps and removed at the end. One that is
             there already, of an interrupted run of the same settings, is taken up.
+        ways: Those in which it is trained; None: as the settings and the device have it.
 
     Raises:
         RecoverError: There are no rows, or a loss or gradient is not finite.
     """
     _must_have_rows(rows, settings)
+    ways = fast.chosen(model, settings.fast, settings.max_length) if ways is None else ways
+    with fast.taken(model, ways):
+        return _run(model, rows, settings, seed, progress, keep, ways)
+
+
+def _run(
+    model: PeftModel, rows: Rows, settings: Settings, seed: int, progress: Steps, keep: Path | None, ways: Ways
+) -> Recovered:
+    """Train a model that takes the ways already; arguments as for ``run``."""
 
     def held_out(step: int) -> RowLosses:
         losses = row_losses(model, rows.validation, settings.micro_batch_size, rows.padding)
@@ -112,7 +126,8 @@ def run(
     targets = rows.targets if settings.target == "teacher" else None
     assert (targets is not None) == (settings.target == "teacher")  # the caller asks the dense model
     torch.manual_seed(seed)
-    training = Training(model, settings)
+    training = Training(model, settings, ways)
+    parts_of, made = _passes(ways)
     batches = endless(rows.train, settings.batch_size, seed)
     if keep is not None and keep.exists():
         training.restore(keep)
@@ -120,21 +135,31 @@ def run(
             next(batches)
     for step in progress(range(training.step, settings.steps)):
         model.train()
-        parts = micro_batches(next(batches), settings)
+        parts = parts_of(next(batches), settings.micro_batch_size, settings.max_length)
         wanted = None if targets is None else [[targets[row] for row in part] for part in parts]
-        training.take_step([batch(part, rows.padding, settings.whole) for part in parts], wanted)
+        training.take_step([made(part, rows.padding, settings.whole) for part in parts], wanted)
         due = settings.validate_every and training.step % settings.validate_every == 0
         if due or (settings.validate_every and training.step == settings.steps):
+            training.settle()
             training.judge(held_out(training.step))
             if settings.patience and training.worse >= settings.patience:
                 break
         if keep is not None and settings.save_every and (step + 1) % settings.save_every == 0:
             training.save(keep)
-    training.take_best()
+    training.end()
     if keep is not None:
         keep.unlink(missing_ok=True)
     rows_left = training.rows if training.validation else held_out(training.step)
     return Recovered.of(tuple(training.losses), rows_left, training.validation, training.tokens)
+
+
+def _passes(ways: Ways) -> tuple[Callable[..., list[list[Example]]], Callable[..., Batch]]:
+    """Return what cuts a batch into passes, and what makes tensors of one."""
+    if not ways.packed:
+        return micro_batches, batch
+    from pipeline.trial import graphs, packing
+
+    return packing.parts, partial(packing.pack, multiple=graphs.LENGTH if ways.graphs else None)
 
 
 def rows_of(train: Sequence[Example], settings: Settings, seed: int) -> list[Example]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import GIB
@@ -35,24 +35,32 @@ MEASURED = [
     "validation_losses",
     "trained_tokens",
 ]
-_PREDICTED = "predicted_peak_memory_bytes"  # a metric among ``other``, where memory was measured
+# Metrics among ``other``, of a run on a GPU; the last one of earlier versions, which measured what they judged by.
+_OF_RUN = (
+    "run_peak_memory_bytes",
+    "run_predicted_memory_bytes",
+    "run_inference_memory_bytes",
+    "run_micro_batch_size",
+    "run_batch_tokens",
+    "predicted_peak_memory_bytes",
+)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes of a trial.
+    """Peak bytes of a trial with the user's batch sizes on CUDA.
 
     Attributes:
         training: Of its recovery; None of a model that was not trained.
         inference: Of its evaluation.
-        source: ``measured`` (CUDA) or ``predicted``.
-        predicted: Where it was measured, the predicted peak of training.
+        source: ``predicted``; of earlier versions on CUDA ``measured``.
+        of_run: What was measured on a GPU, whose passes may be larger, by its name in MLflow.
     """
 
     training: int | None
     inference: int
     source: str
-    predicted: int | None = None
+    of_run: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,7 @@ class Result:
 
     @property
     def memory_source(self) -> str:
-        """Return ``measured`` or ``predicted``."""
+        """Return ``predicted``; of earlier versions on CUDA ``measured``."""
         return self.memory.source
 
     def metrics(self) -> dict[str, float]:
@@ -204,8 +212,7 @@ class Result:
         return figures | {f"seconds_{phase}": value for phase, value in self.seconds.items()}
 
     def _other(self) -> dict[str, float]:
-        predicted = self.memory.predicted
-        return self.scores.other | ({} if predicted is None else {_PREDICTED: float(predicted)})
+        return self.scores.other | {name: float(value) for name, value in self.memory.of_run.items()}
 
     def score(self, objective: str) -> tuple[float, float]:
         """Return an objective of section ``search`` by its name, and its standard error."""
@@ -244,7 +251,7 @@ class Result:
     def from_json(values: Mapping[str, Any]) -> Result:
         """Return the result that ``as_json`` was made from."""
         other = dict(values["other"])
-        predicted = other.pop(_PREDICTED, None)
+        of_run = {name: int(other.pop(name)) for name in _OF_RUN if name in other}
         return Result(
             Vector(values["ratio"], bit_text.read(values["bits"])),
             Scores(
@@ -266,7 +273,7 @@ class Result:
                 validation_loss=values["validation_loss"],
                 validation_stderr=values["validation_loss_stderr"],
             ),
-            Memory(values["peak_memory_bytes"], values["inference_memory_bytes"], values["memory_source"], None if predicted is None else int(predicted)),
+            Memory(values["peak_memory_bytes"], values["inference_memory_bytes"], values["memory_source"], of_run),
             dict(values["seconds"]),
         )
 

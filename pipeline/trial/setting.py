@@ -26,6 +26,7 @@ class Setting:
         keeps_best: Whether the weights of the lowest validation loss are kept in 32 bits.
         teacher: Whether the target of a position is a vector of the hidden size, not a token.
         cached_tokens: Tokens whose keys and values inference holds as well.
+        fast: Whether adapters are fused and the optimizer steps on one vector (``fast.Ways``).
     """
 
     tokens: int
@@ -41,3 +42,4 @@ class Setting:
     keeps_best: bool = False
     teacher: bool = False
     cached_tokens: int = 0
+    fast: bool = False

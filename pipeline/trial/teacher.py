@@ -61,7 +61,7 @@ class Teacher:
         # In parts, so that a longer recovery of the same rows asks for the further ones alone.
         parts = [rows[start : start + _KEPT] for start in range(0, len(rows), _KEPT)]
         for part in progress(parts, "the dense model's answers"):
-            defined = [base, str(self.compute.dtype), whole, [(row.tokens, row.response) for row in part]]
+            defined = [base, str(self.compute.dtype), whole, [(row.tokens, row.response, *row.gaps) for row in part]]
             folder = self.kept / hashlib.sha256(json.dumps(defined).encode()).hexdigest()[:12]
             answers = _read(folder, part)
             if answers is None:

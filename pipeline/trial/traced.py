@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pipeline import architecture
-from pipeline.trial import adapters, loss
+from pipeline.trial import adapters, fast, loss
+from pipeline.trial.fast import Ways
 from pipeline.trial.kernels import CUDA, META, Kernels, Machine, Operation
 from pipeline.trial.scoring import Chunk, choose
 from pipeline.trial.setting import LOSS_CHUNK, Setting
@@ -99,7 +100,7 @@ def model_of(
         description = LoraConfig(
             r=setting.r,
             lora_dropout=setting.dropout,
-            target_modules=architecture.TARGET_MODULES,
+            target_modules=architecture.target_modules(config),
             task_type="CAUSAL_LM",
         )
         adapted = get_peft_model(model, description)
@@ -177,18 +178,11 @@ def training(model: PeftModel, setting: Setting, machine: Machine = CUDA, step: 
     model.train()
     ledger = _holding(model, machine)
     weights = ledger.live
-    held = []
-    for parameter in [weight for weight in model.parameters() if weight.requires_grad]:
-        copies = (parameter.dtype != torch.float32) + setting.keeps_best
-        states = 0 if machine.paged and parameter.numel() >= _PAGED else 2
-        held += [torch.empty_like(parameter, dtype=torch.float32) for _ in range(copies + states)]
-        if setting.accumulate:
-            parameter.grad = torch.empty_like(parameter)
-            held.append(parameter.grad)
+    held = _beside(model, setting, machine)  # until the end of the step
     ledger.hold(held)
     rows, length = setting.rows, setting.tokens // setting.rows
     positions = rows * (length - 1)
-    with machine.running(), ledger:
+    with fast.taken(model, Ways(fused=setting.fast)), machine.running(), ledger:
         batch = _ids(rows, length), _ids(rows, length)  # tokens and labels
         where = _ids(positions), _ids(positions)
         wanted = _ids(positions)
@@ -196,6 +190,23 @@ def training(model: PeftModel, setting: Setting, machine: Machine = CUDA, step: 
             wanted = torch.empty(positions, loss.head_width(model), dtype=machine.dtype, device=META)
         (step or loss.loss_at)(model, batch[0], where, wanted).backward()
     return weights, ledger.peak
+
+
+def _beside(model: PeftModel, setting: Setting, machine: Machine) -> list[torch.Tensor]:
+    """Give parameters the gradients that live through a forward pass; return these, 32-bit copies and states."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    whole = sum(weight.numel() for weight in trained)
+    held = []
+    for weight in trained:
+        low = weight.dtype != torch.float32
+        paged = machine.paged and (whole if setting.fast else weight.numel()) >= _PAGED
+        copies = low + setting.keeps_best + (0 if paged else 2)
+        if setting.accumulate or setting.fast:
+            weight.grad = torch.empty_like(weight)
+            held.append(weight.grad)
+            copies += low and setting.fast  # one vector holds gradients in 32 bits too
+        held += [torch.empty_like(weight, dtype=torch.float32) for _ in range(copies)]
+    return held
 
 
 def inference(model: PeftModel, setting: Setting, machine: Machine = CUDA) -> tuple[int, int]:

@@ -15,9 +15,12 @@ from safetensors.torch import save_file
 
 from pipeline.data.alpaca import IGNORED, Batch, Example, padded
 from pipeline.errors import UserError
+from pipeline.trial.fast import PLAIN, Ways
 from pipeline.trial.loss import RowLosses, blended, mean_loss, response_loss
+from pipeline.trial.masters import FlatMasters, Masters
 
 _MAX_NORM = 1.0
+_READ = 16  # steps after which a GPU is waited for, to read their losses
 
 
 class RecoverError(UserError):
@@ -43,6 +46,7 @@ class Settings:
         validate_every: Steps between two validation losses; 0: only after the last step.
         patience: Validation losses in a row that are no lower before it stops; 0: never.
         save_every: Steps after which the state is kept; 0: never.
+        fast: Whether a GPU takes the ways that no GPU has run yet (``fast``).
     """
 
     target: str
@@ -59,6 +63,7 @@ class Settings:
     validate_every: int
     patience: int
     save_every: int
+    fast: bool = False
 
     @property
     def whole(self) -> bool:
@@ -66,37 +71,13 @@ class Settings:
         return self.positions == "all"
 
 
-class _Masters:
-    """32-bit copies of low-precision parameters for the optimizer; without them small updates round to nothing."""
-
-    def __init__(self, weights: Sequence[torch.nn.Parameter]):
-        self.weights = list(weights)
-        self.copies = [
-            weight if weight.dtype == torch.float32 else weight.detach().float().requires_grad_(True)
-            for weight in weights
-        ]
-
-    def take_gradients(self) -> None:
-        """Move the gradients of the parameters to the copies."""
-        for weight, copy in zip(self.weights, self.copies, strict=True):
-            if copy is not weight and weight.grad is not None:
-                copy.grad, weight.grad = weight.grad.float(), None
-
-    @torch.no_grad()
-    def give_back(self) -> None:
-        """Round the copies into the parameters."""
-        for weight, copy in zip(self.weights, self.copies, strict=True):
-            if copy is not weight:
-                weight.copy_(copy)
-
-
-def micro_batches(rows: Sequence[Example], settings: Settings) -> list[list[Example]]:
+def micro_batches(rows: Sequence[Example], micro_batch_size: int, max_length: int) -> list[list[Example]]:
     """Cut a batch into micro-batches: no more padded tokens in each than in ``micro_batch_size`` rows of full length.
 
     Memory is a matter of tokens, and the loss is a mean over the whole batch: where rows are short, fewer and fuller
     passes give the same gradient.
     """
-    room = settings.micro_batch_size * padded(settings.max_length)
+    room = micro_batch_size * padded(max_length)
     parts: list[list[Example]] = [[]]
     for row in rows:
         longest = max(len(member.tokens) for member in [*parts[-1], row])
@@ -109,9 +90,12 @@ def micro_batches(rows: Sequence[Example], settings: Settings) -> list[list[Exam
 class Training:
     """The state of a recovery between two steps; all of it can be saved and taken up again."""
 
-    def __init__(self, model: PeftModel, settings: Settings):
+    def __init__(self, model: PeftModel, settings: Settings, ways: Ways = PLAIN):
         self.model, self.settings = model, settings
-        self.masters = _Masters([weight for weight in model.parameters() if weight.requires_grad])
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self.masters = FlatMasters(trained) if ways.flat else Masters(trained)
+        self._read_every = _READ if ways.flat else 1
+        self._unread: list[torch.Tensor] = []  # of the last steps loss and norm of the gradient, on the device
         self.optimizer = adamw(self.masters.copies, settings.learning_rate, model.device)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.step, self.tokens, self.worse = 0, 0, 0
@@ -124,34 +108,58 @@ class Training:
         """Train on one batch, given as micro-batches.
 
         Args:
-            parts: The micro-batches.
+            parts: The micro-batches, in the CPU's memory.
             targets: Of each the teacher's for each row, [predicted tokens, hidden]; None: the answers are the target.
 
         Raises:
-            RecoverError: The loss or its gradient is not finite.
+            RecoverError: A loss or its gradient is not finite, of this step or of an earlier one that was not read.
         """
         for group, highest in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = highest * rate(self.step, self.settings.warmup_steps, self.settings.steps)
         count = sum(int((part.labels[:, 1:] != IGNORED).sum()) for part in parts)
-        device, total = self.model.device, 0.0
+        total = torch.zeros((), device=self.model.device)
         for number, part in enumerate(parts):
-            here, wanted = part.to(device), None
+            wanted = None
             if targets is not None:
-                wanted = blended(self.model, here, torch.cat([*targets[number]]), self.settings.answers_weight)
-            value, _ = response_loss(self.model, here, wanted)
+                wanted = blended(self.model, part, torch.cat([*targets[number]]), self.settings.answers_weight)
+            value, _ = response_loss(self.model, part, wanted)
             (value / count).backward()
-            total += value.item() / count
+            total += value.detach() / count
             del value  # its graph holds the inputs of 8-bit linears, also after the backward pass
-        must_be_finite("loss", total, self.step, self.settings)
         self.masters.take_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.masters.copies, _MAX_NORM)
-        must_be_finite("gradient", norm.item(), self.step, self.settings)  # after the last step no loss would tell
         self.optimizer.step()
         self.masters.give_back()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.losses.append(total)
+        self.masters.drop_gradients()
+        self._unread.append(torch.stack([total, norm]))
         self.tokens += sum(part.length for part in parts)
         self.step += 1
+        if len(self._unread) >= self._read_every:
+            self.settle()
+
+    def settle(self) -> None:
+        """Read the losses of the last steps, for which a GPU is waited for.
+
+        Raises:
+            RecoverError: A loss or a gradient is not finite.
+        """
+        if not self._unread:
+            return
+        values, self._unread = torch.stack(self._unread).tolist(), []
+        for step, (loss, norm) in enumerate(values, self.step - len(values)):
+            must_be_finite("loss", loss, step, self.settings)
+            must_be_finite("gradient", norm, step, self.settings)  # after the last step no loss would tell
+            self.losses.append(loss)
+
+    def end(self) -> None:
+        """Leave the model with the weights of the lowest validation loss, if any was measured, and without gradients.
+
+        Raises:
+            RecoverError: As in ``settle``.
+        """
+        self.settle()
+        self.take_best()
+        self.masters.release()
 
     def judge(self, rows: RowLosses) -> None:
         """Note a validation loss; keep the weights if it is the lowest."""
@@ -172,7 +180,12 @@ class Training:
             self.masters.give_back()
 
     def save(self, path: Path) -> None:
-        """Write the state as safetensors, atomically."""
+        """Write the state as safetensors, atomically.
+
+        Raises:
+            RecoverError: As in ``settle``.
+        """
+        self.settle()
         tensors = {f"weight.{index}": copy.detach() for index, copy in enumerate(self.masters.copies)}
         tensors |= {f"best.{index}": copy for index, copy in enumerate(self.best or ())}
         # Not `state_dict`, in which bitsandbytes wraps its states.

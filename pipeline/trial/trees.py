@@ -158,11 +158,24 @@ def tree_mask(owners: torch.Tensor, branches: torch.Tensor) -> torch.Tensor:
         Booleans, [B, L, L]; every token sees at least itself.
     """
     length = branches.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool).tril()
+    earlier = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
     near = (branches[:, :, None] == branches[:, None, :]) | (branches[:, None, :] == PREFIX)
     return earlier & near & (owners[:, :, None] == owners[:, None, :])
 
 
+def within(positions: torch.Tensor, window: int) -> torch.Tensor:
+    """Return which tokens of its tree each token sees through a sliding window.
+
+    Args:
+        positions: Position ids, [B, L].
+        window: Tokens that are seen, the token itself among them.
+
+    Returns:
+        Booleans, [B, L, L].
+    """
+    return positions[:, :, None] - positions[:, None, :] < window
+
+
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a mask to add to attention scores, [B, 1, L, L]: plain attention would add a boolean one as 0 and 1."""
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)[:, None]

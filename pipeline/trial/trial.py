@@ -18,9 +18,9 @@ from peft import PeftModel
 from pipeline import console, storage
 from pipeline.bits import DENSE, Vector
 from pipeline.trial import context as contexts
-from pipeline.trial import evaluate, memory, recover
+from pipeline.trial import evaluate, further, memory, recover
 from pipeline.trial.assemble import assemble, merged
-from pipeline.trial.context import Context
+from pipeline.trial.context import Context, Passes
 from pipeline.trial.memory import Peak
 from pipeline.trial.recover import Rows, Steps
 from pipeline.trial.result import Memory, Result
@@ -37,12 +37,14 @@ class Work:
         limit: Items of a task, 0: all; None: the settings' own.
         skip: First items of each task that are left out.
         trained: False: it is only measured (the untouched model).
+        further: Whether further tasks are asked, too (``Context.further``).
     """
 
     steps: int | None = None
     limit: int | None = None
     skip: int = 0
     trained: bool = True
+    further: bool = False
 
 
 class Phases:
@@ -60,18 +62,19 @@ class Phases:
         self.seconds[phase] = time.perf_counter() - start
         return result
 
-    def memory(self, predicted: Peak, trained: bool, cache: int) -> Memory:
-        """Return the peaks of training and of inference: the measured ones if there are, else the predicted.
-
-        Args:
-            predicted: The predicted peaks.
-            trained: Whether there was anything to train.
-            cache: Bytes of keys and values that inference is to hold beyond what was measured.
-        """
+    def of_run(self, passes: Passes, predicted: Peak, trained: bool) -> dict[str, int]:
+        """Return what a GPU measured, by its name in MLflow, beside what was predicted for passes of that size."""
         training, inference = self.peaks["recover"], self.peaks["evaluate"]
         if training is None or inference is None:
-            return Memory(predicted.training if trained else None, predicted.inference, "predicted")
-        return Memory(training if trained else None, inference + cache, "measured", predicted.training)
+            return {}
+        figures = {"run_inference_memory_bytes": inference, "run_batch_tokens": passes.tokens}
+        if trained:
+            figures |= {
+                "run_peak_memory_bytes": training,
+                "run_predicted_memory_bytes": predicted.training,
+                "run_micro_batch_size": passes.rows,
+            }
+        return figures
 
 
 def run(
@@ -98,7 +101,8 @@ def run(
     settings, tokenizer = context.settings, context.tokenizer
     steps = (settings.recover.steps if work.steps is None else work.steps) if work.trained else 0
     limit = settings.limit if work.limit is None else work.limit
-    recovery = replace(settings.recover, steps=steps)
+    passes = context.passes(bits, memory.room(context.device))
+    recovery = replace(settings.recover, steps=steps, micro_batch_size=passes.rows)
     targets = None
     if context.teacher and steps:  # before the phases: what the dense model takes is no part of a trial
         trained = recover.rows_of(context.train, recovery, settings.seed)
@@ -112,11 +116,19 @@ def run(
     def evaluated() -> evaluate.Scores:
         # On a GPU the adapters stay beside bitsandbytes' modules, as they will be served.
         with nullcontext() if context.device.type == "cuda" else merged(model):
-            return evaluate.run(model, tokenizer, context.tasks, limit, settings.batch_tokens, skip=work.skip)
+            return evaluate.run(model, tokenizer, context.tasks, limit, passes.tokens, skip=work.skip)
+
+    def asked_further() -> dict[str, float]:
+        assert context.further is not None
+        with nullcontext() if context.device.type == "cuda" else merged(model):
+            return further.run(model, tokenizer, context.further, settings.batch_tokens)
 
     scores = phases.run("evaluate", evaluated)
-    cache = memory.cache(context.config, settings.cached_tokens)
-    peaks = phases.memory(context.predict(bits), work.trained, cache)
+    if work.further and context.further:
+        scores = replace(scores, other=scores.other | phases.run("further", asked_further))
+    peak = context.predict(bits)
+    of_run = phases.of_run(passes, context.predict_run(bits, passes), work.trained)
+    peaks = Memory(peak.training if work.trained else None, peak.inference, peak.source, of_run)
     return Result.of(Vector(context.ratio, tuple(bits)), scores, recovered, peaks, phases.seconds), model
 
 

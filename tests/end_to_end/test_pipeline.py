@@ -58,7 +58,8 @@ def test_main_command_leaves_one_tree_of_finished_runs(project):
     assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {search.info.run_id}
     for run in trials:
         metrics = run.data.metrics
-        assert len(run.data.tags["bits"]) == 4 and run.data.tags["memory_source"] == "predicted"
+        assert run.data.tags["ratio"] in ("0", "0.2") and len(run.data.tags["bits"]) == 4
+        assert run.data.tags["memory_source"] == "predicted"
         assert metrics["accuracy"] == pytest.approx(sum(metrics[task] for task in TASKS) / 2)
         assert all(f"{task}_stderr" in metrics for task in TASKS)
         assert {"peak_memory_bytes", "seconds_assemble", "seconds_recover", "seconds_evaluate"} <= set(metrics)
@@ -115,10 +116,10 @@ def test_second_machine_with_the_cache_reruns_nothing_and_compares(project, tmp_
     names = {path.name for path in (project / "reports").iterdir()}
     assert names == {path.name for path in (second / "reports").iterdir()}
 
-    ratio = json.loads((project / "reports/prune.json").read_text())["ratio"]
-    storage.write_text(second / "reports/prune.json", json.dumps({"ratio": 0.5}))
+    ratio = json.loads((project / "reports/prune.json").read_text())["ratio_0.2"]
+    storage.write_text(second / "reports/prune.json", json.dumps({"ratio_0.2": 0.5}))
     (change,) = json.loads(command(second, "dvc", "metrics", "diff", "--json").stdout).values()
-    assert change["ratio"] == {"old": ratio, "new": 0.5, "diff": pytest.approx(0.5 - ratio)}
+    assert change["ratio_0.2"] == {"old": ratio, "new": 0.5, "diff": pytest.approx(0.5 - ratio)}
     table = command(second, "dvc", "exp", "show", "--csv").stdout
     assert f"{ratio}" in table and "!" not in table
     assert command(second, "dvc", "plots", "show", "reports/pareto.json", "reports/pareto.png").returncode == 0
@@ -173,12 +174,12 @@ def test_asking_for_more_trials_adds_them_and_a_kill_loses_none(project):
     assert done.returncode == 0, done.stderr[-3000:]
     after = by_stage(project, "trial")
     assert kept <= {run.info.run_id for run in after}
-    assert len(after) == 8 and len({run.data.params["bits"] for run in after}) == 8
+    assert len(after) == 8 and len({(run.data.tags["ratio"], run.data.tags["bits"]) for run in after}) == 8
     assert not [run for run in runs(project) if run.info.status == "RUNNING"]
 
 
 def test_interrupted_search_at_another_ratio_runs_again_from_prune_on_and_leaves_killed_runs(project):
-    edit(project, "prune", ratio=0.15)
+    edit(project, "prune", ratios=[0.15])
     earlier = {run.info.run_id for run in runs(project)}
     process = start(project, *SEARCH, "-P", "n_trials=30")  # many, as a slow machine notices the first one late
     wait_for_trials(project, len(by_stage(project, "trial")) + 1)
@@ -207,7 +208,7 @@ def test_interrupted_search_at_another_ratio_runs_again_from_prune_on_and_leaves
 def test_bad_params_list_every_fault_and_start_nothing(project):
     good = (project / "params.yaml").read_text()
     raw = yaml.safe_load(good)
-    raw["prune"] |= {"ratio": 1.5, "rato": 0.2}
+    raw["prune"] |= {"ratios": [1.5], "rato": 0.2}
     raw["evaluate"]["tasks"] = ["piqa", "pika"]
     raw["recover"]["steps"] = "many"
     raw["data"]["alpaca"] = "path:nowhere.jsonl"
@@ -219,13 +220,13 @@ def test_bad_params_list_every_fault_and_start_nothing(project):
     finally:
         (project / "params.yaml").write_text(good)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    wanted = "6 faults,prune.ratio,1.5,prune.rato,unknown key,pika,recover.steps,nowhere.jsonl,max_8bit_fraction"
+    wanted = "6 faults,prune.ratios,1.5,prune.rato,unknown key,pika,recover.steps,nowhere.jsonl,max_8bit_fraction"
     assert [text for text in wanted.split(",") if text not in done.stderr] == []
     assert len(runs(project)) == before
 
 
 def test_edited_checkpoint_is_refused_with_the_stage_to_run(project):
-    weights = project / "artifacts/pruned/model.safetensors"
+    weights = project / "artifacts/pruned/0.2/model.safetensors"
     good = weights.read_bytes()
     weights.chmod(0o644)
     weights.write_bytes(good[:-8])

@@ -17,14 +17,17 @@ import yaml
 from conftest import ROOT, VOCABULARY, batches
 from mlflow.tracking import MlflowClient
 
-from pipeline import architecture, checkpoint, checks, fits, params, tracking
+from pipeline import architecture, checkpoint, checks, fits, overrides, params, tracking
+from pipeline.bits import Vector
+from pipeline.bits import read as read_bits
 from pipeline.compress import prune
-from pipeline.results import figures
+from pipeline.results import figures, plan
 from pipeline.search import search
 from pipeline.search.surrogate import Observation
 from pipeline.settings import pruning
 from pipeline.stages import STAGES, shell
 from pipeline.trial import build
+from tests.test_plan import PARAMETERS as KNOWN
 
 # The models as their own config.json describes them, with the parameters that are known of them.
 LLAMA_7B = {
@@ -62,17 +65,16 @@ MODELS = {
         134_515_008,
     ),
 }  # fmt: skip
+for _name, _source in {
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B", "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B", "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
+    "qwen3-8b": "Qwen/Qwen3-8B", "qwen3-4b": "Qwen/Qwen3-4B", "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+}.items():  # fmt: skip
+    _shape = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-6} | plan.MODELS[_source]
+    MODELS[_name] = (_shape, KNOWN[_source])
+# One of each way through the stages: the paper's, with biases, the default, and that of current models.
+THROUGH = ("llama-7b", "qwen2.5-0.5b", "default", "qwen3-0.6b")
 PAPERS = ("llama-7b", "vicuna-7b", "llama-13b")
-# Presets with the options of llama-7b, and all that each of them has otherwise, as `section.key`.
-BLOCKS = {"prune.attention_blocks", "prune.mlp_blocks"}
-LIKE_LLAMA_7B = {
-    "vicuna-7b": {"model.source"},
-    "llama-13b": {"model.source", "prune.ratio", "table.ratios", "ablation.ratio"} | BLOCKS,
-    "llama-3-8b": {"model.source"},
-    "qwen2.5-0.5b": {"model.source"} | BLOCKS,
-}
-# All options, on one head a group and a head of the vocabulary's own, and on groups with biases and tied embeddings.
-STAGED = ("llama-7b", "qwen2.5-0.5b", "default")
 # What shrinks, and nothing else: sources become local, rows and steps few, rows longer as the toy tokenizer's are.
 SIZES = {
     "data": {"alpaca": f"path:{ROOT / 'data/sample/alpaca.jsonl'}",
@@ -87,7 +89,7 @@ SIZES = {
 
 
 def preset(name):
-    return yaml.safe_load((ROOT / "presets" / f"{name}.yaml").read_text())
+    return overrides.read(ROOT / "presets" / f"{name}.yaml")
 
 
 def toy_config(name):
@@ -97,11 +99,13 @@ def toy_config(name):
     kv_heads = min(real["num_key_value_heads"], 4)
     heads = kv_heads * groups
     size = 8 if heads < 10 else 4
-    kind = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[real["model_type"]]
+    kind = {
+        "llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config
+    }[real["model_type"]]  # fmt: skip
     fields = real | {
         "hidden_size": heads * size, "intermediate_size": 48, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "vocab_size": VOCABULARY + 8, "bos_token_id": 0, "eos_token_id": 1,
-        "pad_token_id": 1,
+        "pad_token_id": 1, "head_dim": size,
     }  # fmt: skip
     if name == "default":  # its ranges of blocks count from both ends
         fields["num_hidden_layers"] = 16
@@ -118,7 +122,7 @@ def toy_model(name):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=STAGED)
+@pytest.fixture(scope="module", params=THROUGH)
 def finished(request, tmp_path_factory, empty_store, tokenizer):
     """The name of a preset that has gone through every stage; its project is the working folder."""
     name, folder = request.param, tmp_path_factory.mktemp("project")
@@ -167,22 +171,9 @@ def test_real_model_has_its_known_parameters_and_the_presets_values_fit_it(name,
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert architecture.parameters(fits.read(tmp_path)) == parameters
     raw = preset(name) | {"model": {"source": f"path:{tmp_path}", "sha256": ""}}
-    for ratio in (0.2, 0.3, 0.5) if name in PAPERS else (raw["prune"]["ratio"],):
-        raw["prune"]["ratio"] = ratio
+    for ratio in (0.2, 0.3, 0.5) if name in PAPERS else raw["prune"]["ratios"]:
+        raw["prune"]["ratios"] = [ratio]
         checks.parse(raw)
-
-
-def options(name):
-    """All values of a preset by `section.key`."""
-    sections = {key: value if isinstance(value, dict) else {"": value} for key, value in preset(name).items()}
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-
-
-@pytest.mark.parametrize("name", LIKE_LLAMA_7B)
-def test_preset_has_the_options_of_llama_7b_but_for_those_listed(name):
-    found, expected = options(name), options("llama-7b")
-    assert found.keys() == expected.keys()
-    assert {key for key in found if found[key] != expected[key]} == LIKE_LLAMA_7B[name]
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -201,7 +192,7 @@ def test_papers_preset_holds_the_papers_values(name, monkeypatch):
 def test_papers_ratios_are_met_and_blocks_outside_the_ranges_stay(name, ratio, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = checks.load(f"presets/{name}.yaml").prune
-    settings = settings.model_copy(update={"ratio": ratio, "multiple_of": 1})  # at toy width 64 would be all
+    settings = settings.model_copy(update={"ratios": (ratio,), "multiple_of": 1})  # at toy width 64 would be all
     model = toy_model(name)
     found = prune.run(model, batches(1), pruning(settings), 0)
     head = architecture.group_parameters(model.config, architecture.shapes(model.config)[0], "attention")
@@ -217,16 +208,19 @@ def test_papers_ratios_are_met_and_blocks_outside_the_ranges_stay(name, ratio, m
 def test_preset_goes_through_every_stage(finished):
     real, settings = MODELS[finished][0], checks.load()
     blocks = toy_config(finished).num_hidden_layers
-    assert abs(read("prune")["ratio"] - settings.prune.ratio) < 0.01
-    config = checkpoint.load_config("artifacts/pruned")
+    for ratio in settings.prune.ratios:
+        assert abs(read("prune")[f"ratio_{ratio:g}"] - ratio) < 0.01
+    config = checkpoint.load_config(f"artifacts/pruned/{settings.prune.ratios[-1]:g}")
     assert config.model_type == f"pruned_{real['model_type']}" and len(config.block_shapes) == blocks
     assert config.tie_word_embeddings is real["tie_word_embeddings"]
     state = checkpoint.load_model("artifacts/final").state_dict()
     assert ("model.layers.0.self_attn.q_proj.bias" in state) is (real["model_type"] == "qwen2")
     assert all(heads // kv == real["num_attention_heads"] // real["num_key_value_heads"]
                for heads, kv, _ in config.block_shapes)  # fmt: skip
-    units = blocks * len(architecture.GRANULARITIES[settings.search.granularity])
-    assert len(read("importance")["units"]) == units
+    units = blocks * len(architecture.parts(config, settings.search.granularity))
+    assert [(prior["ratio"], len(prior["units"])) for prior in read("importance")] == [
+        (ratio, units) for ratio in settings.prune.ratios
+    ]
     assert read("search")["finished"] == 2 and read("search")["failed"] == 0
     rows = read("pareto")
     most = math.floor(units * settings.search.max_8bit_fraction)
@@ -260,6 +254,7 @@ def test_tables_of_the_trials_are_alike_and_say_what_the_runs_say(finished):
     for row in table.to_dict(orient="records"):
         run = runs[row["run_id"]]
         assert (row["bits"], row["method"]) == (run.tags["bits"], run.tags["method"])
+        assert f"{row['ratio']:g}" == run.tags["ratio"]
         assert {name: row[name] for name in shared} == {name: run.metrics[name] for name in shared}
 
 
@@ -273,7 +268,7 @@ def test_accuracies_of_both_kinds_are_logged_where_a_task_has_both(finished):
 
 def test_each_benchmarks_picture_is_made_of_the_scores_on_it(finished, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(figures, "benchmark_fronts", lambda every, path: drawn.update(every))
+    monkeypatch.setattr(figures, "benchmark_fronts", lambda every, path, memory: drawn.update(every))
     shell.start("report", checks.load())
     assert tuple(drawn) == params.TASKS
     runs = trial_runs()
@@ -296,7 +291,7 @@ def test_history_of_a_search_is_taken_up_by_the_next_one(finished, monkeypatch):
     shell.start("search", settings)
     objective, told = settings.search.objective, {}
     for run in trial_runs().values():
-        bits = tuple(map(int, run.tags["bits"]))
-        told[bits] = Observation(bits, run.metrics[objective], run.metrics[f"{objective}_stderr"], imported=True)
-    assert {one.bits: one for one in given} == told
+        vector = Vector(float(run.tags["ratio"]), read_bits(run.tags["bits"]))
+        told[vector] = Observation(vector, run.metrics[objective], run.metrics[f"{objective}_stderr"], imported=True)
+    assert {one.vector: one for one in given} == told
     assert len(given) == 2 == read("search")["finished"]

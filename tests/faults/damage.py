@@ -64,7 +64,7 @@ DAMAGES = [
     Damage(JOURNAL, locked, ("dvc", "status"), None),
     *(Damage("artifacts/base/model.safetensors", how, (*STAGE, "prune"), "base") for how in (cut, halved)),
     *(
-        Damage(f"artifacts/pruned/{name}", how, (*STAGE, "importance"), "pruned")
+        Damage(f"artifacts/pruned/0.2/{name}", how, (*STAGE, "importance"), "pruned")
         for name, how in [
             ("model.safetensors", cut),
             ("model.safetensors", emptied),
@@ -73,7 +73,7 @@ DAMAGES = [
             ("checksums.json", cut),
         ]
     ),
-    *(Damage("artifacts/bank/codes4.safetensors", how, (*STAGE, "build"), "bank") for how in (halved, garbled)),
+    *(Damage("artifacts/bank/0.2/codes4.safetensors", how, (*STAGE, "build"), "bank") for how in (halved, garbled)),
     Damage("artifacts/final/model.safetensors", halved, (*STAGE, "evaluate"), "final"),
     *(
         Damage(f"reports/{report}.json", how, (*STAGE, stage), report)

@@ -16,14 +16,15 @@ from tests.faults.tally import Try
 
 
 def journal_trials(project: Path) -> list[tuple[str, str]]:
-    """(study, bits) of each finished trial in the journals of the search and of the tables."""
+    """(study, vector) of each finished trial in the journals of the search and of the tables."""
     trials = []
     for path in (project / "artifacts").glob("**/journal.log"):
         storage = JournalStorage(JournalFileBackend(str(path)))
         for summary in optuna.get_all_study_summaries(storage):
             study = optuna.load_study(study_name=summary.study_name, storage=storage)
             finished = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-            trials += [(summary.study_name, trial.user_attrs["bits"]) for trial in finished]
+            results = [trial.user_attrs["result"] for trial in finished]
+            trials += [(summary.study_name, f"{result['ratio']:g}:{result['bits']}") for result in results]
     return trials
 
 
@@ -40,8 +41,8 @@ def finished_runs(project: Path, stage: str) -> list:
 
 
 def identified(run) -> tuple[str, str]:
-    """(study, bits) of a trial's run; its bits are logged in groups, a block each."""
-    return run.data.tags["study"], run.data.params["bits"].replace(" ", "")
+    """(study, vector) of a trial's run."""
+    return run.data.tags["study"], f"{run.data.tags['ratio']}:{run.data.tags['bits']}"
 
 
 def processes(project: Path) -> list[psutil.Process]:

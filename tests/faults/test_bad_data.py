@@ -204,7 +204,7 @@ def test_bad_item_is_named_by_its_number_and_its_own_fault(task, change, fault, 
     assert "definition" not in message
     assert [path.name for path in tmp_path.iterdir()] == [f"{task}.jsonl"]
     kept, skipped = fetch.benchmark(f"path:{tmp_path}", task, 0.25)
-    assert (kept, skipped) == ([GOOD[task]] * 3, 1)
+    assert (kept, skipped) == ([GOOD[task]] * 3, [2])
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", DEEP, zipped(b"x"), b"\x1f\x8bxx", b"PAR1xx"])
@@ -231,9 +231,9 @@ def test_bad_file_of_items_is_refused_with_one_error(content, tmp_path):
 )
 def test_forms_that_libraries_read_are_read(content, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(content)
-    assert fetch.alpaca("path:rows.jsonl") == ([ROW, ROW], 0)
+    assert fetch.alpaca("path:rows.jsonl") == ([ROW, ROW], [])
     (tmp_path / "boolq.jsonl").write_bytes("\ufeff".encode() + lines(BOOLQ))
-    assert fetch.benchmark(f"path:{tmp_path}", "boolq") == ([BOOLQ], 0)
+    assert fetch.benchmark(f"path:{tmp_path}", "boolq") == ([BOOLQ], [])
 
 
 def test_temporary_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def test_default_params_are_clean(checked):
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"prune": {"ratio": float("nan")}}, "prune.ratio is nan"),
+        ({"prune": {"ratios": (float("nan"),)}}, "prune.ratios is nan"),
         ({"search": {"n_trials": 10**30}}, f"search.n_trials is {10**30}"),
         ({"table": {"ratios": (0.2, 0.2)}}, "table.ratios names something more than once"),
         ({"register_": {"name": "x" * 5000}}, "register_.name is a text of 5000 characters"),

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3 whose blocks have a shape each and whose linears have 4, 8 or 16 bits each.
+"""Models whose blocks have a shape each and whose linears have 4, 8 or 16 bits each.
 
 This file travels with the model: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. It needs
 transformers, bitsandbytes and peft.
@@ -8,21 +8,10 @@ transformers, bitsandbytes and peft.
 * ``adapter/``: LoRA adapters, which are added on loading.
 """
 
-import copy
-
 import bitsandbytes as bnb
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations import bitsandbytes as bnb_loading
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -31,6 +20,31 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
+FAMILIES = (  # as this file was made for: name, classes of config and model in transformers
+    ("llama", "LlamaConfig", "LlamaForCausalLM"),
+    ("mistral", "MistralConfig", "MistralForCausalLM"),
+    ("qwen2", "Qwen2Config", "Qwen2ForCausalLM"),
+    ("qwen3", "Qwen3Config", "Qwen3ForCausalLM"),
+    ("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM"),
+    ("olmo2", "Olmo2Config", "Olmo2ForCausalLM"),
+    ("gemma3_text", "Gemma3TextConfig", "Gemma3ForCausalLM"),
+    ("gemma2", "Gemma2Config", "Gemma2ForCausalLM"),
+    ("phi3", "Phi3Config", "Phi3ForCausalLM"),
+)
+
+
+class _OfBlock:
+    """What a block is built from and reads later: the whole model's config, but for the block's own sizes."""
+
+    def __init__(self, whole, shape):
+        self._whole = whole
+        self.num_attention_heads, self.num_key_value_heads, self.intermediate_size = shape
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "_whole":  # a copy asks before it has any attribute
+            raise AttributeError(name)
+        return getattr(self._whole, name)
+
 
 class _PrunedConfig:
     block_shapes: list | None = None
@@ -38,19 +52,12 @@ class _PrunedConfig:
     def validate_architecture(self):
         """Accept head counts that do not divide the hidden size: pruning takes whole heads."""
 
-    def block(self, index):
-        """Return the config that one block is built from."""
-        config = copy.copy(self)
-        config.num_attention_heads, config.num_key_value_heads, config.intermediate_size = self.block_shapes[index]
-        return config
-
 
 class _PrunedModel:
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         for index, block in enumerate(self.model.layers):
-            self.model.layers[index] = type(block)(config.block(index), index)
-            self.model.layers[index].self_attn.config = config  # it holds what all blocks share
+            self.model.layers[index] = type(block)(_OfBlock(config, config.block_shapes[index]), index)
         self.post_init()
 
     @classmethod
@@ -65,40 +72,16 @@ class _PrunedModel:
         return PeftModel.from_pretrained(model, source, subfolder="adapter", **where).eval()
 
 
-class PrunedLlamaConfig(_PrunedConfig, LlamaConfig):
-    model_type = "pruned_llama"
-    block_shapes: list | None = None
+def _derived(name, base, mixin, **fields):
+    return type(name, (mixin, getattr(transformers, base)), {"__module__": __name__, **fields})
 
 
-class PrunedMistralConfig(_PrunedConfig, MistralConfig):
-    model_type = "pruned_mistral"
-    block_shapes: list | None = None
-
-
-class PrunedQwen2Config(_PrunedConfig, Qwen2Config):
-    model_type = "pruned_qwen2"
-    block_shapes: list | None = None
-
-
-class PrunedQwen3Config(_PrunedConfig, Qwen3Config):
-    model_type = "pruned_qwen3"
-    block_shapes: list | None = None
-
-
-class PrunedLlamaForCausalLM(_PrunedModel, LlamaForCausalLM):
-    config_class = PrunedLlamaConfig
-
-
-class PrunedMistralForCausalLM(_PrunedModel, MistralForCausalLM):
-    config_class = PrunedMistralConfig
-
-
-class PrunedQwen2ForCausalLM(_PrunedModel, Qwen2ForCausalLM):
-    config_class = PrunedQwen2Config
-
-
-class PrunedQwen3ForCausalLM(_PrunedModel, Qwen3ForCausalLM):
-    config_class = PrunedQwen3Config
+for _family, _config, _model in FAMILIES:
+    if hasattr(transformers, _model):  # an older transformers may not have the others
+        _name = f"Pruned{_model.removesuffix('ForCausalLM')}Config"
+        _fields = {"model_type": f"pruned_{_family}", "__annotations__": {"block_shapes": list | None}}
+        globals()[_name] = _derived(_name, _config, _PrunedConfig, block_shapes=None, **_fields)
+        globals()[f"Pruned{_model}"] = _derived(f"Pruned{_model}", _model, _PrunedModel, config_class=globals()[_name])
 
 
 class MixedBitsConfig(QuantizationConfigMixin):
