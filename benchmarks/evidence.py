@@ -45,8 +45,8 @@ class Items:
         rows = pd.read_parquet(folder / "items.parquet")
         rows = rows[(rows["steps"] > 0) == recovered]
         table = pd.read_csv(folder / "table.csv", dtype={"bits": str})
-        table = table[(table["steps"] > 0) == recovered].set_index("bits")
-        wide = rows.pivot_table(index="bits", columns=["task", "item"], values=["metric", "gold_logprob"])
+        table = table[(table["steps"] > 0) == recovered].set_index(["ratio", "bits"])
+        wide = rows.pivot_table(index=["ratio", "bits"], columns=["task", "item"], values=["metric", "gold_logprob"])
         tasks = rows["task"].nunique()
         metric, logprob = (wide[name].to_numpy().reshape(len(wide), tasks, -1) for name in ("metric", "gold_logprob"))
         own = table.loc[wide.index]

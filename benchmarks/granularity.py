@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -26,11 +25,13 @@ from statistics import fmean
 import numpy as np
 import pandas as pd
 
+from benchmarks import setup
 from benchmarks.perplexity import losses
 from pipeline import bits as bit_text
 from pipeline import checks, console, params
-from pipeline.paths import BANK, PRUNED, REPORTS
-from pipeline.search.allocate import Bits
+from pipeline.bits import Bits
+from pipeline.paths import REPORTS
+from pipeline.search.allocate import Space
 from pipeline.stages import importance, trials
 from pipeline.trial import evaluate, trial
 
@@ -58,11 +59,11 @@ def measure(
         budgets: Share -> peak bytes that are allowed; those that it lacks are added as they came out.
         front: Folder of a project whose front is taken; None: the greedy allocation.
     """
-    context = trials.load(settings)
+    context = setup.context_of(settings)
     if front is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            priors = importance.write(settings, PRUNED, BANK, Path(scratch) / "importance.json")
-    space = replace(trials.space(settings, context), max_eights=len(context.units))
+        folders = trials.folders(settings)[context.ratio]
+        priors = importance.measure(settings, *folders, importance.predictions(settings))
+    space = Space.of(lambda bits: context.predict(bits).training, len(context.units), 1.0, None)
     skip = evaluate.seen(context.tasks, settings.evaluate.limit)
 
     @cache
@@ -85,7 +86,7 @@ def measure(
     items: Values = {}
     heldout: Values = {}
     for share in shares:
-        allowed = budgets.get(share, space.base + int(share * sum(space.deltas)))
+        allowed = budgets.get(share, space.base + int(share * sum(space.deltas[0])))
         if front is None:
             within = replace(space, budget=allowed)
             bits = within.allocate(within.per_byte(priors.sensitivity))

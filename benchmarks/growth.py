@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import services
-from benchmarks.harness import LeftOut, interleaved, markdown, timed
+from benchmarks.harness import interleaved, markdown, timed
 from benchmarks.setup import Options, Setup
 from pipeline import architecture, checkpoint, console, storage
 from pipeline.compress import bank_writer, layer_bank
@@ -198,11 +198,7 @@ def item_tokens(context: Context) -> float:
 
 
 def suggestions(repeats: int) -> list[Series]:
-    """Measure our suggestions against trials and units.
-
-    Raises:
-        LeftOut: This checkout has no ``pipeline.surrogate``.
-    """
+    """Measure our suggestions against trials and units."""
 
     def seconds(done: int, units: int) -> float:
         ours, _ = services.suggesters(done, units)
@@ -281,13 +277,10 @@ def main(arguments: list[str] | None = None) -> int:
         console.note(f"error: {error}")
         return 1
     found = trials(context, repeats) + store(repeats)
-    assumed, suggestion = Assumptions(), 0.0
-    try:
-        found += suggestions(repeats)
-        ours, _ = services.suggesters(assumed.trials, assumed.layers)
-        suggestion = timed(ours)
-    except LeftOut as reason:
-        console.note(f"suggestions are left out, and count nothing on paper: {reason}")
+    found += suggestions(repeats)
+    assumed = Assumptions()
+    ours, _ = services.suggesters(assumed.trials, assumed.layers)
+    suggestion = timed(ours)
     train = [len(row.tokens) for row in context.train]
     paper = on_paper(assumed, fmean(train), item_tokens(context), suggestion)
     write(found, paper, assumed, REPORTS)

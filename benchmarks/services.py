@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from benchmarks import harness
 from benchmarks.harness import BAR, Figure, LeftOut, interleaved, less_is_better, timed
 from benchmarks.setup import Setup
 from pipeline import checks, params, tracking
+from pipeline.bits import Vector
 from pipeline.paths import REPORTS
 from pipeline.search import pareto
 from pipeline.stages import STAGES
@@ -83,6 +84,7 @@ def scratch_store() -> Iterator[None]:
 def outcome(generator: random.Random, units: int = 30) -> Result:
     """Return a drawn result with as many figures as a trial's, to log; it stands for no trial."""
     values: dict[str, Any] = {
+        "ratio": 0.2,
         "bits": "".join(generator.choice("48") for _ in range(units)),
         "accuracy": generator.random(),
         "accuracy_stderr": 0.03,
@@ -115,7 +117,7 @@ def recorder(study: str) -> Any:
 
 def record(to: Any, number: int, result: Result) -> None:
     """Track one trial as the search does: open its run, log its figures, end it; a step in the search's own run."""
-    own = to._open(f"trial {number}", "random", result.bits, reference=False)
+    own = to._open(f"trial {number}", "random", result.vector, reference=False)
     own.tags({"trial": str(number)})
     log_result(own, f"trial {number}", result)
     own.finish()
@@ -204,63 +206,54 @@ def query_seconds(sizes: tuple[int, ...], repeats: int) -> dict[int, tuple[float
 def suggestion(setup: Setup) -> dict[str, Figure]:
     """Compare ``surrogate.propose`` with optuna's GPSampler: seconds a suggestion.
 
-    After 10, 50 and 100 trials of 30, 40 and 120 units, a quarter of them at 8 bits at most; made-up scores.
-
-    Raises:
-        LeftOut: This checkout has no ``pipeline.surrogate``.
+    After 10, 50 and 100 trials of 30, 40 and 120 units at one pruning ratio, a quarter of them at 8 bits at most, and
+    of 120 units at four ratios, all of which may have 8 bits; made-up scores.
     """
-    found, repeats = {}, setup.options.repeats
-    for units in (30, 40, 120):
+    figures, repeats = {}, setup.options.repeats
+    for units, ratios in ((30, 1), (40, 1), (120, 1), (120, 4)):
         for done in (10, 50, 100):
-            ours, theirs = suggesters(done, units)
+            ours, theirs = suggesters(done, units, ratios)
             fast, slow = interleaved(partial(timed, ours), partial(timed, theirs), repeats=repeats)
-            found[f"suggestion_{done}_trials_{units}_units"] = less_is_better(fast, slow, "s", repeats)
-    return found
+            name = f"suggestion_{done}_trials_{units}_units" + (f"_{ratios}_ratios" if ratios > 1 else "")
+            figures[name] = less_is_better(fast, slow, "s", repeats)
+    return figures
 
 
-def suggesters(done: int, units: int) -> tuple[Any, Any]:
+def suggesters(done: int, units: int, ratios: int = 1) -> tuple[Callable[[], object], Callable[[], object]]:
     """Return (our proposal, GPSampler's) as functions, both after the same made-up trials.
 
-    Raises:
-        LeftOut: This checkout has no ``pipeline.surrogate``.
+    Args:
+        done: Trials that are known.
+        units: Of the model.
+        ratios: How many pruning ratios there are; with several, any number of units may be raised.
     """
-    try:
-        from pipeline.search import surrogate
-    except ImportError as error:
-        raise LeftOut("pipeline/search/surrogate.py is not there") from error
-    import optuna
-
-    from pipeline.search.allocate import Bits, Space
+    from benchmarks import contenders
+    from pipeline.compress.priors import Priors
+    from pipeline.search.allocate import Space, Spaces
+    from pipeline.search.surrogate import Observation
 
     generator = random.Random(units)
-    prior = [generator.random() for _ in range(units)]
-    space = Space(2**29, tuple(generator.randrange(2**20, 2**21) for _ in range(units)), units // 4, None)
-    tried: list[Bits] = []
+    gains = tuple(generator.random() for _ in range(units))
+    costs = tuple(generator.randrange(2**20, 2**21) for _ in range(units))
+    most = units // 4 if ratios == 1 else units
+    shares = [index / 10 for index in range(ratios)]
+    spaces = Spaces({share: Space(int(2**29 * (1 - share)), (costs,), most, None) for share in shares}, {})
+    names = tuple(map(str, range(units)))
+    priors = {share: Priors(names, (0.0,) * units, gains, gains, 0.0, share, 1) for share in shares}
+    tried: list[Vector] = []
     while len(tried) < done:
-        if (bits := space.draw(generator)) not in tried:
-            tried.append(bits)
-    scores = [
-        sum(gain for gain, width in zip(prior, bits, strict=True) if width == 8) / units + generator.gauss(0, 0.02)
-        for bits in tried
+        if (vector := spaces.draw(generator)) not in tried:
+            tried.append(vector)
+    observations = [
+        Observation(
+            vector,
+            sum(gain for gain, width in zip(gains, vector.bits, strict=True) if width == 8) / units
+            - vector.ratio
+            + generator.gauss(0, 0.02),
+            0.02,
+        )
+        for vector in tried
     ]
-    observations = [surrogate.Observation(bits, score, 0.02) for bits, score in zip(tried, scores, strict=True)]
-
-    def ours() -> None:
-        surrogate.propose(observations, space, prior, set(tried), random.Random(0))
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    width = optuna.distributions.CategoricalDistribution([4, 8])
-    distributions = {f"bits_{unit}": width for unit in range(units)}
-
-    def theirs() -> None:
-        sampler = optuna.samplers.GPSampler(seed=0, n_startup_trials=1)
-        study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
-        for bits, score in zip(tried, scores, strict=True):
-            values = [score, space.memory(bits) / 2**20]
-            given = dict(zip(distributions, bits, strict=True))
-            past = optuna.trial.create_trial(params=given, distributions=distributions, values=values)
-            past.set_constraint("eights", bits.count(8) - space.max_eights)
-            study.add_trial(past)
-        study.ask(distributions)
-
-    return ours, theirs
+    contenders.quiet()
+    ours, theirs = (make(spaces, priors, 0) for make in (contenders.ours, contenders.gp))
+    return partial(ours, observations), partial(theirs, observations)

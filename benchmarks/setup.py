@@ -1,4 +1,7 @@
-"""What the measurements work on, loaded once: a trial's context and what was measured of it so far."""
+"""What the measurements work on, loaded once: a trial's context and what was measured of it so far.
+
+Where a measurement needs one pruned model, it is that of the ratio next to the paper's.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,25 @@ from functools import cached_property
 from pathlib import Path
 
 from pipeline import checks
-from pipeline.paths import ALPACA, BANK, BASE, BENCHMARKS, PRUNED
+from pipeline.params import Params
+from pipeline.paths import ALPACA, BASE, BENCHMARKS
+from pipeline.search.history import paper_ratio
 from pipeline.stages import trials
+from pipeline.stages.trials import Contexts
 from pipeline.trial.context import Context
 
 MAX_LENGTH = 256  # tokens of a row of Alpaca, as in the paper
+
+
+def contexts(settings: Params, items: Path = BENCHMARKS) -> Contexts:
+    """Return the contexts of all pruning ratios."""
+    return Contexts(settings, trials.folders(settings), items)
+
+
+def context_of(settings: Params, items: Path = BENCHMARKS) -> Context:
+    """Return the context of the ratio next to the paper's."""
+    ratio = paper_ratio(settings.prune.ratios)
+    return Contexts(settings, {ratio: trials.folders(settings)[ratio]}, items).any
 
 
 @dataclass(frozen=True)
@@ -51,14 +68,15 @@ class Setup:
         Raises:
             FileNotFoundError: The pipeline has not made what a trial needs.
         """
-        needed = (BASE, PRUNED, BANK, ALPACA, self.options.items)
+        given = checks.load()
+        pair = trials.folders(given)[paper_ratio(given.prune.ratios)]
+        needed = (BASE, *pair, ALPACA, self.options.items)
         if missing := [str(path) for path in needed if not path.exists()]:
             raise FileNotFoundError(f"{', '.join(missing)}: not there; run: dvc repro quantize")
-        given = checks.load()
         recover = given.recover.model_copy(update={"max_length": MAX_LENGTH})
         evaluate = given.evaluate.model_copy(update={"limit": self.options.limit})
         wanted = given.model_copy(update={"recover": recover, "evaluate": evaluate, "device": "cpu"})
-        return trials.load(wanted, items=self.options.items)
+        return context_of(wanted, self.options.items)
 
     @property
     def low(self) -> tuple[int, ...]:

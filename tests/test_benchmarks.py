@@ -1,8 +1,8 @@
 import dataclasses
 import json
-import random
 from itertools import product
 from types import SimpleNamespace
+from typing import get_args
 
 import banks
 import numpy as np
@@ -11,168 +11,106 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config
 
-from benchmarks import evidence, granularity, h100, priors, record, samplers
+from benchmarks import evidence, granularity, h100, priors, record
 from pipeline import architecture, checks
+from pipeline import bits as bit_text
+from pipeline.bits import Vector
 from pipeline.data import alpaca, tasks
 from pipeline.device import Compute
 from pipeline.errors import UserError
+from pipeline.params import Objective
 from pipeline.results.cells import changed
-from pipeline.search import surrogate
-from pipeline.search.allocate import raised_of
+from pipeline.search.allocate import Space, Spaces
 from pipeline.stages import trials
 from pipeline.trial import fast, trial
 from pipeline.trial.context import Context
 from pipeline.trial.result import Result
-from tests.fixtures.searches import PRIORS, SPACE, UNITS, result
+from tests.fixtures.searches import PRIORS, RATIO, UNITS, result
 
-
-@pytest.fixture(scope="module")
-def landscape():
-    return samplers.synthetic(0.01, seed=3, units=10)
-
-
-def test_landscape_is_additive_with_pairs(landscape):
-    raised = np.zeros((1, 10), dtype=bool)
-    raised[0, [1, 4, 7]] = True
-    gains, pairs = landscape.additive, landscape.pairs
-    expected = gains[1] + gains[4] + gains[7] + pairs[1, 4] + pairs[1, 7] + pairs[4, 7]
-    assert landscape.quality(raised)[0] == pytest.approx(expected)
-
-
-def test_best_known_hypervolume_is_nearly_that_of_all_vectors(landscape):
-    every = [bits for bits in product((4, 8), repeat=10) if bits in landscape.space]
-    assert landscape.best() == pytest.approx(landscape.hypervolume(every), rel=0.02)
-
-
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
-def test_every_sampler_proposes_new_feasible_vectors_and_its_curve_rises(landscape, name):
-    curve, _ = samplers.replay(landscape, f"{name}:good", 0, 8)
-    assert len(curve) == 8
-    assert all(before <= after for before, after in zip(curve, curve[1:], strict=False))
-
-
-def test_search_that_is_told_another_quality_is_judged_by_this_one(landscape):
-    opposed = dataclasses.replace(landscape, additive=-landscape.additive, pairs=-landscape.pairs)
-    right, _ = samplers.replay(landscape, "ours:none:0", 0, 10)
-    wrong, _ = samplers.replay(landscape, "ours:none:0", 0, 10, opposed)
-    assert right[-1] > wrong[-1]
-    assert samplers.replay(landscape, "ours:none:0", 0, 10, landscape)[0] == right
-
-
-def test_priors_of_each_kind(landscape):
-    true = landscape.sensitivity
-    assert samplers.priors_of(landscape, "good", 0).sensitivity == true
-    assert set(samplers.priors_of(landscape, "none", 0).sensitivity) == {0.0}
-    shuffled = samplers.priors_of(landscape, "shuffled", 0).sensitivity
-    assert sorted(shuffled) == sorted(true) and shuffled != true
-    turned = samplers.priors_of(landscape, "reversed", 0).sensitivity
-    assert np.argsort(turned).tolist() == np.argsort(true)[::-1].tolist()
-
-
-def test_quartiles_and_report_by_hand():
-    rows = [("", "a", seed, trial, value, 0.5) for seed, value in enumerate((0.9, 0.95, 1.0)) for trial in range(1, 11)]
-    table = pd.DataFrame(rows, columns=list(samplers.COLUMNS))
-    assert samplers.report(table, 10).splitlines()[2] == "| a | 3 | 0.950 (0.925 to 0.975) | 1 | 0.50 |"
-
-
-@pytest.mark.parametrize(
-    "arm, name",
-    [
-        ("ours:good", "this project"),
-        ("ours:good:1", "this project, 1 random start"),
-        ("gp:none:5", "Gaussian process (Optuna), no sensitivities, 5 random starts"),
-    ],
-)
-def test_arms_are_named_in_words(arm, name):
-    assert samplers.label(arm) == name
-
-
-def test_arms_replayed_apart_come_together(landscape, tmp_path, capsys):
-    samplers.main(landscape, 2, 6, ["random:none"], tmp_path, 1)
-    samplers.main(landscape, 1, 6, ["random:good"], tmp_path, 1)
-    kept = pd.read_csv(tmp_path / "samplers.csv")
-    assert kept.groupby("arm")["seed"].nunique().to_dict() == {"random:good": 1, "random:none": 2}
-    samplers.main(landscape, 1, 6, ["random:none"], tmp_path, 1)
-    assert len(pd.read_csv(tmp_path / "samplers.csv")) == 12
-    assert (tmp_path / "samplers.png").stat().st_size > 1000
-    samplers.main(dataclasses.replace(landscape, about="another"), 1, 6, ["random:good"], tmp_path, 1)
-    assert set(pd.read_csv(tmp_path / "samplers.csv")["landscape"]) == {"another"}
+RATIOS = (0.0, 0.5)
+FREE = {
+    memory: Spaces({ratio: Space(base - int(400 * ratio), ((10,) * UNITS,), UNITS, None) for ratio in RATIOS}, {})
+    for memory, base in (("training", 1000), ("inference", 600))
+}
+KNOWN = {ratio: PRIORS for ratio in RATIOS}
 
 
 def fake(calls, limit):
-    def run(context, bits, work):
-        calls.append((tuple(bits), work.steps))
+    def run(ratio, bits, work):
+        calls.append((Vector(ratio, tuple(bits)), work.steps))
         good = result(bits).gold_logprob + work.steps / 10
         later = 9.0  # of items that do not count
         items = [(index % 2, good if index < limit else later) for index in range(work.limit)]
-        return Result.from_json(result(bits).as_json() | {"by_item": {"piqa": items, "boolq": items}}), None
+        by_item = {"piqa": items, "boolq": items}
+        return Result.from_json(result(bits).as_json() | {"ratio": ratio, "by_item": by_item}), None
 
     return run
 
 
+def recording(settings, counts, folder, spaces=FREE):
+    return record.record(settings, lambda ratio: ratio, spaces, KNOWN, counts, folder)
+
+
 def test_vectors_are_distinct_feasible_and_spread_from_the_start():
-    found = record.vectors(SPACE, PRIORS, 12, 0)
-    assert len(set(found)) == 12 and all(bits in SPACE for bits in found)
-    assert found[0] == (4,) * UNITS
-    assert {bits.count(8) for bits in found[:6]} == {0, 1, 2}
-    assert record.vectors(SPACE, PRIORS, 5, 0) == found[:5]
-    assert len(record.vectors(SPACE, PRIORS, 1000, 0)) == 1 + UNITS + UNITS * (UNITS - 1) // 2
+    spaces = FREE["training"]
+    chosen = record.vectors(spaces, KNOWN, 24, 0)
+    assert len(set(chosen)) == 24 and all(vector in spaces for vector in chosen)
+    assert chosen[:4] == [Vector(ratio, (width,) * UNITS) for width in (4, 8) for ratio in RATIOS]
+    assert [vector.ratio for vector in chosen] == [*RATIOS] * 12
+    assert len({vector.bits.count(8) for vector in chosen}) >= 6
+    assert record.vectors(spaces, KNOWN, 9, 0) == chosen[:9]
+    few = Spaces({ratio: dataclasses.replace(spaces.at[ratio], max_raised=2) for ratio in RATIOS}, {})
+    assert len(record.vectors(few, KNOWN, 1000, 0)) == 2 * (1 + UNITS + UNITS * (UNITS - 1) // 2)
+
+
+def test_vectors_of_a_ratio_are_measured_together():
+    chosen = record.vectors(FREE["training"], KNOWN, 40, 0)
+    order = record.jobs(chosen, 3, 6)
+    assert sorted(order) == sorted([(vector, 0) for vector in chosen] + [(vector, 6) for vector in chosen[:3]])
+    assert [vector.ratio for vector, _ in order[:32]] == [*[0.0] * 8, *[0.5] * 8] * 2
+    assert set(order[:16]) == {(vector, 0) for vector in chosen[:16]}
 
 
 def test_recording_goes_on_where_it_was(tmp_path, default, monkeypatch):
     calls: list = []
     monkeypatch.setattr(trial, "run", fake(calls, default.evaluate.limit))
-    record.record(default, None, SPACE, PRIORS, (5, 0), tmp_path)
-    table = record.record(default, None, SPACE, PRIORS, (8, 4), tmp_path)
+    recording(default, (5, 0), tmp_path)
+    table = recording(default, (8, 4), tmp_path)
     assert len(calls) == len(set(calls)) == 12
     assert [steps for _, steps in calls] == [0] * 8 + [default.recover.steps] * 4
     kept = pd.read_csv(tmp_path / "table.csv", dtype={"bits": str})
-    assert kept["bits"].tolist() == table["bits"].tolist() == ["".join(map(str, bits)) for bits, _ in calls]
-    assert {"gold_logprob", "gold_logprob_stderr", "accuracy", "piqa", "peak_memory_bytes"} <= set(kept.columns)
-    assert "on 4 vectors: 1.00" in record.agreement(table)
+    measured = [bit_text.write_vector(vector) for vector, _ in calls]
+    for rows in (kept, table):
+        assert [f"{ratio:g}:{bits}" for ratio, bits in zip(rows["ratio"], rows["bits"], strict=True)] == measured
+    objectives = [f"{name}{end}" for name in get_args(Objective) for end in ("", "_stderr")]
+    assert {*objectives, "piqa", "peak_memory_bytes", "inference_memory_bytes"} <= set(kept.columns)
+    assert "on 4 vectors" in record.agreement(table)
     first = table.iloc[0]
-    assert first["gold_logprob"] == pytest.approx(result(calls[0][0]).gold_logprob)
+    assert first["gold_logprob"] == pytest.approx(result(calls[0][0].bits).gold_logprob)
     assert first["accuracy"] == first["piqa"] == 0.5
     limit = default.evaluate.limit
-    counts = pd.read_parquet(tmp_path / "items.parquet").groupby(["bits", "steps"], sort=False).size()
+    counts = pd.read_parquet(tmp_path / "items.parquet").groupby(["ratio", "bits", "steps"], sort=False).size()
     assert counts.tolist() == [2 * limit] * 8 + [4 * limit] * 4
+
+
+def test_items_without_their_row_are_measured_again(tmp_path, default, monkeypatch):
+    calls: list = []
+    monkeypatch.setattr(trial, "run", fake(calls, default.evaluate.limit))
+    recording(default, (3, 0), tmp_path)
+    table = tmp_path / "table.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))  # killed between the two files
+    recording(default, (3, 0), tmp_path)
+    assert len(calls) == 4 and calls[-1] == calls[2]
+    sizes = pd.read_parquet(tmp_path / "items.parquet").groupby(["ratio", "bits"]).size()
+    assert sizes.tolist() == [2 * default.evaluate.limit] * 3
 
 
 def test_landscapes_of_other_settings_do_not_mix(tmp_path, default, monkeypatch):
     monkeypatch.setattr(trial, "run", fake([], default.evaluate.limit))
-    record.record(default, None, SPACE, PRIORS, (2, 0), tmp_path)
-    other = dataclasses.replace(SPACE, base=7)
+    recording(default, (2, 0), tmp_path)
+    smaller = Spaces({ratio: dataclasses.replace(space, base=7) for ratio, space in FREE["training"].at.items()}, {})
     with pytest.raises(ValueError, match="another model or other settings"):
-        record.record(default, None, other, PRIORS, (2, 0), tmp_path)
-
-
-def test_recorded_landscape_is_fitted_again(tmp_path):
-    true = samplers.synthetic(0.0, seed=3, units=10)
-    generator, noise = random.Random(0), np.random.default_rng(0)
-    vectors = list({true.space.draw(generator) for _ in range(200)})
-    quality = true.quality(raised_of(vectors)) - 1.0
-    table = pd.DataFrame(
-        {
-            "bits": ["".join(map(str, bits)) for bits in vectors],
-            "steps": 0,
-            "gold_logprob": quality + noise.normal(0, 0.002, len(vectors)),
-            "gold_logprob_stderr": 0.05,
-            "validation_loss": 3.0 - quality,
-        }
-    )
-    table.to_csv(tmp_path / "table.csv", index=False)
-    facts = {"base": true.space.base, "deltas": true.space.deltas, "sensitivity": true.sensitivity}
-    (tmp_path / "landscape.json").write_text(json.dumps(facts))
-    found = samplers.recorded(tmp_path)
-    assert found.quality(raised_of(vectors)) == pytest.approx(quality + 1.0, abs=0.01)
-    assert 0.001 < found.noise < 0.01 and found.stderr == pytest.approx(0.05)
-    assert "R^2 0.9" in found.about
-    text = samplers.recorded(tmp_path, "response_logprob")
-    assert text.quality(raised_of(vectors)) == pytest.approx(quality + 1.0, abs=0.01) and text.stderr == text.noise
-    assert found.space == true.space
-    assert surrogate.propose(
-        [surrogate.Observation((4,) * 10, 0.0, 0.1)], found.space, found.sensitivity, set(), generator
-    )
+        recording(default, (2, 0), tmp_path, FREE | {"training": smaller})
 
 
 def test_recording_a_tiny_model_runs_its_trials(tmp_path, tokenizer, raw_params):
@@ -199,21 +137,25 @@ def test_recording_a_tiny_model_runs_its_trials(tmp_path, tokenizer, raw_params)
         validation=rows[:2],
         settings=trials.settings(settings),
         compute=Compute(torch.device("cpu"), torch.bfloat16),
+        ratio=RATIO,
     )
-    space = trials.space(settings, context)
+    loaded = SimpleNamespace(folders={RATIO: None}, at={RATIO: context}.__getitem__)
+    limited = trials.spaces(settings, loaded).at[RATIO]
     sizes = [sum(state[f"{name}.weight"].numel() for name in unit.linears) for unit in context.units]
-    assert space.sizes == tuple(sizes) and space.average_bits == 5.5
+    assert limited.sizes == tuple(sizes) and limited.average_bits == 5.5
     tiny = dataclasses.replace(PRIORS, sensitivity=(0.1, 0.3, 0.2, 0.4))
-    table = record.record(settings, context, space, tiny, (2, 1), tmp_path / "landscape")
+    free = record.unlimited(settings, loaded)
+    assert all((8,) * 4 in spaces.at[RATIO] for spaces in free.values())
+    table = record.record(settings, loaded.at, free, {RATIO: tiny}, (2, 1), tmp_path / "landscape")
     assert table["steps"].tolist() == [0, 0, 1]
-    assert table["bits"].tolist()[::2] == ["4444", "4444"]
+    assert table["bits"].tolist() == ["4444", "8888", "4444"]
     assert (table["gold_logprob"] < 0).all() and (table["gold_logprob_stderr"] > 0).all()
-    assert table["peak_memory_bytes"].tolist() == [
-        context.predict(tuple(map(int, bits))).training for bits in table["bits"]
-    ]
+    for memory, column in (("training", "peak_memory_bytes"), ("inference", "inference_memory_bytes")):
+        predicted = [free[memory].at[RATIO].memory(bit_text.read(bits)) for bits in table["bits"]]
+        assert table[column].tolist() == predicted
     forbidden = changed(settings, "search", seed_bits=("8848",))
     with pytest.raises(UserError, match="search.seed_bits: '8848' is beyond .* average_bits"):
-        trials.space(forbidden, context)
+        trials.spaces(forbidden, loaded)
 
 
 def items_of(quality, memory, noise=0.5, tasks=2, count=24):
@@ -248,11 +190,13 @@ def test_only_vectors_that_are_worse_and_no_smaller_are_stopped():
 
 
 def test_items_are_read_as_they_were_recorded(tmp_path):
-    rows = record.long("48", 0, {"a": [(1.0, -1.0), (0.0, -2.0)], "b": [(1.0, -3.0), (1.0, -4.0)]})
-    rows += record.long("84", 0, {"a": [(0.0, -5.0), (0.0, -6.0)], "b": [(0.0, -7.0), (1.0, -8.0)]})
-    rows += record.long("84", 6, {"a": [(1.0, -9.0)], "b": [(1.0, -9.5)]})
+    rows = record.long(Vector(0.2, (4, 8)), 0, {"a": [(1.0, -1.0), (0.0, -2.0)], "b": [(1.0, -3.0), (1.0, -4.0)]})
+    rows += record.long(Vector(0.5, (8, 4)), 0, {"a": [(0.0, -5.0), (0.0, -6.0)], "b": [(0.0, -7.0), (1.0, -8.0)]})
+    rows += record.long(Vector(0.5, (8, 4)), 6, {"a": [(1.0, -9.0)], "b": [(1.0, -9.5)]})
     pd.DataFrame(rows).to_parquet(tmp_path / "items.parquet")
-    table = pd.DataFrame({"bits": ["84", "48", "84"], "steps": [0, 0, 6], "peak_memory_bytes": [7, 5, 7]})
+    table = pd.DataFrame(
+        {"ratio": [0.5, 0.2, 0.5], "bits": ["84", "48", "84"], "steps": [0, 0, 6], "peak_memory_bytes": [7, 5, 7]}
+    )
     table["validation_loss"] = [1.0, 2.0, 3.0]
     table.to_csv(tmp_path / "table.csv", index=False)
     cheap, recovered = (evidence.Items.read(tmp_path, one) for one in (False, True))
