@@ -183,7 +183,7 @@ def picture(rows: pd.DataFrame, about: str, path: Path) -> None:
 
 def report(rows: pd.DataFrame, trials: int) -> str:
     """Return a Markdown table: median and quartiles at some trials, the first trial at 95 %, the longest suggestion."""
-    shown = [count for count in (10, 12, 20, 30, 50) if count <= trials]
+    shown = [count for count in (10, 12, 20, 30, 50) if count <= trials] or [trials]
     lines = ["| arm | seeds | " + " | ".join(f"at {n}" for n in shown) + " | 95 % at trial | longest ask, s |"]
     lines.append("|---" * (len(shown) + 4) + "|")
     longest = rows.groupby("arm")["longest_ask_s"].max()
