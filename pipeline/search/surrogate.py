@@ -3,8 +3,8 @@
 Peak memory is known exactly, so only quality needs a model. Raising units adds up nearly, and the same units matter at
 every pruning ratio, thus
 
-    quality(r, z) = level + d . e_r + l_r + (b + b_r) . (s_r . z) + c . |z| + sum_i (w_i + w_ri) z_i + sum_i v_i s_ri z_i
-                    + pairs(z) + noise,
+    quality(r, z) = level + d . e_r + l_r + (b + b_r) . (s_r . z) + c . |z|
+                    + sum_i (w_i + w_ri) z_i + sum_i v_i s_ri z_i + pairs(z) + noise,
 
 with z the raised (unit, width)s, e_r and s_r what was measured before any trial at ratio r (the quality with the lowest
 bits everywhere, and the gain of each z), and independent normal priors on d, l, b, c, w, v and the products of pairs: a
