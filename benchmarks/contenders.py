@@ -12,7 +12,7 @@ from optuna.trial import create_trial
 
 from pipeline.bits import Vector
 from pipeline.compress.priors import Priors
-from pipeline.search import surrogate
+from pipeline.search import acquire
 from pipeline.search.allocate import Space, Spaces
 from pipeline.search.search import beliefs
 from pipeline.search.study import options_of, params_of, vector_of
@@ -36,7 +36,7 @@ def ours(spaces: Spaces, priors: Told, seed: int) -> Ask:
 
     def ask(past: Sequence[Observation]) -> Vector | None:
         tried = {seen.vector for seen in past}
-        return surrogate.propose(past, spaces, believed, tried, random.Random(seed + len(past)))
+        return acquire.propose(past, spaces, believed, tried, random.Random(seed + len(past)))
 
     return ask
 

@@ -25,8 +25,8 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain, islice
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 

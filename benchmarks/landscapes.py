@@ -20,7 +20,7 @@ from pipeline import GIB
 from pipeline import bits as bit_text
 from pipeline.bits import Vector
 from pipeline.compress.priors import Priors
-from pipeline.search import pareto, surrogate
+from pipeline.search import acquire, pareto
 from pipeline.search.allocate import Space, Spaces
 
 # Of SmolLM2's blocks that gain most: 1000 x the fall of the loss, in nats a token, from NF4 to int8.
@@ -99,7 +99,7 @@ class Landscape:
             limited.append((within, within.per_byte(gains)))
         for within, importance in limited:
             start = within.levels([within.allocate(importance)])[0]
-            yield surrogate.climb(lambda levels: self.quality(ratio, levels), within, start)[0]
+            yield acquire.climb(lambda levels: self.quality(ratio, levels), within, start)[0]
 
     def _around(self, ratio: float, top: np.ndarray) -> np.ndarray:
         """Return the feasible vectors that swap a raised unit of one for another, and itself, [vectors, units]."""

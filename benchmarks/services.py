@@ -204,7 +204,7 @@ def query_seconds(sizes: tuple[int, ...], repeats: int) -> dict[int, tuple[float
 
 
 def suggestion(setup: Setup) -> dict[str, Figure]:
-    """Compare ``surrogate.propose`` with optuna's GPSampler: seconds a suggestion.
+    """Compare ``acquire.propose`` with optuna's GPSampler: seconds a suggestion.
 
     After 10, 50 and 100 trials of 30, 40 and 120 units at one pruning ratio, a quarter of them at 8 bits at most, and
     of 120 units at four ratios, all of which may have 8 bits; made-up scores.

@@ -117,7 +117,7 @@ class Prune(Section):
 
     ratios: Annotated[tuple[Annotated[float, Field(ge=0, lt=MOST)], ...], _ALONE, AsTuple, EachOnce] = Field(
         min_length=1,
-        description="Fractions of the whole model's parameters to remove, which the search chooses from; 0: not pruned.",
+        description="Fractions of the model's parameters to remove, which the search chooses from; 0: not pruned.",
     )
     importance: Literal[
         "taylor1", "taylor2", "taylor_mix", "magnitude", "random", "activation", "fisher_mask", "surgeon"

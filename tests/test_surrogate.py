@@ -8,9 +8,10 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from pipeline.bits import Vector
-from pipeline.search import pareto, surrogate
+from pipeline.search import acquire, pareto
+from pipeline.search.acquire import Front
 from pipeline.search.allocate import Space, Spaces
-from pipeline.search.surrogate import Belief, Front, Model, Observation
+from pipeline.search.surrogate import Belief, Model, Observation
 
 UNITS = 9
 RATIO = 0.2
@@ -131,12 +132,12 @@ def test_improvement_is_the_integral_over_hypervolumes(mean, deviation, memory):
     width = 8 * deviation
     expected, _ = quad(integrand, mean - width, mean + width, points=[0, 1, 2], limit=400)
     values = (np.array([one]) for one in (mean, deviation, memory))
-    assert surrogate.improvement(*values, front)[0] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert acquire.improvement(*values, front)[0] == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
 def test_improvement_of_a_certain_quality_is_the_gain_of_area():
     front = Front.of(np.array([10, 30]), np.array([0.0, 1.0]), 50)
-    found = surrogate.improvement(np.array([2.0, 0.5, -1.0]), np.zeros(3), np.array([20.0, 20.0, 20.0]), front)
+    found = acquire.improvement(np.array([2.0, 0.5, -1.0]), np.zeros(3), np.array([20.0, 20.0, 20.0]), front)
     assert found == pytest.approx([2 * 10 + 1 * 20, 0.5 * 10, 0])
 
 
@@ -145,8 +146,8 @@ def test_proposal_is_the_best_of_all_feasible_vectors(seed):
     past = observed(drawn(12, seed), noise=0.5, stderr=0.5, seed=seed)
     prior = believed(GAINS if seed % 2 else [0.0] * UNITS)
     tried = {one.vector for one in past}
-    found = surrogate.propose(past, SPACES, prior, tried, random.Random(seed))
-    gain = surrogate.acquisition(Model(past, prior), SPACES, [one.vector for one in past])
+    found = acquire.propose(past, SPACES, prior, tried, random.Random(seed))
+    gain = acquire.acquisition(Model(past, prior), SPACES, [one.vector for one in past])
     fresh = np.array([row for row in every() if Vector(RATIO, SPACE.bits(row)) not in tried])
     assert found in SPACES and found not in tried
     assert gain(RATIO, SPACE.levels([found.bits]))[0] == pytest.approx(gain(RATIO, fresh).max(), rel=1e-9)
@@ -154,7 +155,7 @@ def test_proposal_is_the_best_of_all_feasible_vectors(seed):
 
 def test_climb_swaps_where_no_flip_helps():
     space = Space(0, ((1, 1, 1, 1),), 1, None)
-    top, height = surrogate.climb(lambda levels: levels @ np.array([1.0, 2, 3, 4]), space, np.eye(4, dtype=int)[0])
+    top, height = acquire.climb(lambda levels: levels @ np.array([1.0, 2, 3, 4]), space, np.eye(4, dtype=int)[0])
     assert top.tolist() == [0, 0, 0, 1] and height == 4
 
 
@@ -162,7 +163,7 @@ def test_climb_takes_the_width_that_pays():
     """Two units may be raised; a unit at 16 bits costs as much as two at 8."""
     space = Space(0, ((1, 1, 1), (2, 2, 2)), 3, 2, widths=(4, 8, 16))
     worth = np.array([[0, 1.0, 5.0], [0, 2.0, 2.5], [0, 1.5, 1.6]])
-    top, height = surrogate.climb(lambda levels: worth[range(3), levels].sum(axis=1), space, np.zeros(3, dtype=int))
+    top, height = acquire.climb(lambda levels: worth[range(3), levels].sum(axis=1), space, np.zeros(3, dtype=int))
     assert top.tolist() == [2, 0, 0] and height == 5
 
 
@@ -172,7 +173,7 @@ def test_proposals_walk_through_the_whole_space_then_end():
     past = observed([bits(units=4)], gains)
     while True:
         tried = {one.vector for one in past}
-        found = surrogate.propose(past, spaces, believed(gains), tried, random.Random(0))
+        found = acquire.propose(past, spaces, believed(gains), tried, random.Random(0))
         if found is None:
             break
         past += observed([found.bits], gains)
@@ -183,15 +184,14 @@ def test_proposals_walk_through_the_whole_space_then_end():
 def test_proposal_is_repeatable():
     past = observed(drawn(8), noise=0.2)
     first, second = (
-        surrogate.propose(past, SPACES, believed(GAINS), {one.vector for one in past}, random.Random(3))
-        for _ in range(2)
+        acquire.propose(past, SPACES, believed(GAINS), {one.vector for one in past}, random.Random(3)) for _ in range(2)
     )
     assert first == second
 
 
 def test_one_observation_is_enough():
     start = Vector(RATIO, bits())
-    assert surrogate.propose(observed([bits()]), SPACES, believed(GAINS), {start}, random.Random(0)) in SPACES
+    assert acquire.propose(observed([bits()]), SPACES, believed(GAINS), {start}, random.Random(0)) in SPACES
 
 
 # --- several ratios ----------------------------------------------------------------------------------------------
@@ -233,8 +233,8 @@ def test_trials_overrule_a_belief_that_orders_ratios_wrongly():
 def test_proposal_is_the_best_of_all_ratios():
     past = [of(0.5), of(0.0), of(0.2), of(0.2, 3), of(0.0, 0)]
     tried = {one.vector for one in past}
-    found = surrogate.propose(past, JOINT, beliefs(), tried, random.Random(0))
-    gain = surrogate.acquisition(Model(past, beliefs()), JOINT, [one.vector for one in past])
+    found = acquire.propose(past, JOINT, beliefs(), tried, random.Random(0))
+    gain = acquire.acquisition(Model(past, beliefs()), JOINT, [one.vector for one in past])
     best = {}
     for ratio, space in JOINT.at.items():
         fresh = np.array([row for row in every(space) if Vector(ratio, space.bits(row)) not in tried])

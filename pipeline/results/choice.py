@@ -51,7 +51,8 @@ def _reason(built: Built, points: Sequence[Point], members: Sequence[Point], obj
     if not chosen:
         return "build.choose gave its bits"
     (point,) = chosen
-    name = f"{labels.trial(point)} was built ({labels.ratio(point.ratio)}, {bits.summary(point.bits)}; {labels.method(point.method)})"
+    what = f"{labels.ratio(point.ratio)}, {bits.summary(point.bits)}; {labels.method(point.method)}"
+    name = f"{labels.trial(point)} was built ({what})"
     if not members or pareto.best(members).run_id != point.run_id:
         return f"{name}: build.choose names it"
     judged = pareto.best(members)

@@ -105,7 +105,7 @@ def front(
 
 
 def _colors(points: Sequence[Point]) -> dict[str, str]:
-    """Return what the colours of marks mean: the ratio where there are several, else whether a trial is on the front."""
+    """Return what the colours of marks mean: ratios where there are several, else whether a trial is on the front."""
     ratios = sorted({point.ratio for point in points if not point.reference})
     if len(ratios) > 1:
         shades = zip(map(labels.ratio, ratios), figures.ratio_colors(len(ratios)), strict=True)

@@ -21,8 +21,8 @@ _ORDER = (UNTOUCHED, "llm_pruner", "uniform8", "smallest", "uniform", "qpruner1"
 _BUDGETS = 5
 
 GLOSSARY = (
-    ("trial", "A pruning ratio and bits: the model pruned and quantized by them, recovered with LoRA and scored. Trials "
-     "count from 1."),
+    ("trial", "A pruning ratio and bits: the model pruned and quantized by them, recovered with LoRA and scored. "
+     "Trials count from 1."),
     ("pruned", "Share of the model's parameters that was removed (prune.ratios)."),
     ("reference", "A model measured in the same way for comparison. It is never on the front."),
     ("bits", "How many bits the weights of each unit have. “30 of 120 at 8” means 30 units at 8 bits, the rest at 4; "
@@ -47,8 +47,8 @@ GLOSSARY = (
     ("QPruner2", "Pruned, 8 bits where the mutual information with the output is highest."),
     ("sensitivity", "Pruned, 8 bits where 4 bits change the output most."),
     ("smallest", "Pruned most, with the lowest bits everywhere."),
-    ("QPruner3, best of all", "The best trial of the whole search, by its expected score. QPruner3 where all are pruned "
-     "alike."),
+    ("QPruner3, best of all", "The best trial of the whole search, by its expected score. QPruner3 where all are "
+     "pruned alike."),
     ("sampler, random, seed_bits", "Where a trial's bits come from: proposed by the search's model, drawn, or given."),
 )  # fmt: skip
 

@@ -116,7 +116,7 @@ class Space:
         return np.concatenate([level * one for level in range(1, self.top + 1)])
 
     def hot(self, levels: np.ndarray) -> np.ndarray:
-        """Return vectors as indicators of (level, unit), [vectors, units] -> [vectors, (levels - 1) units] of floats."""
+        """Return vectors as indicators of (level, unit), [vectors, units] -> [vectors, (levels - 1) units]."""
         return np.concatenate([levels == level for level in range(1, self.top + 1)], axis=1).astype(float)
 
     @cached_property

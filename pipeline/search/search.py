@@ -1,6 +1,6 @@
 """Bayesian optimization of ratio and bits (paper algorithm 1): what is tried, in which order, and when it ends.
 
-The vectors of the paper and random ones come first (``history.seeds``), then those that ``surrogate`` proposes. Results
+The vectors of the paper and random ones come first (``history.seeds``), then those that ``acquire`` proposes. Results
 are kept in a ``study.Study``. All that decides comes from the study, so that an interrupted search goes on as if it had
 not been.
 """
@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pipeline.bits import Vector
-from pipeline.search import SearchError, surrogate
+from pipeline.search import SearchError, acquire
 from pipeline.search.allocate import Spaces
 from pipeline.search.history import seeds
 from pipeline.search.study import Candidate, Study, options_of
@@ -148,7 +148,7 @@ def propose(
         vector = problem.spaces.unseen(exclude, generator)
     else:
         taught = [observation for observation in problem.history if observation.vector not in tried]
-        vector = surrogate.propose([*measured, *taught], problem.spaces, problem.beliefs, exclude | tried, generator)
+        vector = acquire.propose([*measured, *taught], problem.spaces, problem.beliefs, exclude | tried, generator)
     return None if vector is None else Candidate(vector, "sampler")
 
 

@@ -241,7 +241,7 @@ class Study:
 
 
 def options_of(ratios: Sequence[float], units: Sequence[str], widths: Sequence[int]) -> dict[str, tuple[float, ...]]:
-    """Return the parameters of a search's trials with their values: the ratio, and the bits of each unit by its name."""
+    """Return the parameters of a search's trials with their values: the ratio, and each unit's bits by its name."""
     return {RATIO: tuple(ratios), **{f"bits_{unit}": tuple(widths) for unit in units}}
 
 
