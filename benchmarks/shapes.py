@@ -78,7 +78,7 @@ def main(folder: Path, given: dict[str, str]) -> None:
     for ratio in ratios:
         first = None
         for way in ways:
-            changes = given | WAYS[way] | {"prune.ratio": str(ratio)}
+            changes = given | WAYS[way] | {"prune.ratios": str(ratio)}
             arm = Arm(f"{way} {ratio}", changes, steps, 4, limit)
             key = f"{json.dumps(asdict(arm), sort_keys=True)} {measured_by}"
             found = recovery.kept(RESULTS, key, partial(measure, arm, text, ratios))
