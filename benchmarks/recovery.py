@@ -3,8 +3,9 @@
     python -m benchmarks.recovery FOLDER text=FILE [steps=32] [limit=200] [bits=4] NAME:KEY=VALUE,... [...]
 
 In a folder with ``artifacts/base``, ``data/`` and ``params.yaml``. An arm is a name and what it changes of the params,
-such as ``plain:prune.ratios=0.2,quantize.method=nearest``; the first of ``prune.ratios`` counts; ``bits=16`` and ``steps=0`` may stand among these.
-Models and banks are kept in ``artifacts/table``, results in ``reports/recovery.json``, so that a killed run goes on.
+such as ``plain:prune.ratios=0.2,quantize.method=nearest``; of several ratios the first counts. ``bits=16`` and
+``steps=0`` may stand among these. Models and banks are kept in ``artifacts/table``, results in
+``reports/recovery.json``, so that a killed run goes on.
 
 A line for each arm: perplexity of 20 windows of 256 tokens of the text, loss of held-out responses and divergence from
 the dense model there, before and after recovery; then the gold answers of ``limit`` items a task from
