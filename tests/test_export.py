@@ -278,7 +278,7 @@ def test_folders_load_where_this_project_is_not_and_answer_the_same(tmp_path, to
             if form == "hf":
                 hf.with_code(built, folder)
             else:
-                model = checkpoint.dense(model)
+                model = dense.read(built).model(Compute(torch.device("cpu"), torch.bfloat16))
                 hf.plain(dense.read(built), tokenizer, folder)
             with torch.no_grad():
                 expected.append(model(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).logits[0].float())

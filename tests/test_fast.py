@@ -206,7 +206,7 @@ def test_fused_adapters_over_bitsandbytes_own_modules(default, tmp_path):
 
 def test_blocks_whose_bases_are_trained_stay_plain():
     model = adapted()
-    adapters.train_in_full(model, {"model.layers.1." + name for name in architecture.LINEARS})
+    adapters.train_in_full(model, {"model.layers.1." + name for name in architecture.linear_names(model.config)})
     with fused.used(model):
         changed = [name.split("layers.")[1] for name, module in model.named_modules() if "forward" in vars(module)]
     attention = [f"1.self_attn.{name}_proj" for name in "qkvo"]

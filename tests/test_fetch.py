@@ -341,7 +341,12 @@ def test_folder_that_lacks_a_task_is_refused(tmp_path):
     shutil.copyfile(BENCHMARKS / "boolq.jsonl", tmp_path / "boolq.jsonl")
     assert len(fetch.benchmark(f"path:{tmp_path}", "boolq")[0]) == 64
     message = refused(fetch.benchmark, f"path:{tmp_path}", "piqa")
-    for text in ("data.benchmarks", "piqa.jsonl does not exist", "goal, sol1, sol2, label", "evaluate.tasks"):
+    for text in (
+        "data.benchmarks",
+        "piqa.jsonl does not exist",
+        "goal, sol1, sol2, label",
+        "section evaluate names piqa",
+    ):
         assert text in message
 
 

@@ -201,7 +201,7 @@ def test_fused_adapters_keep_less_and_take_up_no_more_for_eight_bits():
     assert fused[0] < 0.8 * plain[0] and fused[1] < 0.8 * plain[1]
     weights = sum(stored_bytes(*architecture.linear_shape(config, shape, name), 8)
                   - stored_bytes(*architecture.linear_shape(config, shape, name), 4)
-                  for shape in architecture.shapes(config) for name in architecture.LINEARS)  # fmt: skip
+                  for shape in architecture.shapes(config) for name in architecture.linear_names(config))  # fmt: skip
     assert fused[1] - fused[0] == pytest.approx(weights, rel=0.05)
 
 

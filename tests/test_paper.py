@@ -194,7 +194,7 @@ def test_search_of_a_table_is_taught_by_the_history(params, trials, monkeypatch)
     own = search.run
 
     def run(study, settings, problem, attempt):
-        taught.append([one.bits for one in problem.history])
+        taught.append([one.vector.bits for one in problem.history])
         return own(study, settings, problem, attempt)
 
     monkeypatch.setattr(search, "run", run)

@@ -9,9 +9,9 @@ from conftest import ROOT
 
 from pipeline import documents, overrides
 
-PARAMS = "seed: 42\nprune: # a comment\n  ratio: 0.2\n  noise: 1e-05\n"
+PARAMS = "seed: 42\nprune: # a comment\n  ratios: 0.2\n  noise: 1e-05\n"
 STAGES = (
-    "stages:\n  prune:\n    cmd: echo done >> out\n    params: [seed, prune.ratio]\n    outs: [out: {persist: true}]\n"
+    "stages:\n  prune:\n    cmd: echo done >> out\n    params: [seed, prune.ratios]\n    outs: [out: {persist: true}]\n"
 )
 
 
@@ -36,14 +36,14 @@ def call(folder, module, *arguments, changed="", **variables):
 def state(folder):
     """How often the stage ran, and the ratio that DVC noted."""
     locked = documents.read(folder / "dvc.lock")["stages"]["prune"]["params"]["params.yaml"]
-    return len((folder / "out").read_text().split()), locked["prune.ratio"]
+    return len((folder / "out").read_text().split()), locked["prune.ratios"]
 
 
 def test_override_reruns_the_stage_once_and_a_plain_repro_takes_the_file_again(folder):
     call(folder, "pipeline.repro", "repro")
     assert state(folder) == (1, 0.2)
     for _ in range(2):
-        call(folder, "pipeline.repro", "repro", changed='{"prune.ratio": 0.3}')
+        call(folder, "pipeline.repro", "repro", changed='{"prune.ratios": 0.3}')
         assert state(folder) == (2, 0.3)
     call(folder, "dvc", "repro")
     assert state(folder) == (3, 0.2)

@@ -45,7 +45,7 @@ def contexts_of(units):
 def searched(folder, settings, monkeypatch, broken=None, run=None):
     """Run a search whose trials are looked up instead of trained."""
 
-    def fake(context, bits, **_):
+    def fake(context, bits, work=None, **_):
         if tuple(bits) == broken:
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
         return result(bits), None
@@ -69,7 +69,7 @@ class Model:
 def test_no_model_of_an_earlier_trial_is_left_when_the_next_one_is_measured(tmp_path, settings, monkeypatch):
     left = []
 
-    def fake(context, bits, **_):
+    def fake(context, bits, work=None, **_):
         assert all(one() is None for one in left)
         model = Model()
         left.append(weakref.ref(model))
@@ -100,7 +100,7 @@ def test_trial_out_of_memory_is_failed_with_its_cause_and_search_goes_on(tmp_pat
 
 
 def test_trial_without_a_number_for_a_score_is_failed_and_search_goes_on(tmp_path, settings, monkeypatch):
-    def fake(context, bits, **_):
+    def fake(context, bits, work=None, **_):
         found = result(bits)
         return result(bits, gold_logprob=math.nan) if bits[1] == 8 else found, None
 

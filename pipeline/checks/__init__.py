@@ -113,7 +113,7 @@ def _sound_values(raw: dict[str, object], wrong: set[tuple[str, ...]]) -> dict[s
         if (key,) in wrong or (key not in raw and field.is_required()):
             continue
         if not (isinstance(kind, type) and issubclass(kind, Section)):
-            values[key] = _typed(field, raw.get(key, field.default))
+            values[key] = _typed(field, raw[key] if key in raw else field.get_default(call_default_factory=True))
             continue
         section = cast("dict[str, object]", raw[key])  # any other has a fault
         sound = {
@@ -122,7 +122,8 @@ def _sound_values(raw: dict[str, object], wrong: set[tuple[str, ...]]) -> dict[s
             if (key, inner) not in wrong and (inner in section or not inner_field.is_required())
         }
         for inner, inner_field in sound.items():
-            values[f"{key}.{inner}"] = _typed(inner_field, section.get(inner, inner_field.default))
+            default = inner_field.get_default(call_default_factory=True)
+            values[f"{key}.{inner}"] = _typed(inner_field, section.get(inner, default))
         if len(sound) == len(kind.model_fields):
             values[key] = kind.model_validate({inner: section[inner] for inner in sound if inner in section})
     return values
