@@ -301,7 +301,7 @@ def test_joint_search_begins_with_the_ends_and_the_papers_methods(tmp_path, sett
         ("uniform", 0.0, "all 4"),
         ("uniform", 0.0, "all 8"),
         ("qpruner1", 0.2, "all 4"),
-        ("qpruner2", 0.2, "all 8"),
+        ("qpruner2", 0.2, "2 of 8 at 8"),  # a quarter, though all may be raised
     ]
     assert {candidate.method for candidate in tried[5:]} == {"sampler"}
     assert all(candidate.vector in JOINT for candidate in tried)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 from pipeline import bits as bit_text
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 
 PAPER_RATIO = 0.2  # of the paper's tables; its methods are tried at the searched ratio that is next to it
+PAPER_SHARE = 0.25  # of units that its QPruner2 raises
 
 
 def paper_ratio(ratios: Sequence[float]) -> float:
@@ -33,8 +35,9 @@ def seeds(
     """Yield what is tried before the sampler.
 
     At several ratios the ends come first: the smallest model, and what users would take instead, the model that is not
-    pruned at 4 bits and at 8. Then QPruner1 and QPruner2 at the paper's ratio, the lowest bits at each other ratio, the
-    user's own vectors and random ones. At one ratio the allocation by sensitivity stands for what teaches the ratios.
+    pruned at 4 bits and at 8. Then QPruner1 and QPruner2 at the paper's ratio, with the paper's share of raised units,
+    the lowest bits at each other ratio, the user's own vectors and random ones. At one ratio the allocation by
+    sensitivity stands for what teaches the ratios.
 
     Args:
         spaces: The feasible vectors.
@@ -45,14 +48,15 @@ def seeds(
     """
     ratio = paper_ratio(spaces.ratios)
     space, prior = spaces.at[ratio], priors[ratio]
+    few = replace(space, max_raised=min(space.max_raised, int(space.units * PAPER_SHARE)))
     if len(spaces.at) > 1:
         smallest = spaces.smallest()
         yield Candidate(smallest, "qpruner1" if smallest.ratio == ratio else "smallest")
         yield from _uniform(spaces)
     yield Candidate(Vector(ratio, (space.widths[0],) * space.units), "qpruner1")
-    yield Candidate(Vector(ratio, space.allocate(prior.mutual_information)), "qpruner2")
+    yield Candidate(Vector(ratio, few.allocate(prior.mutual_information)), "qpruner2")
     if len(spaces.at) == 1:
-        yield Candidate(Vector(ratio, space.allocate(space.per_byte(prior.sensitivity))), "sensitivity")
+        yield Candidate(Vector(ratio, few.allocate(few.per_byte(prior.sensitivity))), "sensitivity")
     for other, there in spaces.at.items():
         yield Candidate(Vector(other, (there.widths[0],) * there.units), "uniform")
     for vector in given:
