@@ -20,7 +20,7 @@ endif
 .PHONY: search test lint fmt ui bench doctor check setup clean help
 .DEFAULT_GOAL := help
 
-search: setup ## the main job, from the model to the registry; PRESET=llama-7b N_TRIALS=30 SET="prune.ratio=0.3"
+search: setup ## the main job, from the model to the registry; PRESET=llama-7b N_TRIALS=30 SET="prune.ratios=0.3"
 	mlflow run . -e search --env-manager=local --experiment-name qpruner \
 	  -P preset=$(PRESET) -P n_trials=$(N_TRIALS) -P set="$(SET)"
 
@@ -47,7 +47,7 @@ bench: setup ## what a trial costs beside the plain way; NAMES="evaluation query
 ui: setup ## the MLflow UI on http://127.0.0.1:5000
 	@python -m pipeline ui
 
-check: setup ## all faults of params.yaml at once; PRESET=llama-7b or SET="prune.ratio=0.3" checks those
+check: setup ## all faults of params.yaml at once; PRESET=llama-7b or SET="prune.ratios=0.3" checks those
 	@python -m pipeline check --preset $(PRESET) --set "$(SET)"
 
 doctor: | python ## what this machine is, and how long make search will take

@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     entry = commands.add_parser("run", help="run an entry point and all that is upstream of it")
     entry.add_argument("entry", choices=(*STAGES, *PAPER, "plan"))
     entry.add_argument("--preset", default=_AS_IT_SAYS, help="a preset's name, in place of params.yaml")
-    entry.add_argument("--set", default="", help="changed keys: 'prune.ratio=0.3 evaluate.tasks=[boolq, piqa]'")
+    entry.add_argument("--set", default="", help="changed keys: 'prune.ratios=0.3 evaluate.tasks=[boolq, piqa]'")
     for name, key in _SHORT.items():
         entry.add_argument(f"--{name.replace('_', '-')}", default=_AS_IT_SAYS, help=f"the same as --set {key}=...")
     entry.add_argument("--config", default=_AS_IT_SAYS, help="plan: params.yaml, a preset, a folder or a config.json")

@@ -31,7 +31,7 @@ def adopt(preset: str, text: str, named: Mapping[str, tuple[str, str]]) -> list[
 
     Args:
         preset: A preset's name, or ``params.yaml``.
-        text: Changed keys, such as ``prune.ratio=0.3 evaluate.tasks=[boolq, piqa]``.
+        text: Changed keys, such as ``prune.ratios=0.3 evaluate.tasks=[boolq, piqa]``.
         named: Name of a parameter -> (dotted key that it sets, value as YAML); ``params.yaml`` stands for the value in
             the file.
 
@@ -70,14 +70,14 @@ def adopt(preset: str, text: str, named: Mapping[str, tuple[str, str]]) -> list[
 
 
 def _assignments(text: str) -> tuple[dict[str, str], list[str]]:
-    """Split ``prune.ratio=0.3 evaluate.tasks=[boolq, piqa]`` into keys and their values as text; return faults, too."""
+    """Split ``prune.ratios=0.3 recover.steps=8`` into keys and their values as text; return faults, too."""
     if text.strip() in ("", DEFAULT):
         return {}, []
     first, *parts = _ASSIGNMENT.split(text.strip())
     names = parts[::2]
     faults = []
     if first or not parts:
-        faults.append(f"set: {shown(first)} is not of the form key=value; write for example prune.ratio=0.3")
+        faults.append(f"set: {shown(first)} is not of the form key=value; write for example prune.ratios=0.3")
     if repeated := {name for name in names if names.count(name) > 1}:
         faults.append(f"set: {', '.join(sorted(repeated))} stands there twice; give each key once")
     return dict(zip(names, parts[1::2], strict=True)), faults
@@ -95,7 +95,7 @@ def active() -> dict[str, object]:
     except ValueError:
         changed = None
     if not isinstance(changed, dict):
-        raise ParamsError(f'{OVERRIDES}: {shown(text)} is no JSON object, such as {{"prune.ratio": 0.3}}; unset it')
+        raise ParamsError(f'{OVERRIDES}: {shown(text)} is no JSON object, such as {{"prune.ratios": 0.3}}; unset it')
     return changed
 
 
@@ -169,7 +169,7 @@ def _over(changes: object, document: object) -> object:
 
 
 def keys(section: type[BaseModel] | None = None, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted name of every value that the params hold, such as ``prune.ratio``."""
+    """Yield the dotted name of every value that the params hold, such as ``prune.ratios``."""
     for name, field in (section or Params).model_fields.items():
         key = f"{prefix}{field.alias or name}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):

@@ -428,7 +428,7 @@ def test_ratio_too_large_names_what_is_possible(settings):
     chosen = {"structures": ("mlp",), "mlp_blocks": span(1, 2)}
     prune.check(config, settings(ratio=possible / every - 1e-9, **chosen))
     with pytest.raises(
-        PruneError, match=rf"^prune.ratio: 0.4 of {every:,} parameters is more than the 0.234 "
+        PruneError, match=rf"^prune.ratios: 0.4 of {every:,} parameters is more than the 0.234 "
     ) as error:
         prune.check(config, settings(ratio=0.4, **chosen))
     assert "lower it or widen the ranges" in str(error.value)

@@ -100,7 +100,7 @@ def _judge(check: Check, values: dict[str, object]) -> Iterator[str]:
 
 
 def _sound_values(raw: dict[str, object], wrong: set[tuple[str, ...]]) -> dict[str, object]:
-    """Return the typed values without fault by their keys (``seed``, ``prune.ratio``), and each section without any.
+    """Return the typed values without fault by their keys (``seed``, ``prune.ratios``), and each section without any.
 
     Args:
         raw: The document.

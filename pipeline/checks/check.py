@@ -14,7 +14,7 @@ class Check:
     """One check of the params.
 
     Attributes:
-        keys: What it reads, such as ``prune.ratio``, or ``prune`` for a whole section.
+        keys: What it reads, such as ``prune.ratios``, or ``prune`` for a whole section.
         judge: Takes an object that holds these keys and no others; yields a line for each fault, its key first.
     """
 

@@ -112,7 +112,7 @@ def check(config: PretrainedConfig, settings: Settings) -> None:
         spared(settings, len(architecture.shapes(config))),
         block_range(config, "attention_blocks", settings.attention_blocks),
         block_range(config, "mlp_blocks", settings.mlp_blocks),
-        ratio_fault(config, settings, "prune.ratio", settings.ratio),
+        ratio_fault(config, settings, "prune.ratios", settings.ratio),
     ]
     if any(faults):
         raise PruneError("\n".join(filter(None, faults)))
