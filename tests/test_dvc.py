@@ -34,5 +34,10 @@ def test_code_that_trains_and_scores_counts_for_the_search():
     assert {f"pipeline/{name}.py" for name in wanted} <= set(LISTED["search"])
 
 
+def test_other_versions_of_the_libraries_repeat_what_they_compute():
+    unpinned = {stage for stage, listed in LISTED.items() if "requirements.txt" not in listed}
+    assert unpinned == {"pareto", "report"}  # which arrange what others computed
+
+
 def test_served_code_counts_for_the_registry():
     assert "pipeline/stages/served.py" in LISTED["register"]

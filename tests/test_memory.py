@@ -1,3 +1,4 @@
+import copy
 import random
 from dataclasses import replace
 
@@ -69,6 +70,13 @@ def test_prediction_equals_a_trace_of_the_whole_under_any_setting(changes):
     widths = {name: generator.choice((4, 8)) for name in architecture.linears(config)}
     found = memory.predict(config, widths, one)
     assert (found.training, found.inference) == whole(config, widths, one)
+
+
+def test_tracing_leaves_the_config_as_it_was():
+    config = pruned()
+    before = copy.deepcopy(config.to_dict())
+    peak(config, 4)
+    assert config.to_dict() == before and config._attn_implementation == pruned()._attn_implementation
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3"])
