@@ -47,9 +47,7 @@ from pipeline.trial import trial
 
 RESULTS = Path("reports/budgets.json")
 UNPRUNED = {4: "unpruned, all 4", 8: "unpruned, all 8"}
-HEAD = (
-    "pruned, % | bits | training, GiB | inference, GiB | response loss | perplexity | divergence | gold answer | accuracy, %"
-)
+HEAD = "pruned, % | bits | training, GiB | inference, GiB | response | perplexity | divergence | gold | accuracy, %"
 Try = Callable[[Vector], Observation]
 
 
