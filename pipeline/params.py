@@ -154,7 +154,7 @@ class Prune(Section):
 
     @property
     def ratio(self) -> float:
-        """Return the only ratio, where one model is made (cells of the paper's tables)."""
+        """Return the first ratio: for what has one alone (cells of the paper's tables), not for a search over several."""
         return self.ratios[0]
 
 
