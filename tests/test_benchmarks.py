@@ -277,6 +277,39 @@ def test_a_failed_line_is_shown_as_such():
     assert shown.splitlines()[2:] == ["| a | 2 | - | - | - | - | 0.3333 |", "| b FAILED | - | - | - | - | - | - |"]
 
 
+def test_aims_by_hand():
+    lines = [
+        {"what": "sample rows: plain", "loss": 3.25},
+        {"what": "sample rows: + fused adapters", "loss": 3.0, "times": 5.5, "peak, GiB": 1.0, "predicted": 2.0},
+        {"what": "full rows: plain", "peak, GiB": 10.0, "predicted": 10.05},
+        {"what": "full rows: + fused adapters", "TFLOP/s": 199.0, "times": 4.0, "peak, GiB": 5.0, "predicted": 4.9},
+        {"what": "evaluation, items/s; 8192 tokens a pass", "times": 1.0},
+        {"what": "evaluation, items/s; 32768 tokens a pass", "times": 2.0, "peak, GiB": 4.0, "predicted": 4.0},
+        {"what": "hours of a search on paper: + fused adapters", "times": 2.4},
+        {"what": h100.SEARCH, "times": 3.0, "failed": True},
+    ]
+    found = [(value, met) for _, value, _, met in h100.aims(lines)]
+    assert found[:4] == [("5.5", "yes"), ("199", "no"), ("0.25", "no"), ("2", "yes")]
+    assert found[4:] == [("2.4", "yes"), ("-", "not measured"), ("2", "no")]
+    assert {met for *_, met in h100.aims([])} == {"not measured"}
+
+
+def test_a_part_that_fails_leaves_the_others_to_be_measured(monkeypatch, tmp_path, capsys):
+    def breaks(context, bits):
+        yield {"what": "profile: plain", "times": 0.5}
+        raise RuntimeError("no such kernel")
+
+    for name in ("recoveries", "evaluations", "on_paper"):
+        monkeypatch.setattr(h100, name, lambda *_, name=name: iter([{"what": f"of {name}"}]))
+    monkeypatch.setattr(h100, "profiled", breaks)
+    lines = h100.measure(SimpleNamespace(units=[None] * 5), tmp_path / "lines.json")
+    others = ["of recoveries", "of evaluations", "of on_paper"]
+    assert [line["what"] for line in lines] == ["profile: plain", "profile", *others]
+    assert [line["what"] for line in lines if line.get("failed")] == ["profile"]
+    assert json.loads((tmp_path / "lines.json").read_text()) == lines
+    assert "no such kernel" in capsys.readouterr().err
+
+
 def quality(vector):
     return sum((unit + 1) * (width == 8) for unit, width in enumerate(vector.bits)) / 100 - 2 * vector.ratio
 
