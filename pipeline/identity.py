@@ -5,7 +5,8 @@ digest, so nothing computed before the edit is used or mixed with what comes aft
 or of the layout changes nothing.
 
 What computes a result is found in the sources alone: the modules that its root modules import, those that these import,
-and so on, within this package. ``dvc.yaml`` lists the same files for each stage; print them with
+and so on, within this package. ``dvc.yaml`` lists the same files for each stage, and the file that pins the libraries;
+print it with
 
     python -m pipeline.identity
 
@@ -28,6 +29,8 @@ from pathlib import Path
 PACKAGE = "pipeline"
 ROOT = Path(__file__).parent.parent
 _CODE = f"      - {PACKAGE}/"  # how a line of dvc.yaml begins that lists code
+_PINS = "      - requirements.txt"  # the libraries' versions, as far as DVC can see them
+_UNPINNED = ("pareto", "report")  # they arrange what others computed
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "peft", "lm-eval")
 
 # Modules and packages that compute no result, with the reason. Nothing is followed through them.
@@ -126,7 +129,7 @@ def stage_files(stage: str, root: Path = ROOT) -> list[str]:
 
 
 def with_code(pipeline: str) -> str:
-    """Return the text of a ``dvc.yaml`` with the code that each stage depends on in place of the code listed there.
+    """Return the text of a ``dvc.yaml`` with the code that each stage depends on, and the pinned libraries, in place.
 
     Each stage must list its dependencies a line each, under ``deps:``.
     """
@@ -135,11 +138,11 @@ def with_code(pipeline: str) -> str:
     for line in pipeline.splitlines():
         if line.startswith("  ") and line[2:3].isalpha():
             stage = line.strip().rstrip(":")
-        if line.startswith(_CODE):
+        if line.startswith(_CODE) or line == _PINS:
             continue
         lines.append(line)
         if line == "    deps:":
-            lines += [f"      - {file}" for file in stage_files(stage)]
+            lines += [f"      - {file}" for file in stage_files(stage)] + [_PINS] * (stage not in _UNPINNED)
     return "\n".join(lines) + "\n"
 
 

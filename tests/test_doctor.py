@@ -59,6 +59,15 @@ def test_command_reports_everything_and_ends_well_here(monkeypatch, capsys, tmp_
     assert "400 GFLOP/s" in told and "about 11 minutes" in told
 
 
+def test_missing_python_is_one_line_that_says_what_to_install():
+    done = subprocess.run(
+        ["make", "setup", "PYTHONS=python3.0", "VENV=nowhere"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert done.returncode == 2 and len(said) == 1
+    assert said[0].startswith("no Python found that can make environments: install one of python3.0")
+
+
 Version = namedtuple("Version", "major minor micro releaselevel serial")
 
 

@@ -191,6 +191,8 @@ def test_papers_preset_fetches_the_model_of_its_appendix(name, model, monkeypatc
         ("quantize__double_quant", "on", ["quantize.double_quant", "'on'", "boolean"]),
         ("model__source", "package:-r==1", ["model.source", "must be of the form"]),
         ("model__source", "package:--no-index==1", ["model.source", "must be of the form"]),
+        ("model__source", "package:-e==1", ["model.source", "must be of the form"]),
+        ("model__source", "package:--log==/tmp/x", ["model.source", "must be of the form"]),
         ("model__source", "package:a==1\n", ["model.source", "must be of the form"]),
         ("model__source", "package:a ==1", ["model.source", "must be of the form"]),
         ("model__source", "package:a==1.*", ["model.source", "must be of the form"]),

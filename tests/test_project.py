@@ -1,6 +1,8 @@
 """What the entry points ask of DVC, which runs nothing here."""
 
 import json
+import tempfile
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -104,6 +106,24 @@ def test_copy_without_its_history_is_no_matter(asked, tmp_path):
     (tmp_path / ".git").rmdir()
     project.run("fetch")
     assert asked.calls == ["config --quiet --local core.no_scm true", "repro fetch"]
+
+
+def test_temporary_copy_says_where_its_results_stay(asked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path.parent))
+    project.run("fetch")
+    assert f"Working in a temporary copy, {tmp_path}: artifacts stay there" in capsys.readouterr().out
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    project.run("fetch")
+    assert "temporary" not in capsys.readouterr().out
+
+
+def test_what_the_command_line_changed_is_logged_with_the_projects_run(asked, monkeypatch):
+    logged = {}
+    monkeypatch.setattr(tracking, "adopt_project_run", lambda: "r")
+    monkeypatch.setattr(tracking, "Run", lambda run_id, experiment: SimpleNamespace(params=logged.update))
+    monkeypatch.setenv(overrides.OVERRIDES, json.dumps({"search.n_trials": 3}))
+    project.run("search")
+    assert logged.keys() == {"compute", "search.n_trials"} and logged["search.n_trials"] == 3
 
 
 def test_trial_to_build_that_the_store_lacks_is_refused_before_anything_runs(asked, monkeypatch):

@@ -270,6 +270,14 @@ def test_what_opens_the_page_holds_no_password(monkeypatch, store, expected):
     assert "#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=study" in told
 
 
+def test_page_of_a_server_is_named_and_none_is_started(monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:s3cret@server:5000/")
+    monkeypatch.setattr(subprocess, "call", lambda *_, **__: pytest.fail("a server was started"))
+    assert tracking.serve_ui() == 0
+    told = capsys.readouterr().out
+    assert "http://server:5000/#/experiments?workflowType=machine_learning" in told and "s3cret" not in told
+
+
 def test_commit_is_unknown_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert tracking.git_commit() == ""

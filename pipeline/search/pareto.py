@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pandas as pd
 
 from pipeline import GIB
 from pipeline import bits as bit_text
 from pipeline.bits import Vector
-from pipeline.search import SearchError, paired, surrogate
-from pipeline.search.surrogate import Belief, Observation
+from pipeline.search import SearchError, paired
+
+if TYPE_CHECKING:
+    from pipeline.search.surrogate import Belief
 
 PEAKS = {"training": "peak_memory_bytes", "inference": "inference_memory_bytes"}  # the metrics of the two peaks
 
@@ -183,7 +185,9 @@ def judge(members: Sequence[Point], trials: Sequence[Point], beliefs: Mapping[fl
     """
     if not members:
         return []
-    tried = [Observation(point.vector, point.score, point.stderr) for point in trials]
+    from pipeline.search import surrogate  # scikit-learn takes long to import; pictures of trials need none of it
+
+    tried = [surrogate.Observation(point.vector, point.score, point.stderr) for point in trials]
     expected, _ = surrogate.Model(tried, beliefs).predict([point.vector for point in members])
     return [replace(point, expected=float(value)) for point, value in zip(members, expected, strict=True)]
 
