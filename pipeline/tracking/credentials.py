@@ -24,7 +24,7 @@ def separate(environment: MutableMapping[str, str]) -> None:
     login, at, place = rest.rpartition("@")
     if at and scheme in ("http", "https"):
         user, _, password = login.partition(":")
-        environment |= {URI: f"{scheme}://{place}", USER: unquote(user), PASSWORD: unquote(password)}
+        environment.update({URI: f"{scheme}://{place}", USER: unquote(user), PASSWORD: unquote(password)})
 
 
 def hidden(text: str, environment: Mapping[str, str] = os.environ) -> str:

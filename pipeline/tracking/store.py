@@ -28,7 +28,8 @@ from pipeline import console, signals
 from pipeline.errors import UserError
 from pipeline.tracking.credentials import hidden
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 EXPERIMENT = "qpruner"
 PATIENCE = "QPRUNER_STORE_PATIENCE"  # seconds that a command waits for a store whose answer it needs
