@@ -14,7 +14,8 @@ import argparse
 import gc
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -92,6 +93,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 Lines = list[list[str]]
+Make = Callable[[Any, Path], Any]  # of a tokenizer and a folder a context
 
 
 def a_trial(context: Any, bits: list[int]) -> Lines:
@@ -178,22 +180,49 @@ def matmul_rate() -> float:
     return 20 * 2 * 4096 * 8192 * 8192 / seconds(lambda: [a @ b for _ in range(20)])
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+def a_quarter_at_8(context: Any) -> list[int]:
+    """Return the bit vector that is measured: every fourth unit at 8 bits, the others at 4."""
+    return [4 if index % 4 else 8 for index in range(len(context.units))]
+
+
+def command_line(name: str, about: str | None) -> argparse.ArgumentParser:
+    """Return what a random model's benchmark is asked for: a tokenizer, its shapes, steps and items."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("preset", nargs="?", default="llama-7b")
     parser.add_argument("ratio", nargs="?", type=float, default=0.2)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--limit", type=int, default=24)
-    asked = parser.parse_args()
+    return parser
+
+
+@contextmanager
+def context_of(asked: argparse.Namespace, make: Make | None = None) -> Iterator[Any]:
+    """Yield the context that a command line asks for, with libraries that say little.
+
+    Args:
+        asked: As ``command_line`` reads it.
+        make: Makes it otherwise, of the tokenizer and a folder for the bank.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     checkpoint.quiet()
     tokenizer = checkpoint.load_tokenizer(asked.tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if make is not None:
+            yield make(tokenizer, folder)
+            return
         wanted = plan.asked(asked.preset, "24")
-        context = random_context(wanted, asked.ratio, tokenizer, asked.steps, asked.limit, Path(folder))
-        bits = [4 if index % 4 else 8 for index in range(len(context.units))]
+        yield random_context(wanted, asked.ratio, tokenizer, asked.steps, asked.limit, folder)
+
+
+def main() -> None:
+    """Run the command line."""
+    asked = command_line("gpu", __doc__).parse_args()
+    with context_of(asked) as context:
+        bits = a_quarter_at_8(context)
         rows: Lines = []
         for measure in (a_trial, evaluation, recovery):
             rows += measure(context, bits)

@@ -1,29 +1,28 @@
 """What the ways of a GPU are worth, each beside the plain path in the same run: for a session of 15 minutes on an H100.
 
-    python -m benchmarks.h100 TOKENIZER [preset] [ratio] [--steps N] [--limit N] [--out FILE]
+    python -m benchmarks.h100 TOKENIZER [preset] [ratio] [--steps N] [--limit N] [--out FILE] [--search]
     python -m benchmarks.h100 TOKENIZER --tiny
 
 A random model of a preset's shapes (llama-7b), pruned to equal blocks by the ratio (0.2), a quarter of the blocks at 8
 bits, with the sample rows and items, read by the tokenizer in a folder. First a profile of two steps of the plain path
 and of the fast one: the share of the time in which the GPU computes, and the kernels that take the most of it. Then
 recovery, one way more a line (``trial/fast.py``), on the sample rows and on rows of full length; evaluation with the
-user's passes and with those that fill the GPU; a search of 50 trials on paper; at last ``tests/test_cuda.py``.
-Operations are counted as everywhere here: 4 for a weight of the linears and a token without padding. Prints one table
-and writes the same as JSON. ``--tiny`` runs all of it on a tiny model on a CPU, to see that it runs: its figures mean
-nothing.
+user's passes and with those that fill the GPU; a search of 50 trials on paper; ``tests/test_cuda.py``; and with
+``--search`` the default search, for which this must be a clone that has none of its results. Operations are counted as
+everywhere here: 4 for a weight of the linears and a token without padding. Prints one table, writes the same as JSON,
+and says which of the aims are met. A part that fails is shown as failed, and the others still run. ``--tiny`` runs all
+of it but the last two on a tiny model on a CPU, to see that it runs: its figures mean nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import logging
 import subprocess
 import sys
-import tempfile
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -33,9 +32,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu import DEVICE, random_context, seconds
+from benchmarks.gpu import DEVICE, a_quarter_at_8, command_line, context_of, random_context, seconds
 from benchmarks.harness import markdown
-from pipeline import GIB, checkpoint
+from pipeline import GIB
 from pipeline.compress import layer_bank
 from pipeline.data.alpaca import Example
 from pipeline.results import plan
@@ -48,6 +47,9 @@ from pipeline.trial.recover import Rows
 FAST = Ways(flat=True, packed=True, fused=True)
 TRIALS, STEPS = 50, 1000  # of the search on paper
 ROW_TOKENS = 183  # of its rows: what 11.3 hours at 37 TFLOP/s come to
+SEARCH = "default search, minutes"
+TESTS = ("tests/test_cuda.py, minutes", "pytest", "tests/test_cuda.py", "-q", "-p", "no:cacheprovider")
+_LONGEST = 300  # seconds of a command
 COLUMNS = ["what", "rows/s", "TFLOP/s", "peak, GiB", "predicted", "loss", "times"]
 TINY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -80,6 +82,12 @@ def full_rows(context: Context) -> list[Example]:
     return [Example(tuple(row), 1) for row in rows.tolist()]
 
 
+def allocated(context: Context) -> int:
+    """Return the bytes that are allocated on the GPU between two measurements, such as cuBLAS's workspaces."""
+    gc.collect()
+    return torch.cuda.memory_allocated() if context.device == DEVICE else 0
+
+
 def recovered(context: Context, bits: Sequence[int], rows: Sequence[Example], micro: int, ways: Ways) -> Line:
     """Recover a fresh model and return rows a second, TFLOP/s, peaks and the loss of held-out rows."""
     settings, seed = replace(context.settings.recover, micro_batch_size=micro), context.settings.seed
@@ -94,8 +102,7 @@ def recovered(context: Context, bits: Sequence[int], rows: Sequence[Example], mi
         return results[0]
 
     work(1)  # kernels are loaded, cuBLAS takes its workspaces
-    gc.collect()
-    held = torch.cuda.memory_allocated() if context.device == DEVICE else 0
+    held = allocated(context)
     result, peak = memory.measured(lambda: work(settings.steps), context.device)
     taken = list(chain(*islice(recover.endless(rows, settings.batch_size, seed), settings.steps)))
     linears = sum(context.state[f"{name}.weight"].numel() for name in layer_bank.names_of(context.config))
@@ -110,9 +117,8 @@ def recovered(context: Context, bits: Sequence[int], rows: Sequence[Example], mi
     }
 
 
-def recoveries(context: Context, bits: Sequence[int]) -> list[Line]:
-    """Return a line for each variant, on the sample rows and on full ones; ``times`` is against the plain path."""
-    lines = []
+def recoveries(context: Context, bits: Sequence[int]) -> Iterator[Line]:
+    """Yield a line for each variant, on the sample rows and on full ones; ``times`` is against the plain path."""
     for kind, rows in (("sample rows", context.train), ("full rows", full_rows(context))):
         first = None
         for name, micro, ways in variants(context):
@@ -120,18 +126,15 @@ def recoveries(context: Context, bits: Sequence[int]) -> list[Line]:
                 line = recovered(context, bits, rows, micro, ways)
             except Exception:  # the other variants are still to be measured; the traceback is in the output
                 traceback.print_exc()
-                lines.append({"what": f"{kind}: {name}", "failed": True})
+                yield {"what": f"{kind}: {name}", "failed": True}
                 continue
             first = first or line["rows/s"]
-            lines.append({"what": f"{kind}: {name}", **line, "times": line["rows/s"] / first})
-            print(lines[-1], flush=True)
+            yield {"what": f"{kind}: {name}", **line, "times": line["rows/s"] / first}
             gc.collect()
-    return lines
 
 
-def profiled(context: Context, bits: Sequence[int]) -> list[Line]:
-    """Return the share of two steps' time in which the GPU computes; print the kernels that take the most of it."""
-    lines = []
+def profiled(context: Context, bits: Sequence[int]) -> Iterator[Line]:
+    """Yield the share of two steps' time in which the GPU computes; print the kernels that take the most of it."""
     on_gpu = context.device.type == "cuda"
     kind = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     for name, micro, ways in (variants(context)[0], ("fast", context.settings.recover.batch_size, FAST)):
@@ -148,17 +151,17 @@ def profiled(context: Context, bits: Sequence[int]) -> list[Line]:
         column = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         print(f"\n{name}\n{record.key_averages().table(sort_by=column, row_limit=12)}", flush=True)
         busy = sum(getattr(event, column) for event in record.key_averages()) / 1e6
-        lines.append({"what": f"profile: {name}, share of the time computing", "times": busy / spent})
+        yield {"what": f"profile: {name}, share of the time computing", "times": busy / spent}
         gc.collect()
-    return lines
 
 
-def evaluations(context: Context, bits: Sequence[int]) -> list[Line]:
-    """Return items a second with the user's passes and with those that fill the GPU."""
+def evaluations(context: Context, bits: Sequence[int]) -> Iterator[Line]:
+    """Yield items a second with the user's passes and with those that fill the GPU."""
+    held = allocated(context)
     model, users = assemble(context, bits).eval(), context.settings.batch_tokens
     room = memory.room(context.device)
     largest = Passes(1, 2 * users) if room is None else context.passes(bits, room)
-    lines: list[Line] = []
+    first = 0.0
     for tokens in (users, largest.tokens):
         results: list[Any] = []
 
@@ -169,43 +172,73 @@ def evaluations(context: Context, bits: Sequence[int]) -> list[Line]:
         work()
         spent, peak = memory.measured(partial(seconds, work), context.device)
         rate = results[0].items / spent
-        first = lines[0]["rows/s"] if lines else rate
+        first = first or rate
         predicted = context.predict_run(bits, Passes(context.settings.recover.micro_batch_size, tokens)).inference
-        lines.append(
-            {
-                "what": f"evaluation, items/s; {tokens} tokens a pass",
-                "rows/s": rate,
-                "peak, GiB": None if peak is None else peak / GIB,
-                "predicted": predicted / GIB,
-                "loss": -results[0].gold_logprob,
-                "times": rate / first,
-            }
-        )
-    return lines
+        yield {
+            "what": f"evaluation, items/s; {tokens} tokens a pass",
+            "rows/s": rate,
+            "peak, GiB": None if peak is None else (peak - held) / GIB,
+            "predicted": predicted / GIB,
+            "loss": -results[0].gold_logprob,
+            "times": rate / first,
+        }
 
 
-def on_paper(context: Context, lines: Sequence[Line]) -> list[Line]:
-    """Return the hours of a search of 50 trials of 1,000 steps from what was measured, before and after."""
+def on_paper(context: Context, lines: Sequence[Line]) -> Iterator[Line]:
+    """Yield the hours of a search of 50 trials of 1,000 steps from what was measured, before and after."""
     by_name = {line["what"]: line for line in lines if "rows/s" in line}
     rates = [line["rows/s"] for name, line in by_name.items() if name.startswith("evaluation")]
     linears = sum(context.state[f"{name}.weight"].numel() for name in layer_bank.names_of(context.config))
     operations = 4 * linears * ROW_TOKENS * context.settings.recover.batch_size * STEPS
-    found = []
     for name, rate in zip(("plain", "+ fused adapters"), (rates[0], rates[-1]), strict=True):
         line = by_name.get(f"sample rows: {name}")
         if line is None:
             continue
         hours = TRIALS * (operations / line["TFLOP/s"] / 1e12 + 7 * 200 / rate) / 3600
-        found.append({"what": f"hours of a search on paper: {name}", "times": hours})
-    return found
+        yield {"what": f"hours of a search on paper: {name}", "times": hours}
 
 
-def cuda_tests() -> list[Line]:
-    """Run the tests of the GPU, with its memory free; say whether they passed."""
+def command(what: str, *arguments: str) -> Iterator[Line]:
+    """Run a module of Python with the GPU's memory free; yield its minutes and whether it failed."""
     gc.collect()
     torch.cuda.empty_cache()
-    done = subprocess.run([sys.executable, "-m", "pytest", "tests/test_cuda.py", "-q", "-p", "no:cacheprovider"])
-    return [{"what": "tests/test_cuda.py", "failed": done.returncode != 0}]
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", *arguments], timeout=_LONGEST)
+    yield {"what": what, "times": (time.perf_counter() - start) / 60, "failed": done.returncode != 0}
+
+
+def aims(lines: Sequence[Line]) -> list[list[str]]:
+    """Return what is aimed at, as rows of a table: what, the figure, the bar, and whether it is met."""
+    by_name = {line["what"]: line for line in lines if not line.get("failed")}
+    evaluated = [line for name, line in by_name.items() if name.startswith("evaluation")]
+    whole = [by_name[name] for name in ("full rows: plain", "full rows: + fused adapters") if name in by_name]
+    off = [abs(line["predicted"] / line["peak, GiB"] - 1) for line in [*whole, *evaluated] if line.get("peak, GiB")]
+
+    def figure(name: str, column: str = "times") -> Any:
+        return by_name.get(name, {}).get(column)
+
+    losses = [figure(f"sample rows: {name}", "loss") for name in ("plain", "+ fused adapters")]
+    apart = None if None in losses else abs(losses[1] - losses[0])
+    fullest = evaluated[-1]["times"] if evaluated else None
+    asked: list[tuple[str, float | None, str, float]] = [
+        ("recovery of the sample rows, times the plain rows/s", figure("sample rows: + fused adapters"), ">=", 5),
+        ("recovery of full rows, TFLOP/s", figure("full rows: + fused adapters", "TFLOP/s"), ">=", 200),
+        ("loss of held-out rows off the plain path's, nats", apart, "<=", 0.03),
+        ("evaluation, times the items/s with the user's passes", fullest, ">=", 2),
+        ("search on paper, hours", figure("hours of a search on paper: + fused adapters"), "<=", 2.5),
+        ("default search, minutes", figure(SEARCH), "<=", 4),
+        ("prediction off the peak at most, %; full rows and evaluation", 100 * max(off) if off else None, "<=", 1),
+    ]
+    return [
+        [what, "-" if value is None else f"{value:.3g}", f"{sign} {bar:g}", _verdict(value, sign, bar)]
+        for what, value, sign, bar in asked
+    ]
+
+
+def _verdict(value: float | None, sign: str, bar: float) -> str:
+    if value is None:
+        return "not measured"
+    return "yes" if (value >= bar if sign == ">=" else value <= bar) else "no"
 
 
 def table(lines: Sequence[Line]) -> str:
@@ -220,24 +253,34 @@ def table(lines: Sequence[Line]) -> str:
     return markdown(COLUMNS, [[cell(line, column) for column in COLUMNS] for line in lines])
 
 
-def measure(context: Context, tests: bool, out: Path | None) -> list[Line]:
-    """Run all parts; what was measured is kept should a later one fail."""
-    bits = [4 if index % 4 else 8 for index in range(len(context.units))]
+def measure(context: Context, out: Path | None, commands: Sequence[Sequence[str]] = ()) -> list[Line]:
+    """Run all parts; what was measured is kept should one of them fail.
+
+    Args:
+        context: What trials share.
+        out: Where the lines are written to as JSON.
+        commands: What is run at last: a name, a module and its arguments.
+    """
+    bits = a_quarter_at_8(context)
     lines: list[Line] = []
-    parts: list[Callable[[], list[Line]]] = [
-        lambda: profiled(context, bits),
-        lambda: recoveries(context, bits),
-        lambda: evaluations(context, bits),
-        lambda: on_paper(context, lines),
-        *([cuda_tests] if tests else []),
-    ]
-    for part in parts:
+    parts: dict[str, Callable[[], Iterator[Line]]] = {
+        "profile": lambda: profiled(context, bits),
+        "recovery": lambda: recoveries(context, bits),
+        "evaluation": lambda: evaluations(context, bits),
+        "on paper": lambda: on_paper(context, lines),
+        **{given[0]: partial(command, *given) for given in commands},
+    }
+    for name, part in parts.items():
         try:
-            lines += part()
-        finally:
-            print(f"\n{table(lines)}", flush=True)
-            if out is not None:
-                out.write_text(json.dumps(lines, indent=1), encoding="utf-8")
+            for line in part():
+                print(line, flush=True)
+                lines.append(line)
+        except Exception:  # the other parts are still to be measured; the traceback is in the output
+            traceback.print_exc()
+            lines.append({"what": name, "failed": True})
+        if out is not None:
+            out.write_text(json.dumps(lines, indent=1), encoding="utf-8")
+    print(f"\n{table(lines)}\n{markdown(['aim', 'measured', 'bar', 'met'], aims(lines))}", flush=True)
     return lines
 
 
@@ -255,25 +298,14 @@ def tiny_context(tokenizer: Any, folder: Path) -> Context:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.h100", description=__doc__)
-    parser.add_argument("tokenizer", type=Path)
-    parser.add_argument("preset", nargs="?", default="llama-7b")
-    parser.add_argument("ratio", nargs="?", type=float, default=0.2)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--limit", type=int, default=24)
+    parser = command_line("h100", __doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--search", action="store_true")
     asked = parser.parse_args()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    checkpoint.quiet()
-    tokenizer = checkpoint.load_tokenizer(asked.tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        if asked.tiny:
-            context = tiny_context(tokenizer, Path(folder))
-        else:
-            wanted = plan.asked(asked.preset, "24")
-            context = random_context(wanted, asked.ratio, tokenizer, asked.steps, asked.limit, Path(folder))
-        lines = measure(context, not asked.tiny, asked.out)
+    commands = [] if asked.tiny else [TESTS, *([(SEARCH, "pipeline", "run", "search")] if asked.search else [])]
+    with context_of(asked, tiny_context if asked.tiny else None) as context:
+        lines = measure(context, asked.out, commands)
     if any(line.get("failed") for line in lines):
         sys.exit(1)
 

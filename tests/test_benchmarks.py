@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config
 
-from benchmarks import evidence, granularity, h100, priors, record
+from benchmarks import budgets, evidence, granularity, h100, priors, record
 from pipeline import architecture, checks
 from pipeline import bits as bit_text
 from pipeline.bits import Vector
@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.params import Objective
 from pipeline.results.cells import changed
 from pipeline.search.allocate import Space, Spaces
+from pipeline.search.surrogate import Observation
 from pipeline.stages import trials
 from pipeline.trial import fast, trial
 from pipeline.trial.context import Context
@@ -274,3 +275,67 @@ def test_variants_add_one_way_each_and_graphs_on_a_gpu_alone():
 def test_a_failed_line_is_shown_as_such():
     shown = h100.table([{"what": "a", "rows/s": 2.0, "times": 1 / 3}, {"what": "b", "failed": True}])
     assert shown.splitlines()[2:] == ["| a | 2 | - | - | - | - | 0.3333 |", "| b FAILED | - | - | - | - | - | - |"]
+
+
+def test_aims_by_hand():
+    lines = [
+        {"what": "sample rows: plain", "loss": 3.25},
+        {"what": "sample rows: + fused adapters", "loss": 3.0, "times": 5.5, "peak, GiB": 1.0, "predicted": 2.0},
+        {"what": "full rows: plain", "peak, GiB": 10.0, "predicted": 10.05},
+        {"what": "full rows: + fused adapters", "TFLOP/s": 199.0, "times": 4.0, "peak, GiB": 5.0, "predicted": 4.9},
+        {"what": "evaluation, items/s; 8192 tokens a pass", "times": 1.0},
+        {"what": "evaluation, items/s; 32768 tokens a pass", "times": 2.0, "peak, GiB": 4.0, "predicted": 4.0},
+        {"what": "hours of a search on paper: + fused adapters", "times": 2.4},
+        {"what": h100.SEARCH, "times": 3.0, "failed": True},
+    ]
+    found = [(value, met) for _, value, _, met in h100.aims(lines)]
+    assert found[:4] == [("5.5", "yes"), ("199", "no"), ("0.25", "no"), ("2", "yes")]
+    assert found[4:] == [("2.4", "yes"), ("-", "not measured"), ("2", "no")]
+    assert {met for *_, met in h100.aims([])} == {"not measured"}
+
+
+def test_a_part_that_fails_leaves_the_others_to_be_measured(monkeypatch, tmp_path, capsys):
+    def breaks(context, bits):
+        yield {"what": "profile: plain", "times": 0.5}
+        raise RuntimeError("no such kernel")
+
+    for name in ("recoveries", "evaluations", "on_paper"):
+        monkeypatch.setattr(h100, name, lambda *_, name=name: iter([{"what": f"of {name}"}]))
+    monkeypatch.setattr(h100, "profiled", breaks)
+    lines = h100.measure(SimpleNamespace(units=[None] * 5), tmp_path / "lines.json")
+    others = ["of recoveries", "of evaluations", "of on_paper"]
+    assert [line["what"] for line in lines] == ["profile: plain", "profile", *others]
+    assert [line["what"] for line in lines if line.get("failed")] == ["profile"]
+    assert json.loads((tmp_path / "lines.json").read_text()) == lines
+    assert "no such kernel" in capsys.readouterr().err
+
+
+def quality(vector):
+    return sum((unit + 1) * (width == 8) for unit, width in enumerate(vector.bits)) / 100 - 2 * vector.ratio
+
+
+def test_choice_at_a_budget_fits_and_nears_the_best_of_all():
+    spaces, calls = FREE["training"], []
+
+    def attempt(vector):
+        calls.append(vector)
+        return Observation(vector, quality(vector), 1e-3)
+
+    levels = budgets.levels(spaces, 3)
+    assert levels == [846, 940, 1033]  # from 800 to 1080
+    chosen = budgets.searched(spaces, KNOWN, levels, attempt, budgets.Options(trials=10, more=3), 0)
+    assert len(calls) == len(set(calls)) == 19
+    for budget, vector in zip(levels, chosen, strict=True):
+        assert spaces.memory(vector) <= budget
+        fitting = [Vector(ratio, bits) for ratio in RATIOS for bits in product((4, 8), repeat=UNITS)]
+        best = max(quality(each) for each in fitting if spaces.memory(each) <= budget)
+        assert quality(vector) >= best - 0.06
+    alone = budgets.searched(budgets.only(spaces, 0.0), KNOWN, levels, attempt, budgets.Options(4, 1), 0)
+    assert alone[:2] == [None, None] and alone[2].ratio == 0  # unpruned it takes 1000 at least
+
+
+def test_models_without_a_search_stand_at_the_papers_ratio_and_unpruned():
+    models = budgets.named(FREE["training"], KNOWN)
+    assert models["LLM-Pruner (16-bit)"] == Vector(0.5, (16,) * UNITS)
+    assert models["QPruner2"] == Vector(0.5, (4, 8, 4, 8, 4, 4, 4, 4))  # a quarter, by mutual information
+    assert models["unpruned, all 8"] == Vector(0.0, (8,) * UNITS)

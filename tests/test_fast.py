@@ -3,6 +3,7 @@
 import banks
 import pytest
 import torch
+from conftest import FAMILIES
 from test_recover import PADDING, Killed, adapted, assert_close, examples, gradients, settings, train, until, weights
 
 from pipeline import architecture
@@ -132,6 +133,19 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_ones(family, whole):
         assert_close(gradients(model, found), expected, 1e-4)
 
 
+def test_packed_rows_meet_a_teachers_targets_in_their_order():
+    model, rows = adapted(), examples(5)
+    padded, packed = alpaca.batch(rows, PADDING, False), packing.pack(rows, PADDING, False)
+    count = int((padded.labels[:, 1:] != alpaca.IGNORED).sum())
+    targets = torch.randn(count, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    value, _ = loss.response_loss(model, padded, loss.blended(model, padded, targets, 0.3))
+    expected = gradients(model, value)
+    with packing.used(model):
+        found, same = loss.response_loss(model, packed, loss.blended(model, packed, targets, 0.3))
+        assert (found.item(), same) == (pytest.approx(value.item(), rel=1e-5), count)
+        assert_close(gradients(model, found), expected, 1e-4)
+
+
 def test_packed_rows_by_hand():
     rows = [Example((5, 6, 7), 2), Example((8, 9), 1), Example((3, 4), 0)]
     packed = packing.pack(rows, PADDING, False, multiple=8)
@@ -171,8 +185,7 @@ def test_mask_within_rows_by_hand():
 # --- fused adapters ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family, dropout", [("llama", 0.0), *((family, 0.3) for family in FAMILIES)])
 def test_fused_adapters_have_the_loss_and_gradient_of_pefts(family, dropout):
     model, part = byte_dropped(dropout, family=family), alpaca.batch(examples(4), PADDING, False)
     model.train()

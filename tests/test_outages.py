@@ -1,17 +1,21 @@
 """A store that goes away, refuses or is damaged: nothing is lost, and one message says what to do."""
 
 import pytest
+import requests
+from mlflow.artifacts import load_text
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, TEMPORARILY_UNAVAILABLE
 from mlflow.tracking import MlflowClient
 
 from pipeline import tracking
-from pipeline.tracking import outbox, runs
+from pipeline.tracking import outbox, registry, runs, store
 
 
 @pytest.fixture(autouse=True)
 def nothing_waits_afterwards(empty_store_here, monkeypatch):
     monkeypatch.setattr(runs, "_outbox", outbox.Outbox())
+    monkeypatch.setenv(store.PATIENCE, "0")
 
 
 def status(run):
@@ -108,3 +112,91 @@ def test_deleted_run_says_how_to_restore_it():
     tracking.client().delete_run(run.run_id)
     with pytest.raises(tracking.StoreError, match=f"runs restore --run-id {run.run_id}"):
         run.metrics({"accuracy": 0.5})
+
+
+def failing(times, error):
+    """A function that fails so many times before it returns what it is given."""
+    left = [error] * times
+
+    def ask(value):
+        if left:
+            raise left.pop()
+        return value
+
+    return store.asking(ask)
+
+
+def test_command_waits_for_a_store_that_comes_back(monkeypatch, capsys):
+    monkeypatch.setenv(store.PATIENCE, "60")
+    monkeypatch.setattr(store, "_PAUSE", 0)
+    refused = MlflowException("API request failed: Max retries exceeded (too many 503 error responses)")
+    assert failing(3, refused)(7) == 7
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 and told[1] == "the tracking store answers again"
+    assert "does not answer (the server is there, but its database or its object store may not be)" in told[0]
+    assert "waiting for it, 60 s at most" in told[0]
+
+
+def test_command_gives_up_when_its_patience_ends(monkeypatch):
+    monkeypatch.setenv(store.PATIENCE, "0.05")
+    monkeypatch.setattr(store, "_PAUSE", 0.01)
+    with pytest.raises(tracking.Unreachable):
+        failing(1000, MlflowException("gone", TEMPORARILY_UNAVAILABLE))(7)
+
+
+def test_refusal_is_not_waited_for(monkeypatch):
+    monkeypatch.setenv(store.PATIENCE, "60")
+    with pytest.raises(tracking.StoreError, match="refuses"):
+        failing(1000, MlflowException("no such metric", BAD_REQUEST))(7)
+
+
+def answered(status):
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError(f"{status} Client Error of http://bob:s3cret@server/api", response=response)
+
+
+class EndpointError(Exception):
+    __module__ = "botocore.exceptions"
+
+
+@pytest.mark.parametrize(
+    "error, meant",
+    [
+        (answered(503), tracking.Unreachable),
+        (answered(429), tracking.Unreachable),
+        (answered(404), tracking.Missing),
+        (answered(403), tracking.StoreError),
+        (requests.ConnectionError("refused"), tracking.Unreachable),
+        (EndpointError("no endpoint http://bob:s3cret@store"), tracking.Unreachable),
+    ],
+)
+def test_failure_to_keep_a_file_is_told_from_a_store_that_is_away(error, meant):
+    with pytest.raises(tracking.StoreError) as caught, store.talking():
+        raise error
+    assert type(caught.value) is meant and "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["postgresql://bob:s3cret@db/mlflow", "mysql+pymysql://bob:s3cret@db/mlflow"])
+def test_database_without_a_server_is_refused_with_what_to_do(monkeypatch, address):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(tracking.StoreError, match="start an MLflow server over it.*docs/cluster.md") as caught:
+        tracking.reap()
+    assert "s3cret" not in str(caught.value)
+
+
+def test_run_that_failed_keeps_no_password(monkeypatch):
+    monkeypatch.setenv("PGPASSWORD", "pg-s3cret")
+    with pytest.raises(RuntimeError), tracking.stage("search", {}) as run:
+        raise RuntimeError("cannot reach postgresql://bob:s3cret@db with pg-s3cret")
+    kept = tracking.run(run.run_id)
+    trace = load_text(f"{kept.artifact_uri}/traceback.txt")
+    assert kept.tags["error"] == "RuntimeError: cannot reach postgresql://db with ***"
+    assert "RuntimeError: cannot reach postgresql://db with ***" in trace and "s3cret" not in trace
+
+
+def test_model_may_take_longer_to_arrive_than_a_request(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    with registry._patient_uploads():
+        assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 600
+    assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 7

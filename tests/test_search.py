@@ -154,6 +154,7 @@ def test_study_holds_the_objective_and_memory(tmp_path, settings, objective, exp
     study, _, _ = run(tmp_path, dataclasses.replace(settings, objective=objective, n_trials=3))
     values = {trial.user_attrs["bits"]: trial.values for trial in study._study.trials}
     assert values["48484444"] == pytest.approx([expected - 0.02, SPACE.memory(read("48484444"))])
+    assert study._study.metric_names == [objective, "training_memory_bytes"]  # as Optuna's tools label the axes
 
 
 def test_sampler_maximizes_the_objective_of_the_search():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from pipeline import checkpoint, storage
-from pipeline.data import chat, further, items, models, prompts, rows, tasks
+from pipeline.data import chat, further, items, models, packages, prompts, rows, tasks
 from pipeline.data.alpaca import TextRow, asked
 from pipeline.data.rows import FetchError, usable
 from pipeline.paths import ALPACA, BASE, BENCHMARKS
@@ -303,6 +303,6 @@ def _hub_rows(path: str, split: str, name: str | None = None, **options: object)
                 "that can be written"
             ) from error
         raise FetchError(
-            f"data: hub data set {path} ({split}) cannot be had: {models.reason(str(error))}. Check that this "
+            f"data: hub data set {path} ({split}) cannot be had: {packages.reason(str(error))}. Check that this "
             "machine reaches the hub, or use path:<file or folder>"
         ) from error

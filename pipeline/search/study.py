@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import uuid
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import optuna
 from optuna.distributions import CategoricalDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
@@ -147,6 +149,9 @@ class Study:
             self._study = optuna.create_study(
                 storage=self._stored, study_name=self.name, directions=["maximize", "minimize"]
             )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)  # a name that goes missing harms nothing
+                self._study.set_metric_names([objective, f"{memory}_memory_bytes"])  # of the axes in Optuna's tools
         attributes = {"settings": identity.settings, "code": identity.code, "journal": uuid.uuid4().hex}
         for key, value in attributes.items():
             if key not in self._study.user_attrs:

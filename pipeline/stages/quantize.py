@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline import checkpoint, device, storage
+from pipeline import checkpoint, cores, device, storage
 from pipeline.compress import bank_writer, layer_bank, linear_grams, quantize
 from pipeline.data import calibration
 from pipeline.data.alpaca import Batch
@@ -41,6 +41,8 @@ def write(params: Params, pruned: Path, target: Path) -> int:
             return bank_writer.write(state, groups, settings, params.seed, folder, compute.device)
         model, text = checkpoint.load_model(pruned, dtype=compute.dtype), calibration_set(params, pruned)
         grams, tokens = linear_grams.collect(model, text, device=compute.device), linear_grams.count_tokens(text)
+        if compute.device.type == "cpu":  # a GPU holds one block's matrices
+            grams = cores.ahead(grams)
         return bank_writer.write(state, groups, settings, params.seed, folder, compute.device, grams, tokens)
 
 

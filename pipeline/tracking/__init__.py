@@ -1,12 +1,14 @@
 """The only room that imports mlflow: the store, the runs of stages and trials, the registry, the UI's pages.
 
-``store`` knows the address and says failures in words, ``outbox`` keeps writes for a store that is away, ``runs``
-writes, ``queries`` reads, ``processes`` tells the dead from the living, ``registry`` and ``ui`` are what their names
-say. Others use the names below.
+``credentials`` keeps passwords out of texts, ``store`` knows the address and says failures in words, ``outbox`` keeps
+writes for a store that is away, ``runs`` writes, ``queries`` reads, ``processes`` tells the dead from the living,
+``registry`` and ``ui`` are what their names say. Others use the names below.
 """
 
 # ruff: noqa: E402
 import os
+
+from pipeline.tracking import credentials
 
 # MLflow reads these when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -17,6 +19,9 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", "600")
+# A line for each run of a search, with the server's address: our own notes say where its pages are.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+credentials.separate(os.environ)
 
 from pipeline.signals import Interrupted, ending, on_termination_interrupt
 from pipeline.tracking.lineage import git_commit, md5

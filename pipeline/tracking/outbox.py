@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pipeline import console
+from pipeline.tracking import store
+from pipeline.tracking.credentials import hidden
 from pipeline.tracking.store import StoreError, Unreachable, talking
 
 _PAUSE = 20.0  # seconds between two attempts at a store that does not answer: each may take some
+_SHORT_PAUSE = 2.0  # the same where there is nothing else to do
 
 
 class Outbox:
@@ -66,6 +69,17 @@ class Outbox:
             console.note("tracking has caught up")
         return True
 
+    def settle(self) -> bool:
+        """Write what waits, and wait as long as ``store.patience`` says; return whether nothing is left.
+
+        Raises:
+            StoreError: The store answers and refuses one of the writes, which is dropped.
+        """
+        limit = time.monotonic() + store.patience()
+        while not (settled := self.flush()) and time.monotonic() < limit:
+            time.sleep(_SHORT_PAUSE)
+        return settled
+
     @contextmanager
     def patient(self) -> Iterator[None]:
         """Keep what the store refuses, too (it is damaged, full, or lacks what was deleted), and try again at the end.
@@ -82,5 +96,5 @@ class Outbox:
 
 
 def _said(error: Exception) -> str:
-    text = str(error).partition("\n")[0][:300]
+    text = hidden(str(error)).partition("\n")[0][:300]
     return text if isinstance(error, StoreError) else f"{type(error).__name__}: {text}"

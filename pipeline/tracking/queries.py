@@ -8,13 +8,11 @@ from contextlib import suppress
 
 from mlflow import entities
 from mlflow.artifacts import load_text
-from mlflow.exceptions import MlflowException
-from mlflow.store.db.db_types import DATABASE_ENGINES
 
 from pipeline.errors import UserError
 from pipeline.tracking import database
 from pipeline.tracking.runs import ITEMS, PARENT_TAG, Run
-from pipeline.tracking.store import Missing, address, client, experiments, refuse_moved, talking
+from pipeline.tracking.store import Missing, StoreError, Unreachable, address, asking, client, experiments, refuse_moved
 from pipeline.tracking.tracked import Tracked
 
 _PAGE = 1000
@@ -29,11 +27,14 @@ def trials(study: str) -> list[Tracked]:
     return tagged("study", study)
 
 
-@talking()
 def tagged(key: str, value: str) -> list[Tracked]:
     """Return all runs with a tag, newest last."""
-    within = experiments()  # first: a store that is new gets its tables here
-    if address().partition(":")[0].partition("+")[0] in DATABASE_ENGINES:
+    return _tagged(experiments(), key, value)  # experiments first: a store that is new gets its tables there
+
+
+@asking
+def _tagged(within: list[str], key: str, value: str) -> list[Tracked]:
+    if address().startswith("sqlite"):
         with suppress(database.OtherTables):
             return database.tagged(address(), within, key, value)
     return _search_tagged(within, key, value)
@@ -78,11 +79,13 @@ def items(trial: Tracked) -> dict[str, object]:
 
     Raises:
         ItemsLost: Its run has no such file.
-        StoreError: The project's folder was moved.
+        StoreError: The project's folder was moved, or the store does not answer.
     """
     try:
-        return json.loads(load_text(f"{trial.artifact_uri}/{ITEMS}"))
-    except (OSError, MlflowException):
+        return json.loads(asking(load_text)(f"{trial.artifact_uri}/{ITEMS}"))
+    except Unreachable:
+        raise
+    except (OSError, StoreError):
         refuse_moved(trial.artifact_uri)
         raise ItemsLost(
             f"run {trial.run_id} ({trial.name}) has lost its artifact {ITEMS}; delete the run, then run: "
@@ -90,7 +93,7 @@ def items(trial: Tracked) -> dict[str, object]:
         ) from None
 
 
-@talking()
+@asking
 def run(run_id: str) -> Tracked:
     """Return one run as the store has it.
 
@@ -114,13 +117,13 @@ def move(run_id: str, parent: Run) -> None:
     set_tag(run_id, PARENT_TAG, parent.run_id)
 
 
-@talking()
+@asking
 def set_tag(run_id: str, key: str, value: str) -> None:
     """Set a tag of any run."""
     client().set_tag(run_id, key, value)
 
 
-@talking()
+@asking
 def set_metric(run_id: str, key: str, value: float) -> None:
     """Set a metric of any run, in place of what it had: charts and sorting know metrics alone."""
     client().log_metric(run_id, key, value, int(time.time() * 1000))

@@ -20,7 +20,7 @@ from mlflow.models.model import ModelInfo
 from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 
 from pipeline.tracking.runs import Run
-from pipeline.tracking.store import Missing, client, in_words, talking
+from pipeline.tracking.store import Missing, asking, client, in_words, talking
 
 Promote = Literal["better", "always", "never"]
 _OBJECTIVE, _SCORE, _ITEMS = "objective", "score", "items_digest"  # tags of a version: its standing
@@ -117,11 +117,26 @@ def register_model(run: Run, asked: Registration, packed: Packed) -> Registered:
     """Log a checkpoint as a pyfunc model, register it, and move the alias to it if it deserves that."""
     with in_words():  # an interrupt may end this one: copying a large model takes minutes
         client()
-        info = _log_model(run, asked.name, packed)
-    with talking():
-        return _described(asked, run, info)
+        with _patient_uploads():
+            info = _log_model(run, asked.name, packed)
+    return _described(asked, run, info)
 
 
+@contextmanager
+def _patient_uploads() -> Iterator[None]:
+    """Let a server take its time with a file: it answers when its object store has all of it, minutes for gigabytes."""
+    request, upload = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT"
+    before = os.environ.get(request)
+    os.environ[request] = os.environ[upload]
+    try:
+        yield
+    finally:
+        del os.environ[request]
+        if before is not None:
+            os.environ[request] = before
+
+
+@asking
 def _described(asked: Registration, run: Run, info: ModelInfo) -> Registered:
     """Give a version its figures, description and tags, and the alias if it deserves it."""
     version = str(info.registered_model_version)
@@ -234,7 +249,7 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-@talking()
+@asking
 def _version(uri: str) -> object:
     name, version = uri.removeprefix("models:/").split("/")
     return client().get_model_version(name, version)

@@ -24,17 +24,18 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 
 from pipeline import console, signals
 from pipeline.tracking import processes
+from pipeline.tracking.credentials import hidden
 from pipeline.tracking.lineage import git_commit, md5
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.store import (
     PARENT,
     StoreError,
+    asking,
     client,
     experiment_id,
     experiments,
     parent_run,
     quiet,
-    talking,
 )
 
 if TYPE_CHECKING:
@@ -137,8 +138,8 @@ class Run:
     def finish(self, status: str = "FINISHED", error: BaseException | None = None) -> None:
         """End the run; ``error`` becomes its tag ``error`` and its traceback an artifact."""
         if error is not None:
-            self.tags({"error": f"{type(error).__name__}: {error}"})
-            trace = "".join(traceback.format_exception(error))
+            self.tags({"error": hidden(f"{type(error).__name__}: {error}")})
+            trace = hidden("".join(traceback.format_exception(error)))
             try:
                 self._log_text(trace, "traceback.txt")
             except (OSError, StoreError):  # the cause is in the tag; a full disk must not hide it
@@ -167,7 +168,6 @@ def _create(name: str, experiment: str, parent: str | None, tags: Mapping[str, s
     return client().create_run(experiment, begun, values, name).info.run_id
 
 
-@talking()
 def create(name: str, parent: str | None, tags: Mapping[str, str]) -> Run:
     """Start a run in the experiment of this project.
 
@@ -175,7 +175,7 @@ def create(name: str, parent: str | None, tags: Mapping[str, str]) -> Run:
         StoreError: The store does not answer or refuses.
     """
     experiment = experiment_id()
-    return Run(_create(name, experiment, parent, tags, _now()), experiment, name)
+    return Run(asking(_create)(name, experiment, parent, tags, _now()), experiment, name)
 
 
 def _now() -> int:
@@ -214,7 +214,7 @@ def stage(name: str, params: Mapping[str, object]) -> Iterator[Run]:
         raise
     else:
         run.finish()
-        if not _outbox.flush():
+        if not _outbox.settle():
             console.note(
                 f"tracking is still behind: {len(_outbox.waiting)} writes are lost. When the store answers, the same "
                 "command writes the runs of finished trials again"
@@ -239,11 +239,15 @@ def _system_metrics(run_id: str) -> SystemMetricsMonitor:
     return monitor
 
 
-@talking()
 def reap() -> list[str]:
     """End as KILLED every run whose process on this machine is dead; return their ids."""
+    return _reap(experiments())
+
+
+@asking
+def _reap(within: list[str]) -> list[str]:
     ours = f"attributes.status = 'RUNNING' and tags.`{processes.HOST}` = '{platform.node()}'"
-    running = client().search_runs(experiments(), ours, max_results=_PAGE)
+    running = client().search_runs(within, ours, max_results=_PAGE)
     dead = [run.info.run_id for run in running if processes.dead(run.data.tags)]
     for run_id in dead:
         client().set_terminated(run_id, "KILLED")
@@ -264,8 +268,7 @@ def adopt_project_run() -> str | None:
         os.environ[PARENT] = run_id
         run = Run(run_id, "")
         run.tags(processes.tags() | {"stage": "project"})
-        with talking():
-            entry = client().get_run(run_id).data.tags.get("mlflow.project.entryPoint")
+        entry = asking(lambda: client().get_run(run_id))().data.tags.get("mlflow.project.entryPoint")
         run.rename(f"mlflow run -e {entry}" if entry else "mlflow run")
     return run_id
 

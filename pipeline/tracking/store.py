@@ -10,28 +10,49 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import mlflow
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline import signals
+from pipeline import console, signals
 from pipeline.errors import UserError
+from pipeline.tracking.credentials import hidden
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 EXPERIMENT = "qpruner"
+PATIENCE = "QPRUNER_STORE_PATIENCE"  # seconds that a command waits for a store whose answer it needs
 PARENT = "QPRUNER_PARENT_RUN"  # the run of `mlflow run`, handed from the entry point to the stages it starts
 _ARTIFACTS = (
     "mlartifacts",
     "mlruns",
 )  # where an experiment's files are below the project's root: ours, and MLflow's way
 _SQLITE = "sqlite:///"
+_PATIENCE = "60"
+_PAUSE = 2.0  # seconds between two attempts while a command waits
 _HEADER = b"SQLite format 3\0"
 _OUTAGE = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED")
+_OUTAGE_STATUS = (408, 429)  # of HTTP, as are all from 500 on
+_REMOTE = ("requests", "boto3", "botocore", "s3transfer")  # what carries files; some of it is installed by teams alone
+# What stands in an outage's text, as a person says it.
+_CAUSES = {
+    r"too many 5\d\d error|error code 5\d\d|5\d\d Server Error": "the server is there, but its database or its object "
+    "store may not be",
+    r"[Cc]onnection refused": "connection refused",
+    r"Connection (aborted|reset)": "it cut the connection",
+    r"[Tt]imed out": "it takes too long",
+}
 _UNUSABLE = {errno.ENOSPC: "is full", errno.EROFS: "cannot be written", errno.EACCES: "cannot be written"}
 
 
@@ -64,7 +85,7 @@ def address() -> str:
 
 def shown_address() -> str:
     """Return the tracking URI without user and password."""
-    return _without_password(address())
+    return hidden(address())
 
 
 def is_server() -> bool:
@@ -76,8 +97,15 @@ def client() -> MlflowClient:
     """Return a client of the store.
 
     Raises:
-        StoreError: Its file is no database. MLflow would try again for minutes.
+        StoreError: Its file is no database, for which MLflow would try again for minutes; or it is a database of
+            many machines, to which artifacts do not belong: each machine would keep its own.
     """
+    kind = address().partition(":")[0].partition("+")[0]
+    if kind in DATABASE_ENGINES and kind != "sqlite":
+        raise StoreError(
+            f"MLFLOW_TRACKING_URI names a {kind} database, which cannot hold the artifacts of runs; start an MLflow "
+            "server over it and set MLFLOW_TRACKING_URI to the server's address (docs/cluster.md)"
+        )
     if address().startswith(_SQLITE):
         file = Path(address().removeprefix(_SQLITE).partition("?")[0])
         if file.is_file() and file.stat().st_size and _start(file) != _HEADER:
@@ -96,10 +124,11 @@ def in_words() -> Iterator[None]:
     """Turn a failure of the store into a ``StoreError`` that says what to do."""
     try:
         yield
-    except (MlflowException, SQLAlchemyError) as error:
-        raise _in_words(error) from error
-    except OSError as error:
-        if error.errno in _UNUSABLE:
+    except Exception as error:
+        library = type(error).__module__.partition(".")[0]
+        if isinstance(error, MlflowException | SQLAlchemyError) or library in _REMOTE:
+            raise _in_words(error) from error
+        if isinstance(error, OSError) and error.errno in _UNUSABLE:
             place = f"{error.filename or 'the disk'} {_UNUSABLE[error.errno]}"
             raise StoreError(f"tracking: {place}; make room or set MLFLOW_TRACKING_URI to another store") from error
         raise
@@ -112,11 +141,47 @@ def talking() -> Iterator[None]:
         yield
 
 
+def patience() -> float:
+    """Return for how many seconds a command waits for a store that is away."""
+    return float(os.environ.get(PATIENCE, _PATIENCE))
+
+
+def asking(ask: Callable[P, T]) -> Callable[P, T]:
+    """Let a function that needs the store's answer wait, as long as ``patience`` says, for a store that is away.
+
+    Raises:
+        Unreachable: When called, if the store stays away.
+        StoreError: When called, if the store refuses.
+    """
+
+    @wraps(ask)
+    def asked(*arguments: P.args, **named: P.kwargs) -> T:
+        limit = None
+        while True:
+            try:
+                with talking():
+                    answer = ask(*arguments, **named)
+            except Unreachable as error:
+                if limit is None:
+                    limit = time.monotonic() + patience()
+                    if patience():
+                        console.note(f"{error}; waiting for it, {patience():.0f} s at most (Ctrl-C to give up)")
+                if time.monotonic() >= limit:
+                    raise
+                time.sleep(_PAUSE)
+            else:
+                if limit is not None:
+                    console.note("the tracking store answers again")
+                return answer
+
+    return asked
+
+
 def _in_words(error: Exception) -> StoreError:
     """Return what a failure of the store means to a user."""
-    text = _without_password(str(error))
+    text = hidden(str(error))
     first = text.strip().partition("\n")[0]
-    code = error.error_code if isinstance(error, MlflowException) else "INTERNAL_ERROR"
+    code = _code(error)
     if code == "RESOURCE_DOES_NOT_EXIST" or re.search(r"alias \S+ not found", text):
         return Missing(f"the tracking store {shown_address()}: {first}")
     if deleted := re.search(r"The (experiment|run) (\w+) must be in the 'active' state", text):
@@ -126,8 +191,25 @@ def _in_words(error: Exception) -> StoreError:
     if "disk is full" in text:
         return StoreError(f"the disk of the tracking store {shown_address()} is full; make room and run it again")
     if code in _OUTAGE:
-        return Unreachable(f"the tracking store {shown_address()} does not answer ({first})")
+        return Unreachable(f"the tracking store {shown_address()} does not answer ({_cause(error)})")
     return StoreError(f"the tracking store {shown_address()} refuses: {text}")
+
+
+def _code(error: Exception) -> str:
+    """Return MLflow's code of a failure; files fail by the status of HTTP alone."""
+    if "404 Client Error" in str(error):  # MLflow's code is that of an outage when a server has no such file
+        return "RESOURCE_DOES_NOT_EXIST"
+    if isinstance(error, MlflowException):
+        return error.error_code
+    status = getattr(getattr(error, "response", None), "status_code", 500)
+    return "INTERNAL_ERROR" if status >= 500 or status in _OUTAGE_STATUS else "BAD_REQUEST"
+
+
+def _cause(error: Exception) -> str:
+    """Return why a store does not answer, in a few words."""
+    text = hidden(str(error)).strip()
+    known = (words for pattern, words in _CAUSES.items() if re.search(pattern, text))
+    return next(known, text.partition("\n")[0])
 
 
 def _deleted(kind: str, identity: str) -> str:
@@ -144,16 +226,12 @@ def _damaged(what: str) -> str:
     )
 
 
-def _without_password(text: str) -> str:
-    return re.sub(r"://[^/@\s]*@", "://", text)
-
-
 def parent_run() -> str | None:
     """Return the id of the ``mlflow run`` that this process belongs to, if any."""
     return os.environ.get(PARENT)
 
 
-@talking()
+@asking
 def experiment_id() -> str:
     """Return the experiment of the project's run, or our own, made with an artifact folder that clients can write.
 
@@ -207,7 +285,7 @@ def refuse_moved(place: str) -> None:
             )
 
 
-@talking()
+@asking
 def experiments() -> list[str]:
     """Return the ids of all experiments: runs are found by their tags, wherever `mlflow run` put them."""
     return [experiment.experiment_id for experiment in client().search_experiments()]

@@ -15,7 +15,7 @@ from urllib.parse import quote, urlencode
 
 from pipeline import console
 from pipeline.tracking.runs import Run
-from pipeline.tracking.store import address, client, is_server, parent_run, server_address, talking
+from pipeline.tracking.store import address, asking, client, is_server, parent_run, server_address
 
 _VIEW_TAG = "mlflow.sharedViewState."
 _WORKFLOW = {"workflowType": "machine_learning"}
@@ -23,7 +23,7 @@ _PARAMS = ("method", "bits", "share_raised", "average_bits", "ratio")
 _METRICS = ("peak_memory_gib", "inference_memory_bytes", "accuracy", "pareto_probability")
 
 
-@talking()
+@asking
 def show_search(run: Run, study: str, objective: str) -> None:
     """Keep a view of a study's trials in the experiment, name its runs after it, and print the view's address.
 

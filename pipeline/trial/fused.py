@@ -35,6 +35,26 @@ _GATED = 3  # linears of an MLP whose gate is not stored with what it gates
 
 
 @dataclass(frozen=True)
+class Linears:
+    """Frozen linears that read the same input, each with an adapter.
+
+    Attributes:
+        bases: The linears.
+        scales: Of their adapters.
+        threshold: Of how many of 256 bytes a value of the input is dropped.
+    """
+
+    bases: Sequence[nn.Module]
+    scales: Sequence[float]
+    threshold: int
+
+    def parted(self, tensors: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """Return apart what the input is computed from and A and B of each adapter, which stand at the end."""
+        count = len(tensors) - 2 * len(self.bases)
+        return tensors[:count], tensors[count:]
+
+
+@dataclass(frozen=True)
 class Read:
     """What linears make of one input before their bases: kept from the forward to the backward pass.
 
@@ -74,32 +94,24 @@ def weight_of(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     return cast(nn.Linear, base).weight
 
 
-def _outputs(
-    read: Read, bases: Sequence[nn.Module], scales: Sequence[float], weights: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
+def _outputs(read: Read, linears: Linears, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return y of each linear."""
     found = []
     parts = read.low.split([len(a) for a in weights[::2]], 1)
-    for base, scale, part, b in zip(bases, scales, parts, weights[1::2], strict=True):
+    for base, scale, part, b in zip(linears.bases, linears.scales, parts, weights[1::2], strict=True):
         found.append(base(read.x).addmm_(part, b.to(part.dtype).T, alpha=scale))
     return found
 
 
 def _gradients(
-    read: Read,
-    bases: Sequence[nn.Module],
-    scales: Sequence[float],
-    weights: Sequence[torch.Tensor],
-    outer: Sequence[torch.Tensor],
-    threshold: int,
-    wanted: bool,
+    read: Read, linears: Linears, weights: Sequence[torch.Tensor], outer: Sequence[torch.Tensor], wanted: bool
 ) -> tuple[torch.Tensor | None, Gradients]:
     """Return the gradients of x, if wanted, and of A and B of each linear from those of their outputs."""
     dtype, inner = read.x.dtype, None
     sizes = [len(a) for a in weights[::2]]
     low, of_b = torch.empty_like(read.low), []
     for base, scale, gradient, b, part, into in zip(
-        bases, scales, outer, weights[1::2], read.low.split(sizes, 1), low.split(sizes, 1), strict=True
+        linears.bases, linears.scales, outer, weights[1::2], read.low.split(sizes, 1), low.split(sizes, 1), strict=True
     ):
         of_b.append((gradient.T @ part).mul_(scale).to(b.dtype))
         into.copy_((gradient @ b.to(dtype)).mul_(scale))
@@ -107,93 +119,63 @@ def _gradients(
             weight = weight_of(base, dtype)
             inner = gradient @ weight if inner is None else inner.addmm_(gradient, weight)
             del weight
-    of_a = (low.T @ _dropped(read.x, read.kept, threshold)).split(sizes)
+    of_a = (low.T @ _dropped(read.x, read.kept, linears.threshold)).split(sizes)
     if inner is not None:
-        inner += _dropped(low @ _beside(weights, dtype), read.kept, threshold)
+        inner += _dropped(low @ _beside(weights, dtype), read.kept, linears.threshold)
     pairs = zip(of_a, of_b, weights[::2], strict=True)
     return inner, [gradient for a, b, weight in pairs for gradient in (a.to(weight.dtype), b)]
 
 
-class _Projections(torch.autograd.Function):
-    """All linears that read one input."""
+def _input(given: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return what linears read: the one tensor that is given, or silu(gate) up of two."""
+    if len(given) == 1:
+        return given[0]
+    gate, up = given
+    return nn.functional.silu(gate).mul_(up)
+
+
+def _of_given(given: Sequence[torch.Tensor], inner: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of what is given from that of the input, which is overwritten."""
+    if len(given) == 1:
+        return (inner,)
+    gate, up = given
+    of_up = nn.functional.silu(gate).mul_(inner)
+    return torch.ops.aten.silu_backward(inner.mul_(up), gate), of_up
+
+
+class _Adapted(torch.autograd.Function):
+    """Linears that read one input. What the input is computed from is kept, and the input is computed again from it."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        bases: Sequence[nn.Module],
-        scales: Sequence[float],
-        threshold: int,
-        *weights: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        read = Read.of(x, weights, threshold)
-        ctx.constants = bases, scales, threshold
-        ctx.save_for_backward(read.x, read.kept, read.low, *weights)
-        return tuple(_outputs(read, bases, scales, weights))
+    def forward(ctx: Any, linears: Linears, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given, weights = linears.parted(tensors)
+        read = Read.of(_input(given), weights, linears.threshold)
+        ctx.linears = linears
+        ctx.save_for_backward(read.kept, read.low, *tensors)
+        return tuple(_outputs(read, linears, weights))
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, kept, low, *weights = ctx.saved_tensors
-        bases, scales, threshold = ctx.constants
-        inner, others = _gradients(
-            Read(x, kept, low), bases, scales, weights, outer, threshold, ctx.needs_input_grad[0]
-        )
-        return inner, None, None, None, *others
+        kept, low, *tensors = ctx.saved_tensors
+        given, weights = ctx.linears.parted(tensors)
+        wanted = any(ctx.needs_input_grad[1 : 1 + len(given)])
+        inner, others = _gradients(Read(_input(given), kept, low), ctx.linears, weights, outer, wanted)
+        of_given = (None,) * len(given) if inner is None else _of_given(given, inner)
+        return None, *of_given, *others
 
 
-class _GatedMLP(torch.autograd.Function):
-    """down(silu(gate(x)) up(x)): the outputs of gate and up are kept, their product is computed again."""
+def _applied(layers: Sequence[LoraLayer], *given: torch.Tensor) -> list[torch.Tensor]:
+    """Return the outputs of layers that read the same input.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        bases: Sequence[nn.Module],
-        scales: Sequence[float],
-        threshold: int,
-        *weights: torch.Tensor,
-    ) -> torch.Tensor:
-        read = Read.of(x, weights[:4], threshold)
-        gate, up = _outputs(read, bases[:2], scales[:2], weights[:4])
-        inside = Read.of(nn.functional.silu(gate).mul_(up), weights[4:], threshold)
-        (result,) = _outputs(inside, bases[2:], scales[2:], weights[4:])
-        ctx.constants = bases, scales, threshold
-        ctx.save_for_backward(x, read.kept, read.low, gate, up, inside.kept, inside.low, *weights)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, kept, low, gate, up, inside_kept, inside_low, *weights = ctx.saved_tensors
-        bases, scales, threshold = ctx.constants
-        activated = nn.functional.silu(gate)
-        inside = Read(activated * up, inside_kept, inside_low)
-        inner, of_down = _gradients(inside, bases[2:], scales[2:], weights[4:], [outer], threshold, True)
-        del inside
-        assert inner is not None
-        of_up = activated.mul_(inner)
-        of_gate = torch.ops.aten.silu_backward(inner.mul_(up), gate)
-        del inner
-        inner, others = _gradients(
-            Read(x, kept, low),
-            bases[:2],
-            scales[:2],
-            weights[:4],
-            [of_gate, of_up],
-            threshold,
-            ctx.needs_input_grad[0],
-        )
-        return inner, None, None, None, *others, *of_down
-
-
-def _applied(function: type[torch.autograd.Function], layers: Sequence[LoraLayer], x: torch.Tensor) -> Any:
-    """Apply a function to x, [..., inputs], and the bases and adapters of some layers; rows of x are flat in it."""
+    Args:
+        layers: Adapted linears.
+        given: The input, [..., inputs], or gate and up of a gated MLP. Rows are flat in the products.
+    """
     weights = [cast(nn.Linear, half["default"]).weight for layer in layers for half in (layer.lora_A, layer.lora_B)]
-    bases = [layer.get_base_layer() for layer in layers]
-    scales = [layer.scaling["default"] for layer in layers]
-    found = function.apply(x.flatten(0, -2), bases, scales, _threshold(layers[0]), *weights)
-    if isinstance(found, torch.Tensor):
-        return found.unflatten(0, x.shape[:-1])
-    return [output.unflatten(0, x.shape[:-1]) for output in found]
+    bases, scales = zip(*((layer.get_base_layer(), layer.scaling["default"]) for layer in layers), strict=True)
+    linears = Linears(bases, scales, _threshold(layers[0]))
+    outputs = _Adapted.apply(linears, *(x.flatten(0, -2) for x in given), *weights)
+    return [output.unflatten(0, given[0].shape[:-1]) for output in outputs]
 
 
 def _threshold(layer: LoraLayer) -> int:
@@ -225,8 +207,9 @@ def used(model: PeftModel) -> Iterator[None]:
             _give_together([layers[name] for name in about.groups[group]], give)
         names = (*about.groups["gate_up"], *about.groups["down"])
         if len(names) == _GATED and getattr(base.config, about.activation) == "silu":
+            *before, down = [layers[name] for name in names]
             mlp = base.get_submodule(architecture.linear_name(index, names[0]).rpartition(".")[0])
-            give(mlp, lambda x, gated=[layers[name] for name in names]: _applied(_GatedMLP, gated, x))
+            give(mlp, lambda x, before=before, down=down: _applied([down], *_applied(before, x))[0])
     try:
         yield
     finally:
@@ -239,7 +222,7 @@ def _give_together(layers: Sequence[LoraLayer], give: Callable[..., None]) -> No
     waiting: dict[int, torch.Tensor] = {}
 
     def first(x: torch.Tensor) -> torch.Tensor:
-        output, *others = _applied(_Projections, layers, x)
+        output, *others = _applied(layers, x)
         waiting.update(enumerate(others))
         return output
 

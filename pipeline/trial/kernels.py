@@ -7,7 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+import bitsandbytes
 import torch
+from bitsandbytes.autograd._functions import MatMul8bitFp
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -90,6 +92,21 @@ def _int8_rows_cpu(x: torch.Tensor, threshold: float = 0.0) -> tuple[torch.Tenso
     return torch.round(x.float() * (127.0 / largest[:, None])).to(torch.int8), largest, None
 
 
+class EightBitOnCPU(bitsandbytes.nn.Linear8bitLt):
+    """Dequantizes the matrix and multiplies in training, as on a CPU, where CUDA quantizes the input.
+
+    bitsandbytes chooses by the type of the input's device, and would take CUDA's way for ``meta``.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product; in evaluation it is that of int8 on a CPU too."""
+        if not self.training:
+            return super().forward(x)
+        if self.weight.CB is not None:
+            self.init_8bit_state()
+        return MatMul8bitFp.apply(x, self.weight, None, self.bias, self.state)
+
+
 _COMMON: Kernels = {
     # The one value a step reads: whether positions run on without a jump. They do.
     torch.ops.aten._local_scalar_dense.default: lambda _: True,
@@ -109,6 +126,7 @@ class Machine:
         byte_dropout: Whether dropout is ``recover.ByteDropout``.
         attention: Name of the attention in transformers; None: what it chooses on CUDA, fused where the family has it.
         paged: Whether large optimizer states lie outside PyTorch's allocator.
+        eight_bit: Class of 8-bit linears.
         dtype: Of weights and activations.
     """
 
@@ -118,6 +136,7 @@ class Machine:
     byte_dropout: bool
     attention: str | None
     paged: bool
+    eight_bit: type[nn.Module] = bitsandbytes.nn.Linear8bitLt
     dtype: torch.dtype = torch.bfloat16
 
     def running(self) -> AbstractContextManager:
@@ -136,4 +155,5 @@ CPU = Machine(
         torch.ops.bitsandbytes.int8_vectorwise_quant.default: _int8_rows_cpu,
     },
     fused=False, fp32_adapters=False, byte_dropout=True, attention="eager", paged=False,
+    eight_bit=EightBitOnCPU,
 )  # fmt: skip

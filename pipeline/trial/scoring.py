@@ -68,7 +68,7 @@ def _masks(model: PreTrainedModel, packed: Packed) -> Masks:
     whole, window = tree_mask(packed.owners, packed.branches), architecture.window(model.config)
 
     def added(mask: torch.Tensor) -> torch.Tensor:
-        return additive(mask, model.dtype).to(model.device)
+        return sent(additive(mask, model.dtype), model.device)
 
     if window is None or int(packed.positions.max()) < window:
         return added(whole)

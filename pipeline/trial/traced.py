@@ -95,7 +95,7 @@ def model_of(
         model = AutoModelForCausalLM.from_config(config, dtype=machine.dtype, attn_implementation=machine.attention)
         for name, bits in widths.items():
             if bits != 16:
-                model.set_submodule(name, _quantized(model.get_submodule(name), bits, setting.double_quant))
+                model.set_submodule(name, _quantized(model.get_submodule(name), bits, setting, machine))
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # as `checkpoint` sets them, for PEFT
         description = LoraConfig(
             r=setting.r,
@@ -119,17 +119,20 @@ def model_of(
     return adapted
 
 
-def _quantized(linear: nn.Linear, bits: int, double_quant: bool) -> nn.Module:
+def _quantized(linear: nn.Linear, bits: int, setting: Setting, machine: Machine) -> nn.Module:
     """Return bitsandbytes' module in place of a linear."""
     outputs, inputs = linear.weight.shape
     if bits == 8:
-        module = bitsandbytes.nn.Linear8bitLt(inputs, outputs, has_fp16_weights=False, threshold=0.0)
+        module = machine.eight_bit(inputs, outputs, has_fp16_weights=False, threshold=0.0)
         codes = torch.empty(outputs, inputs, dtype=torch.int8)
         scales = torch.empty(outputs, dtype=torch.float32)
         module.weight = bitsandbytes.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
     else:
         module = bitsandbytes.nn.Linear4bit(inputs, outputs, compute_dtype=linear.weight.dtype)
-        codes, state = torch.empty(-(-outputs * inputs // 2), 1, dtype=torch.uint8), _scales(linear, double_quant)
+        codes, state = (
+            torch.empty(-(-outputs * inputs // 2), 1, dtype=torch.uint8),
+            _scales(linear, setting.double_quant),
+        )
         module.weight = bitsandbytes.nn.Params4bit(codes, quant_state=state, bnb_quantized=True, module=module)
     module.bias = linear.bias
     return module.requires_grad_(False)

@@ -18,11 +18,16 @@ from tests.faults.tally import Try
 
 
 class Server:
-    """``mlflow server`` on a free port, with its store in ``folder``."""
+    """``mlflow server`` on a free port, with its store in ``folder`` unless told otherwise.
 
-    def __init__(self, folder: Path):
+    ``more`` adds to its environment, which holds the keys of an object store.
+    """
+
+    def __init__(self, folder: Path, backend: str = "", artifacts: str = "", more: dict | None = None):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
+        self.folder, self.more = folder, more or {}
+        self.backend = backend or f"sqlite:///{folder / 'server.db'}"
+        self.artifacts = artifacts or str(folder / "artifacts")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -31,16 +36,17 @@ class Server:
 
     def up(self) -> None:
         arguments = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        arguments += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
-        arguments += ["--artifacts-destination", str(self.folder / "artifacts")]
-        self.process = subprocess.Popen(
-            arguments,
-            cwd=self.folder,
-            env=environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        arguments += ["--artifacts-destination", self.artifacts]
+        settings = {"MLFLOW_BACKEND_STORE_URI": self.backend, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                arguments,
+                cwd=self.folder,
+                env=environment() | settings | self.more,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         limit = time.monotonic() + 120
         while True:
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
@@ -55,11 +61,13 @@ class Server:
             self.process.wait()
             self.process = None
 
-    def trials(self, study: str | None = None) -> list:
+    def runs(self, where: str = "") -> list:
         client = MlflowClient(self.uri)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        where = "tags.stage = 'trial'" + (f" and tags.study = '{study}'" if study else "")
         return client.search_runs(experiments, where, max_results=1000)
+
+    def trials(self, study: str | None = None) -> list:
+        return self.runs("tags.stage = 'trial'" + (f" and tags.study = '{study}'" if study else ""))
 
 
 def outage(project: Path, number: int, seconds: float | None) -> Try:
