@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from mlflow.tracking import MlflowClient
 
@@ -160,9 +161,10 @@ print(json.dumps({"answer": answer, "short": short, "logits": logits.flatten().t
     assert len(found["short"][0]) < len(found["answer"][0])
     final, compute = project / "artifacts/final", device.choose("cpu", "auto")
     built = checkpoint.load_final(final, compute.device, compute.dtype)
-    # On a CPU it computes with dense weights; bitsandbytes' int8 modules round what they receive, too.
+    # On a CPU it computes with dense weights; bitsandbytes' int8 modules round what they receive, too. In bf16 a step
+    # between two numbers is 0.016 from 2 on and 0.03 from 4 on.
     logits = build.probe(built, checkpoint.load_tokenizer(final)).flatten().tolist()
-    assert found["logits"] == pytest.approx(logits, abs=0.02)
+    assert found["logits"] == pytest.approx(logits, abs=0.02 if compute.dtype == torch.float32 else 0.07)
     client = MlflowClient(store["MLFLOW_TRACKING_URI"])
     tags = client.get_model_version_by_alias("qpruner", "champion").tags
     assert {"alpaca_md5", "pruned_checkpoint", "git_commit", "search_run", "bits", "size", "score"} <= set(tags)
