@@ -218,36 +218,3 @@ def test_nothing_was_written_through_a_link_into_the_cache(project):
     assert len(files) > 50
     for path in files:
         assert hashlib.md5(path.read_bytes()).hexdigest() == f"{path.parent.name}{path.stem}"
-
-
-def test_bad_params_list_every_fault_and_start_nothing(project):
-    good = (project / "params.yaml").read_text()
-    raw = yaml.safe_load(good)
-    raw["prune"] |= {"ratios": [1.5], "rato": 0.2}
-    raw["evaluate"]["tasks"] = ["piqa", "pika"]
-    raw["recover"]["steps"] = "many"
-    raw["data"]["alpaca"] = "path:nowhere.jsonl"
-    raw["search"]["seed_bits"] = ["8888"]
-    (project / "params.yaml").write_text(yaml.safe_dump(raw))
-    before = len(runs(project))
-    try:
-        done = command(project, sys.executable, "-m", "pipeline", "run", "search")
-    finally:
-        (project / "params.yaml").write_text(good)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    wanted = "6 faults,prune.ratios,1.5,prune.rato,unknown key,pika,recover.steps,nowhere.jsonl,max_8bit_fraction"
-    assert [text for text in wanted.split(",") if text not in done.stderr] == []
-    assert len(runs(project)) == before
-
-
-def test_edited_checkpoint_is_refused_with_the_stage_to_run(project):
-    weights = project / "artifacts/pruned/0.2/model.safetensors"
-    good = weights.read_bytes()
-    weights.chmod(0o644)
-    weights.write_bytes(good[:-8])
-    try:
-        done = command(project, sys.executable, "-m", "pipeline", "importance")
-    finally:
-        weights.write_bytes(good)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "does not match its checksum" in done.stderr and "dvc repro --force --single-item prune" in done.stderr
