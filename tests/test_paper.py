@@ -111,8 +111,12 @@ def bits(call):
 
 
 def test_table_has_one_run_a_cell_with_the_searchs_trials_below_qpruner3(params, trials, monkeypatch):
-    monkeypatch.setattr(figures, "accuracy_and_memory", PICTURE)
+    drawn = []
+    monkeypatch.setattr(figures, "accuracy_and_memory", lambda *given: drawn.append(given[0]) or PICTURE(*given))
     shell.start("table", params)
+    assert [[bar.label for bar in bars] for bars in drawn[0].values()] == [
+        ["LLM-Pruner (16-bit)", "QPruner1", "QPruner2", "QPruner3"]
+    ]
     (top,) = runs("table")
     found = runs("cell")
     assert [run.tags["method"] for run in found] == ["dense", "llm_pruner", "qpruner1", "qpruner2", "qpruner3"]
