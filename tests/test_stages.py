@@ -15,15 +15,17 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 from mlflow.tracking import MlflowClient
 
-from pipeline import storage, tracking
+from pipeline import console, device, storage, tracking
 from pipeline.identity import Identity
 from pipeline.paths import REPORTS
 from pipeline.search import pareto, search
 from pipeline.search.allocate import Spaces
 from pipeline.search.study import Study
 from pipeline.stages.agreement import TrackingBehind, verified_runs
+from pipeline.stages.attempts import Attempts
 from pipeline.stages.recorder import Recorder, search_settings
 from pipeline.stages.shell import made
+from pipeline.stages.work import crew
 from pipeline.tracking import outbox, runs
 from pipeline.trial import trial
 from tests.fixtures.searches import PROBLEM, RATIO, SPACES, STUDY, UNITS, result
@@ -38,7 +40,8 @@ def settings(default, monkeypatch, empty_store_here):
 
 def contexts_of(units):
     """What trials share, as far as the recorder reads it."""
-    context = types.SimpleNamespace(units=[None] * units, further=None)
+    compute = device.Compute(torch.device("cpu"), torch.float32)
+    context = types.SimpleNamespace(units=[None] * units, further=None, compute=compute)
     return types.SimpleNamespace(any=context, folders={RATIO: None}, at=lambda ratio: context)
 
 
@@ -51,15 +54,22 @@ def searched(folder, settings, monkeypatch, broken=None, run=None):
         return result(bits), None
 
     monkeypatch.setattr(trial, "run", run or fake)
-    contexts = contexts_of(UNITS)
     study = Study(folder, STUDY)
     with tracking.stage("search", {}) as top:
-        own = Recorder(top, study, settings, contexts, SPACES)
+        own = Recorder(top, study, settings, SPACES)
         own.agree()
         with tracking.patient():
-            own.references()
-            search.run(study, search_settings(settings, UNITS), PROBLEM, own.attempt())
+            run_trials(own)
     return study, top
+
+
+def run_trials(own):
+    """References and trials in this process, as the stage runs them."""
+    contexts, screen = contexts_of(UNITS), console.Search(own.params.search.n_trials)
+    with crew(own.params, contexts, own.study, screen) as hands:
+        attempts = Attempts(own, hands, screen)
+        attempts.references(contexts.any, [RATIO])
+        search.run(own.study, search_settings(own.params, UNITS), PROBLEM, attempts)
 
 
 class Model:
@@ -77,13 +87,10 @@ def test_no_model_of_an_earlier_trial_is_left_when_the_next_one_is_measured(tmp_
 
     monkeypatch.setattr(trial, "run", fake)
     chosen = settings.search.model_copy(update={"references": ("llm_pruner", "uniform8")})
-    contexts = contexts_of(UNITS)
     chosen = settings.model_copy(update={"search": chosen})
     study = Study(tmp_path, STUDY)
     with tracking.stage("search", {}) as run:
-        own = Recorder(run, study, chosen, contexts, SPACES)
-        own.references()
-        search.run(study, search_settings(chosen, UNITS), PROBLEM, own.attempt())
+        run_trials(Recorder(run, study, chosen, SPACES))
     assert len(left) == 6
 
 
