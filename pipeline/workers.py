@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 Work = Callable[[Task], "Result"]
 INSTALL = "make workers"
 _STORE = 80 * 2**20  # bytes of Ray's object store, near its least: results are small, and artifacts lie in files
-_FOLDER = "qpruner-ray-"  # before the random name of a local Ray's folder; paths of sockets must be short
+_FOLDER = "qpruner-ray-"  # before the random name of a local Ray's folder
+_LONGEST = 30  # characters of the path that it lies in: those of sockets, which lie in it, are limited to 107
 _STARTS = 3  # workers in a row that may die before they are ready
 _POLL = 1.0  # seconds between two looks at interrupts
 _PATIENCE = 60  # seconds without any worker before that is said
@@ -216,7 +217,7 @@ def started(
     import ray
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would report to its makers
-    with _running(cluster) if cluster else _local(count):
+    with _connected(cluster) if cluster else _local(count):
         number = count or (max(1, int(ray.cluster_resources().get("GPU", 0))) if gpus else 1)
         pool = Workers(number, prepare, int(gpus))
         try:
@@ -228,42 +229,38 @@ def started(
 @contextmanager
 def _local(count: int | None) -> Iterator[None]:
     """Start a Ray that ends with the block, and with this process if that is killed."""
-    with _folder() as folder:
-        with _connected(
-            address="local",
+    with (
+        _folder() as folder,
+        _connected(
+            "local",
             num_cpus=count or os.cpu_count(),
             object_store_memory=_STORE,
             include_dashboard=False,
             _node_ip_address="127.0.0.1",
             _temp_dir=str(folder),
-        ):
-            yield
+        ),
+    ):
+        yield
 
 
 @contextmanager
-def _running(cluster: str) -> Iterator[None]:
-    try:
-        with _connected(address=cluster):
-            yield
-    except ConnectionError as error:
-        raise SearchError(f"search.cluster: no Ray answers at {cluster} ({error}); start it, or set null") from None
+def _connected(address: str, **more: Any) -> Iterator[None]:
+    """Connect to Ray, whose handlers of signals give way to this project's.
 
-
-@contextmanager
-def _connected(**how: Any) -> Iterator[None]:
-    """Connect to Ray, whose handlers of signals give way to this project's."""
+    Raises:
+        SearchError: No Ray answers at the address.
+    """
     import ray
 
     passed = {key: value for key, value in os.environ.items() if key.startswith(_PASSED)}
     path = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {"env_vars": passed | {"PYTHONPATH": path}}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(
-            log_to_driver=False,
-            logging_level="error",
-            runtime_env={"env_vars": passed | {"PYTHONPATH": path}},
-            **how,
-        )
+        try:
+            ray.init(address, log_to_driver=False, logging_level="error", runtime_env=variables, **more)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise SearchError(f"search.cluster: no Ray answers at {address} ({_cause(error)}); start it") from error
         for number, handler in handlers.items():
             signal.signal(number, handler)
         yield
@@ -275,6 +272,8 @@ def _connected(**how: Any) -> Iterator[None]:
 def _folder() -> Iterator[Path]:
     """Give a folder for a local Ray; those of searches that were killed go."""
     place = Path(tempfile.gettempdir())
+    if len(str(place)) > _LONGEST:
+        place = Path("/tmp")
     for left in place.glob(f"{_FOLDER}*"):
         with suppress(OSError):  # another user's, or gone by now
             lock = Lock(left)

@@ -79,6 +79,11 @@ def test_workers_that_cannot_start_end_the_search_with_the_cause(here):
         pool.wait()
 
 
+def test_address_where_no_ray_answers_is_named(here):
+    with pytest.raises(SearchError, match="search.cluster: no Ray answers at auto"), workers.started(1, print, "auto"):
+        pass
+
+
 def test_killed_driver_leaves_no_process_and_its_folder_goes_with_the_next_one(here):
     code = "from tests.fixtures import working; working.drive()"
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

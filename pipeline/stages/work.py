@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -60,7 +61,7 @@ def prepared(
         answers: Where results are written.
         mark: What the search wrote there, which a worker that has the same folder sees.
         compute: What the search computes with.
-        threads: Of the CPU's computations; None: as many as PyTorch takes.
+        threads: Of its computations on a CPU, 0: one for each core; None: on a GPU.
 
     Raises:
         UserError: This machine has another folder or computes with something else, or a checkpoint was changed.
@@ -74,7 +75,7 @@ def prepared(
     if ours != compute:
         raise UserError(f"it computes with {ours} and the search with {compute}: their trials do not compare")
     if threads is not None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads or os.cpu_count() or 1)
     contexts = Contexts(params, folders)
 
     def answered(task: Task) -> Result:
@@ -107,7 +108,8 @@ def crew(params: Params, contexts: Contexts, study: Study, screen: console.Searc
     from pipeline import workers
 
     number = None if count == "auto" else count
-    threads = None if gpus or asked.cluster or not number else max(1, torch.get_num_threads() // number)
+    share = 0 if asked.cluster or not number else max(1, torch.get_num_threads() // number)
+    threads = None if gpus else share
     prepare = partial(prepared, params, contexts.folders, answers, answers.mark(), str(compute), threads)
     with workers.started(number, prepare, asked.cluster, gpus=gpus) as pool:
         screen.workers = pool.size
