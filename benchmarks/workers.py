@@ -6,7 +6,7 @@ A trial of a 7B model takes a GPU minutes in which the search's own process does
 model compute a second and sleep as long as ``sleep`` says, so that two cores can show what a GPU each would. ``FOLDER``
 gets a clone with the tiny model (``tests/end_to_end/project.py``); each number of workers gets a journal and an MLflow
 store of its own. Prints a Markdown table: seconds of the trials (from the begin of the first to the end of the last)
-and of the whole stage (imports, starting Ray and the workers, the references), and what journal and store hold.
+and of the whole stage (imports, starting Ray and the workers), and what journal and store hold.
 
     python -m benchmarks.workers . ask [pending=0,3,7,63] [tried=50]
     python -m benchmarks.workers . driver [trials=300]
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def search_slowly() -> None:
 
     runtime.prepare()
     tracking.on_termination_interrupt()
-    work.work, work.prepared = slowed(work.work), workers.prepared
+    work.work, work.prepared = slowed(work.work), workers.prepared  # type: ignore[assignment]
     shell.start("search", checks.load())
 
 
@@ -104,11 +105,17 @@ def measured(project: Path, count: int, trials: int, sleep: float) -> dict[str, 
 
 def speedup(folder: Path, counts: Sequence[int], trials: int, sleep: float) -> str:
     """Return a table of searches with several numbers of workers."""
-    from tests.end_to_end.project import edit
-    from tests.faults.kills import prepared as built
+    from tests.end_to_end.project import command, edit, tiny_project
 
-    project = built(folder)
-    edit(project, "search", granularity="group", max_8bit_fraction=1.0)
+    project = folder / "project"
+    if not (project / "reports/importance.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        tiny_project(folder)
+        edit(project, "search", granularity="group", max_8bit_fraction=1.0, references=[])
+        built = command(project, "dvc", "repro", "importance", "quantize", timeout=3600)
+        if built.returncode:
+            raise RuntimeError(built.stderr[-3000:])
     rows = []
     for count in counts:
         rows.append(measured(project, count, trials, sleep))
@@ -134,7 +141,7 @@ def ask(pending: Sequence[int], tried: int) -> str:
     rows = []
     for count in pending:
         now = drawn[tried : tried + count]
-        seconds = timed(lambda now=now: acquire.propose(past, spaces, known, set(drawn), random.Random(0), now))
+        seconds = timed(partial(acquire.propose, past, spaces, known, set(drawn), random.Random(0), now))
         rows.append([str(count), f"{seconds:.2f}"])
     return markdown(["at work", "seconds of a proposal"], rows)
 

@@ -154,6 +154,8 @@ class Search:
         since = [f"{label}, {duration(now - began)}" for label, began in self._at_work.items()]
         work = since if self.workers > 1 else [f"{label}{step}" for label in self._at_work]
         rows = Table.grid()
-        for row in (*map(Text, work or ["starting"]), bar, Text(self.state())):
-            rows.add_row(row)
+        for line in work or ["starting"]:
+            rows.add_row(Text(line))
+        rows.add_row(bar)
+        rows.add_row(Text(self.state()))
         return rows
