@@ -2,7 +2,8 @@
 
 The search's process asks, tells, keeps the journal and writes MLflow; workers only compute. So Ray holds no truth here:
 a worker loads what trials share once, and writes each result into the study's folder before it returns it. Whatever
-dies, the same command goes on. A Ray of this search's own ends with it, on loopback alone and without its dashboard.
+dies, the same command goes on. A Ray of this search's own ends with it. It listens on loopback alone, wants a random
+token, and has no dashboard.
 """
 
 from __future__ import annotations
@@ -10,21 +11,25 @@ from __future__ import annotations
 import os
 import pickle
 import platform
+import secrets
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.locks import Lock
 from pipeline.search import SearchError
 from pipeline.search.crew import Answer, Died, Task
 
@@ -36,6 +41,7 @@ INSTALL = "make workers"
 _STORE = 80 * 2**20  # bytes of Ray's object store, near its least: results are small, and artifacts lie in files
 _FOLDER = "qpruner-ray-"  # before the random name of a local Ray's folder
 _LONGEST = 30  # characters of the path that it lies in: those of sockets, which lie in it, are limited to 107
+_TRIES = 3  # to start a local Ray
 _STARTS = 3  # workers in a row that may die before they are ready
 _POLL = 1.0  # seconds between two looks at interrupts
 _PATIENCE = 60  # seconds without any worker before that is said
@@ -214,9 +220,12 @@ def started(
     """
     if not installed():
         raise SearchError(f"Ray is not installed, which more than one worker needs; run: {INSTALL}")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would report to its makers
+    if cluster is None:  # Ray reads these when it is imported
+        os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}  # the former: loopback alone
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would report to its makers
     with _connected(cluster) if cluster else _local(count):
         number = count or (max(1, int(ray.cluster_resources().get("GPU", 0))) if gpus else 1)
         pool = Workers(number, prepare, int(gpus))
@@ -236,7 +245,6 @@ def _local(count: int | None) -> Iterator[None]:
             num_cpus=count or os.cpu_count(),
             object_store_memory=_STORE,
             include_dashboard=False,
-            _node_ip_address="127.0.0.1",
             _temp_dir=str(folder),
         ),
     ):
@@ -252,15 +260,9 @@ def _connected(address: str, **more: Any) -> Iterator[None]:
     """
     import ray
 
-    passed = {key: value for key, value in os.environ.items() if key.startswith(_PASSED)}
-    path = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = {"env_vars": passed | {"PYTHONPATH": path}}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        try:
-            ray.init(address, log_to_driver=False, logging_level="error", runtime_env=variables, **more)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise SearchError(f"search.cluster: no Ray answers at {address} ({_cause(error)}); start it") from error
+        _connect(address, more)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         yield
@@ -268,23 +270,58 @@ def _connected(address: str, **more: Any) -> Iterator[None]:
         ray.shutdown()
 
 
+def _connect(address: str, more: Mapping[str, Any]) -> None:
+    """Connect to a Ray. One that is to be started on a busy machine may miss Ray's own limit of 30 seconds: again."""
+    import ray
+
+    passed = {key: value for key, value in os.environ.items() if key.startswith(_PASSED)}
+    path = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {"env_vars": passed | {"PYTHONPATH": path}}
+    for attempt in range(_TRIES):
+        try:
+            ray.init(address, log_to_driver=False, logging_level="error", runtime_env=variables, **more)
+            return
+        except Exception as error:  # Ray raises plain ones
+            ray.shutdown()
+            if address != "local":
+                message = (
+                    f"search.cluster: no Ray answers at {address} ({_cause(error)}); start it, or mend the address"
+                )
+                raise SearchError(message) from error
+            if attempt == _TRIES - 1:
+                raise SearchError(f"Ray does not start here ({_cause(error)}); run the same command again") from error
+
+
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """Give a folder for a local Ray; those of searches that were killed go."""
+    """Give a folder for a local Ray. A process beside this one ends what is left of that Ray, however this one ends."""
     place = Path(tempfile.gettempdir())
-    if len(str(place)) > _LONGEST:
-        place = Path("/tmp")
-    for left in place.glob(f"{_FOLDER}*"):
-        with suppress(OSError):  # another user's, or gone by now
-            lock = Lock(left)
-            if lock.take():
-                shutil.rmtree(left, ignore_errors=True)
-            lock.release()
-    folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=place))
-    lock = Lock(folder)
-    lock.take()
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=place if len(str(place)) <= _LONGEST else "/tmp"))
+    code = f"from pipeline import workers; workers.keep({str(folder)!r}, {os.getpid()})"
+    keeper = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
+    assert keeper.stdin is not None
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
+        keeper.stdin.close()
+        keeper.wait()
+
+
+def keep(folder: str, driver: int) -> None:
+    """Wait for the end of a local Ray or of its search; then end what is left of that Ray, and remove its folder.
+
+    Ray's agents wait for minutes for a directory that was killed. They rename themselves and hide their environment, so
+    they are known by the logs in the folder that they write.
+
+    Args:
+        folder: The Ray's folder.
+        driver: Number of the search's process, which may have such a log open.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdin.read()  # until the search closes it, or dies
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.pid != driver and any(file.path.startswith(f"{folder}/") for file in process.open_files()):
+                process.kill()
+    shutil.rmtree(folder, ignore_errors=True)

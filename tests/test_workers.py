@@ -5,7 +5,6 @@ import platform
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -42,6 +41,13 @@ def test_workers_answer_side_by_side_survive_a_death_and_end(here):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     said = []
     with workers.started(2, partial(working.sleeping, here, SLEEP)) as pool:
+        listening = {
+            connection.laddr.ip.removeprefix("::ffff:")
+            for process in psutil.Process().children(recursive=True)
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        assert listening <= {"127.0.0.1", "::1"} and listening
         crew = Crew(pool, retries=1, answers=here, told=said.append)
         crew.submit(task("trial 1"))
         assert crew.wait()[1].outcome == result(BITS[0])  # both have started by now, or nearly
@@ -84,16 +90,19 @@ def test_address_where_no_ray_answers_is_named(here):
         pass
 
 
-def test_killed_driver_leaves_no_process_and_its_folder_goes_with_the_next_one(here):
+def test_killed_driver_leaves_neither_process_nor_folder(here):
     code = "from tests.fixtures import working; working.drive()"
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert driver.stdout.readline() == "ready\n"
     family = psutil.Process(driver.pid).children(recursive=True)
-    (left,) = Path(tempfile.gettempdir()).glob("qpruner-ray-*")
+    (left,) = {
+        Path(file.path[: file.path.index("/session_")])
+        for process in family
+        for file in process.open_files()
+        if "/session_" in file.path
+    }
     assert any("ray::Process" in " ".join(process.cmdline()) for process in family)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert alive == []
-    with workers._folder() as folder:
-        assert folder.exists() and not left.exists()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == [] and not left.exists()

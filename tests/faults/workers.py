@@ -166,7 +166,7 @@ def kill(folder: Path, number: int, seed: int, workers: int, trials: int) -> Try
     if alive:
         done.remark(f"alive {_GRACE:.0f} s later: {[str(each) for each in alive]}")
     if death.startswith(("SIGINT", "SIGTERM")):
-        done.read((place / "killed.txt").read_text().partition("KeyboardInterrupt")[0])
+        done.read((place / "killed.txt").read_text())
     if (death == "SIGKILL to a worker" or "none was there" in done.note) and process.returncode:
         done.unclear += 1
         done.remark(f"the search ended with {process.returncode}")
@@ -211,7 +211,10 @@ def compare(done: Try, place: Path, before: list, written: list, trials: int) ->
 
 def main(arguments: list[str]) -> None:
     if arguments[0] == "search":
-        search(*map(int, arguments[1:]))
+        try:
+            search(*map(int, arguments[1:]))
+        except KeyboardInterrupt:
+            sys.exit("interrupted")
         return
     given = dict(item.split("=") for item in arguments[1:])
     folder, seed = Path(arguments[0]).absolute(), int(given.get("seed", 0))
