@@ -221,6 +221,7 @@ def started(
     if not installed():
         raise SearchError(f"Ray is not installed, which more than one worker needs; run: {INSTALL}")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would report to its makers
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as important as trials of this process
     if cluster is None:  # Ray reads these when it is imported
         os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}  # the former: loopback alone
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline import bits, console, device
+from pipeline.device import Compute
 from pipeline.errors import UserError
 from pipeline.params import Params
 from pipeline.search.crew import Answers, Crew, Here, Task
@@ -99,15 +100,15 @@ def crew(params: Params, contexts: Contexts, study: Study, screen: console.Searc
     Raises:
         UserError: The workers cannot be started.
     """
-    asked, compute, answers = params.search, contexts.any.compute, answers_of(study)
-    gpus = compute.device.type == "cuda"
-    count = _here(gpus) if asked.workers == "auto" and asked.cluster is None else asked.workers
-    if count == 1 and asked.cluster is None:
+    asked = params.search
+    count = asked.workers if asked.workers != "auto" or asked.cluster else _here(contexts.any.compute)
+    if count == 1:
         yield Crew(Here(partial(work, params, contexts, study.name, screen.steps)))
         return
     from pipeline import workers
 
-    number = None if count == "auto" else count
+    compute, answers = contexts.any.compute, answers_of(study)
+    gpus, number = compute.device.type == "cuda", None if count == "auto" else count
     share = 0 if asked.cluster or not number else max(1, torch.get_num_threads() // number)
     threads = None if gpus else share
     prepare = partial(prepared, params, contexts.folders, answers, answers.mark(), str(compute), threads)
@@ -117,9 +118,9 @@ def crew(params: Params, contexts: Contexts, study: Study, screen: console.Searc
     answers.clear()  # after an interruption they stay: the same command takes them up
 
 
-def _here(gpus: bool) -> int:
+def _here(compute: Compute) -> int:
     """Return how many workers this machine is good for: one for each GPU; on CPUs one, as several slow each other."""
-    return max(1, torch.cuda.device_count()) if gpus else 1
+    return torch.cuda.device_count() if compute.device.type == "cuda" else 1
 
 
 def answers_of(study: Study) -> Answers:
