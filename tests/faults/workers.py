@@ -10,11 +10,13 @@ local Ray's folder), or unclear. It resumes.
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -84,6 +86,13 @@ def _named(driver: psutil.Process, part: str) -> list[psutil.Process]:
     return named
 
 
+def _begun(what: str, place: Path, driver: psutil.Process) -> bool:
+    journal = place / "artifacts/study/journal.log"
+    if what == "the first result":
+        return journal.exists() and '"result"' in journal.read_text()
+    return what == "the start" or bool(_named(driver, "ray::Process"))
+
+
 def _some(part: str, draw: random.Random):
     def kill(driver: psutil.Process) -> str:
         there = _named(driver, part)
@@ -124,6 +133,13 @@ def deaths(draw: random.Random) -> dict:
     }
 
 
+def temporary(folder: Path) -> Path:
+    """Where a try's Ray has its folder; paths of sockets must be short."""
+    path = Path(tempfile.gettempdir()) / f"q{zlib.crc32(str(folder).encode()):x}"
+    path.mkdir(exist_ok=True)
+    return path
+
+
 def start(folder: Path, workers: int, trials: int, output) -> subprocess.Popen:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "QPRUNER_"))}
     environment |= {
@@ -131,6 +147,7 @@ def start(folder: Path, workers: int, trials: int, output) -> subprocess.Popen:
         "QPRUNER_FAULTS": str(folder),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(temporary(folder)),
     }
     command = [sys.executable, "-m", "tests.faults.workers", "search", str(workers), str(trials)]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True)
@@ -145,15 +162,15 @@ def kill(folder: Path, number: int, seed: int, workers: int, trials: int) -> Try
     place = folder / f"try-{number}"
     (place / "artifacts/study").mkdir(parents=True, exist_ok=True)
     (place / "died").touch()  # no worker kills itself
-    early = draw.random() < 0.2
-    moment = draw.uniform(0, 10) if early else draw.uniform(0, trials * SLEEP / workers + 3)
+    after = draw.choice(["the start", "the first worker came", "the first result", "the first result"])
+    moment = draw.uniform(0, 10) if after == "the start" else draw.uniform(0, trials * SLEEP / workers)
     with (place / "killed.txt").open("w") as output:
         process = start(place, workers, trials, output)
         driver = psutil.Process(process.pid)
-        while not early and process.poll() is None and not _named(driver, "ray::Process"):
-            time.sleep(0.5)
+        while process.poll() is None and not _begun(after, place, driver):
+            time.sleep(0.3)
         time.sleep(moment)
-        done.remark(f"{moment:.1f} s after {'the start' if early else 'the first worker came'}")
+        done.remark(f"{moment:.1f} s after {after}")
         if process.poll() is None:
             done.remark(ways[death](driver) or "hit")
         if death == "SIGKILL to a worker" or "none was there" in done.note:
@@ -202,7 +219,8 @@ def compare(done: Try, place: Path, before: list, written: list, trials: int) ->
     left += [str(each) for each in processes(place)]
     left += [str(path) for path in (place / "artifacts").rglob("*") if path.name.startswith(".") and path.is_dir()]
     left += [str(path) for path in place.glob("artifacts/study/answers")]
-    left += [str(path) for path in Path(tempfile.gettempdir()).glob("qpruner-ray-*")]
+    left += [str(path) for path in temporary(place).glob("qpruner-ray-*")]
+    shutil.rmtree(temporary(place))
     done.left += len(left)
     for what, names in (("lost", lost), ("left", left)):
         if names:
