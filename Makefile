@@ -20,7 +20,7 @@ ifeq ($(LOGNAME)$(USER),)
 export LOGNAME := $(shell id -un 2>/dev/null || echo uid-$$(id -u))
 endif
 
-.PHONY: search test lint fmt ui bench doctor check setup clean help
+.PHONY: search test lint fmt ui bench doctor check setup workers clean help
 .DEFAULT_GOAL := help
 
 search: setup ## the main job, from the model to the registry; PRESET=llama-7b N_TRIALS=30 SET="prune.ratios=0.3"
@@ -68,6 +68,9 @@ $(VENV)/installed: requirements.txt requirements-dev.txt | python
 	@$(COMPILE) & $(INSTALL) -r requirements.txt -r requirements-dev.txt; installed=$$?; wait; exit $$installed
 	$(COMPILE) -j 0 || true # on all cores; some packages ship what is no Python
 	touch $@
+
+workers: setup ## Ray, for search.workers on several GPUs or machines (docs/cluster.md); 75 MB
+	python -m pip install --quiet --disable-pip-version-check -r requirements-workers.txt
 
 .PHONY: python
 python:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import optuna
 from optuna.distributions import CategoricalDistribution
-from optuna.trial import create_trial
+from optuna.trial import TrialState, create_trial
 
 from pipeline.bits import Vector
 from pipeline.compress.priors import Priors
@@ -18,7 +19,14 @@ from pipeline.search.search import beliefs
 from pipeline.search.study import options_of, params_of, vector_of
 from pipeline.search.surrogate import Observation
 
-Ask = Callable[[Sequence[Observation]], Vector | None]
+
+class Ask(Protocol):
+    """Suggests a feasible vector that is new, from what was tried and what is tried now."""
+
+    def __call__(self, past: Sequence[Observation], pending: Sequence[Vector] = (), /) -> Vector | None:
+        """Return it; None if all were tried."""
+
+
 Told = Mapping[float, Priors]  # ratio -> what the sampler knows of its units
 MIB = 2**20
 
@@ -34,9 +42,11 @@ def ours(spaces: Spaces, priors: Told, seed: int) -> Ask:
     widths = next(iter(spaces.at.values())).widths
     believed = beliefs(priors, widths)
 
-    def ask(past: Sequence[Observation]) -> Vector | None:
-        tried = {seen.vector for seen in past}
-        return acquire.propose(past, spaces, believed, tried, random.Random(seed + len(past)))
+    def ask(past: Sequence[Observation], pending: Sequence[Vector] = ()) -> Vector | None:
+        tried, generator = {seen.vector for seen in past} | set(pending), random.Random(seed + len(past) + len(pending))
+        if not past:
+            return spaces.unseen(tried, generator)
+        return acquire.propose(past, spaces, believed, tried, generator, pending)
 
     return ask
 
@@ -44,14 +54,17 @@ def ours(spaces: Spaces, priors: Told, seed: int) -> Ask:
 def drawn(spaces: Spaces, priors: Told, seed: int) -> Ask:
     """Return random feasible vectors."""
     generator = random.Random(seed)
-    return lambda past: spaces.unseen({seen.vector for seen in past}, generator)
+    return lambda past, pending=(): spaces.unseen({*(seen.vector for seen in past), *pending}, generator)
 
 
 def gp(spaces: Spaces, priors: Told, seed: int) -> Ask:
-    """Return Optuna's Gaussian process with the limits as a constraint; what exceeds them is brought back."""
+    """Return Optuna's Gaussian process with the limits as a constraint; what exceeds them is brought back.
+
+    What is tried now are running trials, which it takes into account in a way of its own.
+    """
     distributions = parameters(spaces)
 
-    def ask(past: Sequence[Observation]) -> Vector | None:
+    def ask(past: Sequence[Observation], pending: Sequence[Vector] = ()) -> Vector | None:
         sampler = optuna.samplers.GPSampler(seed=seed + len(past), n_startup_trials=1)
         study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
         for seen in past:
@@ -63,7 +76,10 @@ def gp(spaces: Spaces, priors: Told, seed: int) -> Ask:
             if any(map(binds, spaces.at.values())):
                 trial.set_constraint("limits", excess(spaces.at[seen.vector.ratio], seen.vector))
             study.add_trial(trial)
-        return brought_back(vector_of(study.ask(distributions).params), past, spaces, priors, seed)
+        for vector in pending:
+            params = params_of(vector, distributions)
+            study.add_trial(create_trial(state=TrialState.RUNNING, params=params, distributions=distributions))
+        return brought_back(vector_of(study.ask(distributions).params), past, spaces, priors, seed, pending)
 
     return ask
 
@@ -76,7 +92,8 @@ def of_optuna(make: Callable[[int], optuna.samplers.BaseSampler]) -> Callable[[S
         distributions = parameters(spaces)
         waiting: list[optuna.Trial] = []
 
-        def ask(past: Sequence[Observation]) -> Vector | None:
+        def ask(past: Sequence[Observation], pending: Sequence[Vector] = ()) -> Vector | None:
+            assert not pending, "one after another only"
             if waiting:
                 study.tell(waiting.pop(), [past[-1].score, spaces.memory(past[-1].vector)])
             else:
@@ -109,10 +126,17 @@ def excess(space: Space, vector: Vector) -> float:
     return float(((space.hot(space.levels([vector.bits])) @ costs.T - most) / most.clip(1)).max())
 
 
-def brought_back(vector: Vector, past: Sequence[Observation], spaces: Spaces, priors: Told, seed: int) -> Vector | None:
+def brought_back(
+    vector: Vector,
+    past: Sequence[Observation],
+    spaces: Spaces,
+    priors: Told,
+    seed: int,
+    pending: Sequence[Vector] = (),
+) -> Vector | None:
     """Return the nearest feasible vector that was not tried, at the same ratio if there is one."""
-    generator = random.Random(seed + len(past))
-    space, tried = spaces.at[vector.ratio], {seen.vector for seen in past}
+    generator = random.Random(seed + len(past) + len(pending))
+    space, tried = spaces.at[vector.ratio], {*(seen.vector for seen in past), *pending}
     weights = [gain + 1e-9 * generator.random() for gain in priors[vector.ratio].sensitivity]
     here = {other.bits for other in tried if other.ratio == vector.ratio}
     bits = space.unseen(here, generator, near=space.repair(vector.bits, weights))
@@ -126,6 +150,7 @@ SAMPLERS = {
     "nsga2": of_optuna(lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=10)),
     "random": drawn,
 }
+SIDE_BY_SIDE = ("ours", "gp", "random")  # those that know what is tried now
 LABELS = {
     "ours": "this project",
     "gp": "Gaussian process (Optuna)",

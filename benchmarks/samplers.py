@@ -15,7 +15,8 @@ kept: slow ones can be replayed apart.
 
 An arm is ``sampler:prior``, such as ``ours:good``. ``ours:good:1`` has one random vector at its start; else it has none
 (the default of the search), three where the landscape has one ratio. ``ours:good@0.2`` searches this ratio alone, and
-is judged by the best known of all ratios.
+is judged by the best known of all ratios. ``ours:good*4`` tries four vectors side by side: while it suggests the next
+one, three are tried that it does not know the quality of; the oldest of them ends first.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import landscapes
-from benchmarks.contenders import LABELS, SAMPLERS, quiet
+from benchmarks.contenders import LABELS, SAMPLERS, SIDE_BY_SIDE, quiet
 from benchmarks.landscapes import Landscape
 from pipeline.bits import Vector
 from pipeline.results import style
@@ -49,7 +50,7 @@ PRIORS = {
     "shuffled": "shuffled priors",
     "reversed": "reversed priors",
 }
-_ARM = re.compile(r"(\w+):(\w+)(?::(\d+))?(?:@(0(?:\.\d+)?))?")
+_ARM = re.compile(r"(\w+):(\w+)(?::(\d+))?(?:@(0(?:\.\d+)?))?(?:\*([1-9]\d*))?")
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,18 @@ class Arm:
         prior: What it is told: one of ``PRIORS``.
         starts: Random vectors at its start; None: as many as the landscape suggests.
         ratio: The only one that it searches; None: all.
+        workers: How many vectors are tried side by side.
     """
 
     sampler: str
     prior: str
     starts: int | None = None
     ratio: float | None = None
+    workers: int = 1
 
     @staticmethod
     def parse(text: str) -> Arm:
-        """Return the arm of a text such as ``ours:good:1@0.2``.
+        """Return the arm of a text such as ``ours:good:1@0.2*4``.
 
         Raises:
             ValueError: It is none.
@@ -78,11 +81,14 @@ class Arm:
         parts = _ARM.fullmatch(text)
         if parts is None or parts[1] not in SAMPLERS or parts[2] not in PRIORS:
             raise ValueError(
-                f"arm {text!r}: write sampler:prior[:random starts][@ratio], sampler one of {', '.join(SAMPLERS)}, "
-                f"prior one of {', '.join(PRIORS)}"
+                f"arm {text!r}: write sampler:prior[:random starts][@ratio][*side by side], sampler one of "
+                f"{', '.join(SAMPLERS)}, prior one of {', '.join(PRIORS)}"
             )
-        starts, ratio = parts[3], parts[4]
-        return Arm(parts[1], parts[2], None if starts is None else int(starts), None if ratio is None else float(ratio))
+        starts, ratio, workers = parts[3], parts[4], int(parts[5] or 1)
+        if workers > 1 and parts[1] not in SIDE_BY_SIDE:
+            raise ValueError(f"arm {text!r}: only {', '.join(SIDE_BY_SIDE)} know what is tried now")
+        numbers = (None if starts is None else int(starts), None if ratio is None else float(ratio))
+        return Arm(parts[1], parts[2], *numbers, workers)
 
     @property
     def label(self) -> str:
@@ -92,6 +98,8 @@ class Arm:
             parts.append(f"{self.starts} random start{'' if self.starts == 1 else 's'}")
         if self.ratio is not None:
             parts.append(f"{100 * self.ratio:g} % pruned alone")
+        if self.workers > 1:
+            parts.append(f"{self.workers} side by side")
         return ", ".join(filter(None, parts))
 
 
@@ -129,15 +137,20 @@ def replay(
     noise = np.random.default_rng(seed)
     queue = _queue(searched, chosen, seed, 3 if len(landscape.spaces.at) == 1 else 0)
     past: list[Observation] = []
+    pending: list[Vector] = []
     curve, slowest = [], 0.0
     while len(past) < trials:
-        start = time.perf_counter()
-        vector = queue.pop(0) if queue else ask(past)
-        slowest = max(slowest, time.perf_counter() - start)
-        if vector is None:
+        while len(pending) < chosen.workers and len(past) + len(pending) < trials:
+            start = time.perf_counter()
+            vector = queue.pop(0) if queue else ask(past, pending)
+            slowest = max(slowest, time.perf_counter() - start)
+            if vector is None:
+                break
+            if vector not in {*(seen.vector for seen in past), *pending}:
+                pending.append(vector)
+        if not pending:
             break
-        if vector in {seen.vector for seen in past}:
-            continue
+        vector = pending.pop(0)
         past.append(Observation(vector, told.quality_of(vector) + noise.normal(0, told.noise), told.stderr))
         curve.append(landscape.hypervolume([seen.vector for seen in past]))
     return curve + [curve[-1]] * (trials - len(curve)), slowest

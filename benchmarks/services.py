@@ -117,7 +117,7 @@ def recorder(study: str) -> Any:
 
 def record(to: Any, number: int, result: Result) -> None:
     """Track one trial as the search does: open its run, log its figures, end it; a step in the search's own run."""
-    own = to._open(f"trial {number}", "random", result.vector, reference=False)
+    own = to.open(f"trial {number}", "random", result.vector, reference=False)
     own.tags({"trial": str(number)})
     log_result(own, f"trial {number}", result)
     own.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -59,7 +60,7 @@ class Finished:
 
 
 class Search:
-    """The screen of a search: the trial at work, how many are finished, the best so far, when the search will end.
+    """The screen of a search: what is at work, how many trials are finished, the best so far, when the search will end.
 
     On a terminal it lives while the ``with`` block runs, and finished trials stand as lines above it. Elsewhere, and
     outside the block, each finished trial is one line that ends with the state of the search.
@@ -67,12 +68,14 @@ class Search:
     Args:
         wanted: Finished trials that the search should hold.
         clock: Returns seconds.
+        workers: How many trials are worked on side by side.
     """
 
-    def __init__(self, wanted: int, clock: Callable[[], float] = time.monotonic):
-        self.wanted, self.label = wanted, ""
+    def __init__(self, wanted: int, clock: Callable[[], float] = time.monotonic, workers: int = 1):
+        self.wanted, self.workers = wanted, workers
         self.finished: list[Finished] = []
-        self._clock, self._began = clock, clock()
+        self._clock = clock
+        self._at_work: dict[str, float] = {}  # label -> when it began
         self._step = (0, 0)
         self._live: Live | None = None
 
@@ -88,13 +91,17 @@ class Search:
             self._live = None
 
     def begin(self, label: str) -> None:
-        """Say what is at work now."""
-        self.label, self._began, self._step = label, self._clock(), (0, 0)
+        """Say what is at work now, too."""
+        self._at_work[label], self._step = self._clock(), (0, 0)
+
+    def end(self, label: str) -> None:
+        """Say that it is at work no longer."""
+        self._at_work.pop(label, None)
 
     def steps(self, items: Iterable[T]) -> Iterable[T]:
-        """Show progress through the steps of what is at work."""
+        """Show progress through the steps of what is at work in this process."""
         if self._live is None:
-            yield from progress(items, self.label)
+            yield from progress(items, next(iter(self._at_work), ""))
             return
         yield from self._counted(items)
 
@@ -108,12 +115,13 @@ class Search:
     def finish(self, trial: Finished, line: str) -> None:
         """Count a finished trial, and print a line with what it measured."""
         self.finished.append(trial)
-        self._began = self._clock()
         note(line if self._live is not None else f"{line}; {self.state()}")
 
     def state(self) -> str:
         """Return how many trials are finished, the best of them, and the time that the others should take."""
         parts = [f"{len(self.finished)} of {self.wanted} trials"]
+        if self.workers > 1:
+            parts.append(f"{len(self._at_work)} at work")
         if self.finished:
             best = max(self.finished, key=lambda trial: trial.score)
             parts.append(f"best score {best.score:.4g} by {best.name}")
@@ -125,19 +133,29 @@ class Search:
     def seconds_left(self) -> float | None:
         """Return the seconds that the trials still to come should take: as long as the finished ones; None before them.
 
-        The trial at work counts by what is left of its share.
+        The trials at work count by what is left of their share. Each further one begins where a worker is free first.
         """
         missing = self.wanted - len(self.finished)
         if not self.finished or missing <= 0:
             return None
         mean = sum(trial.seconds for trial in self.finished) / len(self.finished)
-        return max(0.0, mean - (self._clock() - self._began)) + mean * (missing - 1)
+        ends = [max(0.0, mean - (self._clock() - began)) for began in self._at_work.values()]
+        ends += [0.0] * (self.workers - len(ends))
+        heapq.heapify(ends)
+        for _ in range(missing - len(self._at_work)):
+            heapq.heappush(ends, heapq.heappop(ends) + mean)
+        return max(ends)
 
     def _screen(self) -> Table:
         done, total = self._step
         bar = ProgressBar(total=max(1, self.wanted), completed=len(self.finished), width=40)
         step = f", step {done} of {total} of its recovery" if total and done < total else ""
+        now = self._clock()
+        since = [f"{label}, {duration(now - began)}" for label, began in self._at_work.items()]
+        work = since if self.workers > 1 else [f"{label}{step}" for label in self._at_work]
         rows = Table.grid()
-        for row in (Text(f"{self.label}{step}" if self.label else "starting"), bar, Text(self.state())):
-            rows.add_row(row)
+        for line in work or ["starting"]:
+            rows.add_row(Text(line))
+        rows.add_row(bar)
+        rows.add_row(Text(self.state()))
         return rows

@@ -53,6 +53,7 @@ NOT_COMPUTING = {
     "pipeline.repro": "starts DVC",
     "pipeline.signals": "hears signals",
     "pipeline.results": "shows results",
+    "pipeline.workers": "hands out what is computed",
     "pipeline.stages": "calls what computes; a stage's own file counts where it is a root",
 }
 

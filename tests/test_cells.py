@@ -58,6 +58,9 @@ DEPENDS = [
     ("qpruner3", {"table__n_trials": 4}, True),
     ("qpruner3", {"recover__steps": 8}, True),
     ("qpruner3", {"search__n_trials": 99}, False),
+    ("qpruner3", {"search__workers": 4}, False),
+    ("qpruner3", {"search__cluster": "auto"}, False),
+    ("qpruner3", {"search__retries": 7}, False),
     ("qpruner3", {"table__ratios": (0.1,)}, False),
 ]
 

@@ -81,3 +81,20 @@ def test_config_nested_beyond_reason_is_one_fault(raw_params, tmp_path):
     raw_params["model"] = {"source": f"path:{tmp_path}", "sha256": ""}
     with pytest.raises(ParamsError, match="model.source: .*config.json cannot be read"):
         checks.parse(raw_params)
+
+
+@pytest.mark.parametrize("section", [{"workers": 2}, {"workers": "auto", "cluster": "10.0.0.1:6379"}])
+def test_workers_without_ray_are_refused_with_the_command_that_installs_it(raw_params, monkeypatch, section):
+    raw_params["search"] |= section
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    with pytest.raises(ParamsError, match=r"search.workers: .* needs Ray, which is not installed; run `make workers`"):
+        checks.parse(raw_params)
+    monkeypatch.setattr(machine, "find_spec", lambda name: name)
+    assert checks.parse(raw_params).search.workers == section["workers"]
+
+
+def test_one_worker_and_one_for_each_gpu_of_this_machine_need_no_ray(raw_params, monkeypatch):
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    for workers in (1, "auto"):
+        raw_params["search"]["workers"] = workers
+        assert checks.parse(raw_params).search.cluster is None

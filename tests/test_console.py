@@ -55,6 +55,33 @@ def test_state_names_count_best_and_time_left(clock):
     assert screen.state() == "3 of 3 trials, best score -1.5 by trial 2"
 
 
+def test_time_left_of_several_workers_is_when_the_last_of_them_ends(clock):
+    screen = Search(7, clock, workers=2)
+    screen.finished = [Finished("trial 1", -2.0, 100.0), Finished("trial 2", -1.5, 100.0)]
+    screen.begin("trial 3")
+    clock.now = 40.0
+    screen.begin("trial 4")
+    clock.now = 50.0
+    # Trials 3 and 4 end after 50 and 90 s; 5 and 7 follow the one, 6 the other.
+    assert screen.seconds_left() == 50 + 2 * 100
+    assert screen.state() == ("2 of 7 trials, 2 at work, best score -1.5 by trial 2, about 4 min left in the search")
+    screen.end("trial 3")
+    screen.finish(Finished("trial 3", -3.0, 100.0), "")
+    assert screen.seconds_left() == 2 * 100  # 5 and 7 by the free worker, 6 by the other until 190
+
+
+def test_a_terminal_shows_all_that_is_at_work(monkeypatch, clock):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with Search(9, clock, workers=2) as screen:
+        screen.begin("trial 1 (random)")
+        screen.begin("trial 2 (sampler)")
+        clock.now = 30.0
+        screen._live.refresh()
+    shown = terminal.getvalue()
+    assert "trial 1 (random), 30 s" in shown and "trial 2 (sampler), 30 s" in shown
+
+
 def test_a_log_gets_a_line_for_each_trial_with_the_state_of_the_search(capsys, clock):
     with Search(2, clock) as screen:
         screen.begin("trial 1 (random)")

@@ -97,7 +97,7 @@ def test_search_that_is_told_another_quality_is_judged_by_this_one(landscape, mo
 
     def watched(spaces, priors, seed):
         ask = contenders.drawn(spaces, priors, seed)
-        return lambda past: (pasts.append(list(past)), ask(past))[1]
+        return lambda past, pending=(): (pasts.append(list(past)), ask(past))[1]
 
     monkeypatch.setitem(contenders.SAMPLERS, "random", watched)
     other = dataclasses.replace(landscape, levels={landscapes.ALONE: 50.0})
@@ -196,3 +196,31 @@ def test_suggestions_are_timed_on_feasible_vectors():
     for ratios in (1, 2):
         ours, theirs = services.suggesters(3, 4, ratios)
         assert isinstance(ours(), Vector) and isinstance(theirs(), Vector)
+
+
+@pytest.mark.parametrize("name", contenders.SIDE_BY_SIDE)
+def test_arms_side_by_side_know_what_is_tried_now(joint, name, monkeypatch):
+    asked = []
+
+    def watched(spaces, priors, seed):
+        ask = real(spaces, priors, seed)
+
+        def noted(past, pending=()):
+            vector = ask(past, pending)
+            asked.append((len(past), len(pending), vector in {*pending, *(seen.vector for seen in past)}))
+            return vector
+
+        return noted
+
+    real = contenders.SAMPLERS[name]
+    monkeypatch.setitem(contenders.SAMPLERS, name, watched)
+    curve, _ = samplers.replay(joint, f"{name}:good*3", 0, 14)
+    assert len(curve) == 14 and curve == sorted(curve)
+    assert asked[-1] == (11, 2, False)  # the last of 14 trials, while two others are at work
+    assert {pending for _, pending, _ in asked} == {2} and not any(known for _, _, known in asked)
+
+
+def test_arm_side_by_side_is_said_and_refused_where_it_is_not_known():
+    assert samplers.Arm.parse("ours:good:1@0.2*4").label.endswith("1 random start, 20 % pruned alone, 4 side by side")
+    with pytest.raises(ValueError, match="only ours, gp, random know what is tried now"):
+        samplers.Arm.parse("tpe:good*4")

@@ -14,7 +14,7 @@ from pipeline.search.search import Ended, Problem, Settings
 from pipeline.search.study import Candidate, Study
 from pipeline.search.surrogate import Observation
 from pipeline.trial.result import Result
-from tests.fixtures.searches import PRIORS, PROBLEM, RATIO, SPACE, SPACES, STUDY, UNITS, at, result
+from tests.fixtures.searches import PRIORS, PROBLEM, RATIO, SPACE, SPACES, STUDY, UNITS, Attempts, at, result
 
 
 @pytest.fixture
@@ -22,24 +22,11 @@ def settings():
     return Settings(n_trials=7, n_random=2, patience=0, objective="gold_logprob", seed=0)
 
 
-def searcher(study, tried, failing=()):
-    def attempt(trial, candidate, done):
-        tried.append(candidate)
-        if candidate.vector.bits in failing:
-            error = MemoryError("out of memory")
-            study.fail(trial, error)
-            return error
-        found = result(candidate.vector.bits)
-        study.complete(trial, f"run{trial.number}", found)
-        return found
-
-    return attempt
-
-
-def run(folder, settings, failing=(), identity=STUDY, history=()):
+def run(folder, settings, failing=(), identity=STUDY, history=(), **workers):
     tried = []
     study = Study(folder, identity, settings.objective)
-    ended = search.run(study, settings, Problem(SPACES, {RATIO: PRIORS}, history), searcher(study, tried, failing))
+    attempts = Attempts(study, tried, failing, **workers)
+    ended = search.run(study, settings, Problem(SPACES, {RATIO: PRIORS}, history), attempts)
     return study, tried, ended
 
 
@@ -281,15 +268,8 @@ def joint_result(vector):
 
 def run_joint(folder, settings):
     tried, study = [], Study(folder, STUDY, settings.objective)
-
-    def attempt(trial, candidate, done):
-        tried.append(candidate)
-        found = joint_result(candidate.vector)
-        study.complete(trial, f"run{trial.number}", found)
-        return found
-
     problem = Problem(JOINT, dict.fromkeys(JOINT.at, PRIORS))
-    search.run(study, settings, problem, attempt)
+    search.run(study, settings, problem, Attempts(study, tried, measure=joint_result))
     return study, tried
 
 
@@ -324,3 +304,80 @@ def test_trials_in_the_study_have_ratio_and_bits_as_parameters(tmp_path, setting
     assert trial.distributions["ratio"].choices == (0.0, 0.2, 0.5)
     assert trial.distributions["bits_3"].choices == (4, 8)
     assert trial.values[1] == JOINT.memory(first)
+
+
+# --- several trials side by side ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [lambda open: 0, lambda open: -1, lambda open: len(open) // 2])
+def test_trials_side_by_side_are_each_tried_once_in_whatever_order_they_end(tmp_path, settings, order):
+    study, tried, ended = run(tmp_path, dataclasses.replace(settings, n_trials=12), workers=4, order=order)
+    assert ended == Ended("12 trials are finished (search.n_trials)", 0)
+    assert len({candidate.vector for candidate in tried}) == len(tried) == len(study.finished()) == 12
+    assert [record.number for record in study.finished()] == list(range(12))
+    assert all(candidate.vector in SPACES for candidate in tried)
+
+
+def test_search_of_several_workers_is_the_same_again(tmp_path, settings):
+    more = dataclasses.replace(settings, n_trials=12)
+    first, second = (run(tmp_path / name, more, workers=3, order=lambda open: -1)[1] for name in "ab")
+    assert first == second
+
+
+def test_failed_trial_is_replaced_by_another_vector_while_others_run(tmp_path, settings):
+    failing = {(4, 8, 4, 8, 4, 4, 4, 4)}
+    study, tried, ended = run(tmp_path, settings, failing, workers=4)
+    assert ended.failed == 1 and len(study.finished()) == 7 and len(tried) == 8
+
+
+def test_trials_at_work_when_patience_ends_are_waited_for_and_may_go_on_with_the_search(tmp_path, settings):
+    patient = dataclasses.replace(settings, n_trials=30, patience=3)
+    study, tried, ended = run(tmp_path, patient, workers=4)
+    assert ended.reason == "3 trials of the sampler in a row did not improve the front (search.patience)"
+    assert len(tried) == len(study.finished()) < 30
+    assert search.stale([(one.method, one.result) for one in study.finished()], "gold_logprob") >= 3
+
+
+def test_killed_search_tries_all_that_was_at_work_again_first(tmp_path, settings):
+    class Killed(Exception):
+        pass
+
+    def kill(open):
+        if len(study_of["finished"]()) == 4:
+            raise Killed
+        return 0
+
+    study_of = {"finished": lambda: Study(tmp_path, STUDY).finished()}
+    begun = []
+    study = Study(tmp_path, STUDY)
+    with pytest.raises(Killed):
+        search.run(study, settings, PROBLEM, Attempts(study, begun, workers=3, order=kill))
+    study, tried, _ = run(tmp_path, settings, workers=3)
+    assert [candidate.vector for candidate in tried] == [candidate.vector for candidate in begun[4:]]
+    assert len(study.finished()) == 7 == len({record.result.vector for record in study.finished()})
+
+
+def test_proposal_avoids_what_is_tried_now_and_what_that_will_tell():
+    past = [result((4,) * UNITS), result((8,) + (4,) * 7), result((4,) * 7 + (8,))]
+    pending = []
+    for _ in range(4):
+        seen = {one.vector for one in past} | set(pending)
+        pending.append(search.propose(past, PROBLEM, "gold_logprob", seen, 0, pending).vector)
+    assert len(set(pending)) == 4 and not set(pending) & {one.vector for one in past}
+    again = [search.propose(past, PROBLEM, "gold_logprob", set(pending[:3]), 0, pending[:3]).vector for _ in range(2)]
+    assert again == [pending[3]] * 2
+
+
+def test_answer_that_a_worker_wrote_finishes_the_trial_that_a_kill_left_open(tmp_path, settings):
+    study, _, _ = run(tmp_path, dataclasses.replace(settings, n_trials=3))
+    bits = (4, 4, 4, 4, 8, 8, 4, 4)
+    study.start(Candidate(at(*bits), "sampler"), PROBLEM.options)  # and the process dies here
+    again = Study(tmp_path, STUDY)
+    assert not again.take_up("trial 4", "run", result((8,) + (4,) * 7))  # of another vector
+    assert not again.take_up("trial 2", "run", result(bits))  # finished long ago
+    assert not again.take_up("trial 4", "run", result(bits, gold_logprob=float("nan")))
+    assert again.take_up("trial 4", "run", result(bits))
+    assert not again.take_up("trial 4", "run", result(bits))
+    _, tried, _ = run(tmp_path, dataclasses.replace(settings, n_trials=4))
+    last = again.finished()[-1]
+    assert tried == [] and (last.name, last.run_id, last.method) == ("trial 4", "run", "sampler")

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import errno
 import json
@@ -15,15 +16,18 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 from mlflow.tracking import MlflowClient
 
-from pipeline import storage, tracking
+from pipeline import console, device, storage, tracking, workers
 from pipeline.identity import Identity
 from pipeline.paths import REPORTS
 from pipeline.search import pareto, search
 from pipeline.search.allocate import Spaces
+from pipeline.search.crew import ANSWERS, Answer, Answers
 from pipeline.search.study import Study
 from pipeline.stages.agreement import TrackingBehind, verified_runs
+from pipeline.stages.attempts import Attempts
 from pipeline.stages.recorder import Recorder, search_settings
 from pipeline.stages.shell import made
+from pipeline.stages.work import answers_of, crew
 from pipeline.tracking import outbox, runs
 from pipeline.trial import trial
 from tests.fixtures.searches import PROBLEM, RATIO, SPACES, STUDY, UNITS, result
@@ -38,7 +42,8 @@ def settings(default, monkeypatch, empty_store_here):
 
 def contexts_of(units):
     """What trials share, as far as the recorder reads it."""
-    context = types.SimpleNamespace(units=[None] * units, further=None)
+    compute = device.Compute(torch.device("cpu"), torch.float32)
+    context = types.SimpleNamespace(units=[None] * units, further=None, compute=compute)
     return types.SimpleNamespace(any=context, folders={RATIO: None}, at=lambda ratio: context)
 
 
@@ -51,15 +56,23 @@ def searched(folder, settings, monkeypatch, broken=None, run=None):
         return result(bits), None
 
     monkeypatch.setattr(trial, "run", run or fake)
-    contexts = contexts_of(UNITS)
     study = Study(folder, STUDY)
     with tracking.stage("search", {}) as top:
-        own = Recorder(top, study, settings, contexts, SPACES)
+        own = Recorder(top, study, settings, SPACES)
+        own.take_up(answers_of(study))
         own.agree()
         with tracking.patient():
-            own.references()
-            search.run(study, search_settings(settings, UNITS), PROBLEM, own.attempt())
+            run_trials(own)
     return study, top
+
+
+def run_trials(own):
+    """References and trials in this process, as the stage runs them."""
+    contexts, screen = contexts_of(UNITS), console.Search(own.params.search.n_trials)
+    with crew(own.params, contexts, own.study, screen) as hands:
+        attempts = Attempts(own, hands, screen)
+        attempts.references(contexts.any, [RATIO])
+        search.run(own.study, search_settings(own.params, UNITS), PROBLEM, attempts)
 
 
 class Model:
@@ -77,13 +90,10 @@ def test_no_model_of_an_earlier_trial_is_left_when_the_next_one_is_measured(tmp_
 
     monkeypatch.setattr(trial, "run", fake)
     chosen = settings.search.model_copy(update={"references": ("llm_pruner", "uniform8")})
-    contexts = contexts_of(UNITS)
     chosen = settings.model_copy(update={"search": chosen})
     study = Study(tmp_path, STUDY)
     with tracking.stage("search", {}) as run:
-        own = Recorder(run, study, chosen, contexts, SPACES)
-        own.references()
-        search.run(study, search_settings(chosen, UNITS), PROBLEM, own.attempt())
+        run_trials(Recorder(run, study, chosen, SPACES))
     assert len(left) == 6
 
 
@@ -288,6 +298,80 @@ def test_reference_is_measured_once_and_stands_outside_the_trials(tmp_path, sett
     searched(tmp_path, settings, monkeypatch)
     (reference,) = found(stage="reference")
     assert reference.tags["bits"] == "8" * UNITS
+
+
+# --- several workers ---------------------------------------------------------------------------------------------
+
+
+class Side:
+    """Two workers without Ray: the task that was handed out last is answered first."""
+
+    size = 2
+
+    def __init__(self, answers):
+        self.answers, self.tasks, self.dies = answers, [], False
+
+    def submit(self, task):
+        self.tasks.append(task)
+
+    def wait(self):
+        task = self.tasks.pop()
+        self.answers.write(task, result(task.vector.bits))
+        if self.dies and task.name == "trial 3":
+            raise KeyboardInterrupt
+        return Answer(task.name, result(task.vector.bits), "worker 2", "a host")
+
+
+@pytest.fixture
+def side_by_side(settings, monkeypatch):
+    pools = []
+
+    @contextlib.contextmanager
+    def started(count, prepare, cluster, gpus):
+        assert (count, cluster, gpus) == (2, None, False)
+        answers, mark = prepare.args[2:4]
+        assert answers.marked(mark)
+        pools.append(Side(answers))
+        pools[-1].dies = len(pools) == 1 and dies
+        yield pools[-1]
+
+    monkeypatch.setattr(workers, "started", started)
+    dies = False
+
+    def searched_by_two(folder, interrupted=False):
+        nonlocal dies
+        dies = interrupted
+        two = settings.model_copy(update={"search": settings.search.model_copy(update={"workers": 2})})
+        return searched(folder, two, monkeypatch)
+
+    return searched_by_two
+
+
+def test_trials_of_workers_have_the_same_runs_and_name_who_computed_them(tmp_path, side_by_side):
+    study, top = side_by_side(tmp_path)
+    trials, (reference,) = found(), found(stage="reference")
+    assert len(trials) == 4 == len(study.finished()) and reference.tags["bits"] == "8" * UNITS
+    for run in [*trials, reference]:
+        assert (run.tags["worker"], run.tags["worker_host"]) == ("worker 2", "a host")
+        assert run.tags["mlflow.parentRunId"] == top.run_id
+    assert len(verified_runs(study.name, study.journal, [*study.finished(), *study.references()])) == 5
+    assert not (tmp_path / ANSWERS).exists()
+
+
+def test_what_workers_wrote_before_an_interruption_is_taken_up_by_the_next_search(tmp_path, side_by_side, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side(tmp_path, interrupted=True)
+    before = Study(tmp_path, STUDY)
+    killed = {run.tags["name"]: run.run_id for run in found("KILLED")}
+    written = set(Answers(tmp_path, before.name).read())
+    assert "trial 3" in written and "trial 3" not in {record.name for record in before.finished()}
+    study, _ = side_by_side(tmp_path)
+    assert "taken up: trial 3, which workers had finished" in capsys.readouterr().out
+    (third,) = [record for record in study.finished() if record.name == "trial 3"]
+    assert third.run_id == killed["trial 3"] and third.run_id in {run.run_id for run in found()}
+    vectors = [record.result.vector for record in study.finished()]
+    assert len(vectors) == 4 == len(set(vectors)) == len(found())
+    assert not (tmp_path / ANSWERS).exists()
 
 
 def test_stages_that_load_no_model_do_not_import_torch():

@@ -241,3 +241,39 @@ def test_proposal_is_the_best_of_all_ratios():
         best[ratio] = gain(ratio, fresh).max()
     assert gain(found.ratio, JOINT.at[found.ratio].levels([found.bits]))[0] == pytest.approx(max(best.values()))
     assert best[found.ratio] == max(best.values())
+
+
+# --- vectors that are tried now ----------------------------------------------------------------------------------
+
+
+def test_expected_vectors_leave_means_and_lower_deviations_as_conditioning_does():
+    model = Model(observed(drawn(10), noise=0.1), believed(GAINS))
+    pending = [Vector(RATIO, one) for one in (bits(0, 3), bits(3, 5))]
+    asked = [*vectors(every())[::7], *pending]
+    at, hot = np.zeros(len(asked), int), np.array([model._hot(vector.bits) for vector in asked])
+    _, covariance = model._process.predict(model._inputs(at, hot), return_cov=True)  # of qualities, without noise
+    noise = model._process.kernel_.k2.k1.constant_value * (0.05 / model._scale) ** 2  # the learnt share of 0.05
+    cross, inner = covariance[:, -2:], covariance[-2:, -2:] + noise * np.eye(2)
+    expected = np.diag(covariance) - (cross @ np.linalg.inv(inner) * cross).sum(axis=1)
+    before, after = model.predict(asked), model.expecting(pending).predict(asked)
+    np.testing.assert_allclose(after[0], before[0], atol=1e-4)
+    np.testing.assert_allclose(after[1], np.sqrt(expected) * model._scale, rtol=1e-3, atol=1e-4)
+    assert (after[1] < before[1]).all() and after[1][-1] < 0.8 * before[1][-1]
+    np.testing.assert_array_equal(model.predict(asked), before)  # the model itself learnt nothing
+
+
+def test_pending_vectors_count_on_the_front_as_expected():
+    """What only repeats the gain of a vector that is tried now is not proposed."""
+    known = observed(drawn(12))
+    first = acquire.propose(known, SPACES, believed(GAINS), {one.vector for one in known}, random.Random(0))
+    seen = {one.vector for one in known} | {first}
+    second = acquire.propose(known, SPACES, believed(GAINS), seen, random.Random(0), [first])
+    unaware = acquire.propose(known, SPACES, believed(GAINS), seen, random.Random(0))
+    model = Model(known, believed(GAINS)).expecting([first])
+    gain = acquire.acquisition(model, SPACES, [*(one.vector for one in known), first])
+
+    def value(vector):
+        return gain(RATIO, SPACE.levels([vector.bits]))[0]
+
+    assert value(second) == max(value(vector) for vector in vectors(every()) if vector not in seen)
+    assert value(second) >= value(unaware)

@@ -28,6 +28,8 @@ from pipeline.params.fields import (
     Text,
 )
 
+_MOST_WORKERS = 1000
+
 
 class Search(Section):
     """Bayesian optimization of the bit vector (algorithm 1)."""
@@ -65,6 +67,20 @@ class Search(Section):
     references: Annotated[tuple[Literal["dense", "llm_pruner", "uniform8"], ...], AsTuple, EachOnce] = Field(
         description="Reference rows measured once, outside the front."
     )
+    workers: int | Literal["auto"] = Field(
+        1,
+        description="Trials side by side: 1, in this process; a number; auto: one for each GPU, on CPUs one. More than "
+        "one needs Ray (`make workers`).",
+    )
+    cluster: Text | None = Field(None, description="Address of a Ray that runs; null: one on this machine, for this.")
+    retries: Count = Field(2, description="How many further workers get the trial of one that died.")
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _number_or_auto(cls, workers: object) -> object:
+        if workers != "auto" and not (type(workers) is int and 1 <= workers <= _MOST_WORKERS):
+            raise ValueError(f"must be a number from 1 to {_MOST_WORKERS}, or auto")
+        return workers
 
     @field_validator("history")
     @classmethod

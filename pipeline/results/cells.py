@@ -16,6 +16,7 @@ from pipeline.trial.result import MEASURED, Result
 
 ROWS = ("llm_pruner", "qpruner1", "qpruner2", "qpruner3")
 VARIANT = "variant"
+_WHERE = ("workers", "cluster", "retries")  # of section ``search``: where it runs, which no result depends on
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def definition(cell: Cell, origin: Mapping[str, object]) -> dict[str, object]:
     }
     if cell.row == UNTOUCHED:
         return defining
-    search = params.search.model_dump(mode="json", exclude={"n_trials", "references"})
+    search = params.search.model_dump(mode="json", exclude={"n_trials", "references", *_WHERE})
     defining |= {
         "prune": params.prune.model_dump(mode="json"),
         "quantize": params.quantize.model_dump(mode="json"),

@@ -127,10 +127,12 @@ def propose(
     beliefs: Mapping[float, Belief],
     exclude: set[Vector],
     generator: Random,
+    pending: Sequence[Vector] = (),
 ) -> Vector | None:
     """Return the feasible vector that should improve the front most; None if all were tried.
 
-    Imported observations teach the model, but the front to improve is that of the search's own vectors.
+    Imported observations teach the model, but the front to improve is that of the search's own vectors. Those that are
+    tried now count as if they turned out as expected, so that no other one is chosen for what they will tell.
 
     Args:
         observations: What is known; at least one that is not imported.
@@ -138,9 +140,13 @@ def propose(
         beliefs: Of each ratio.
         exclude: Vectors not to propose.
         generator: Draws some of the starts.
+        pending: Vectors that are tried now; excluded, too.
     """
     model = Model(observations, beliefs)
+    if pending:
+        model = model.expecting(pending)
     tested = [seen.vector for seen in observations if not seen.imported and seen.vector.ratio in spaces.at]
+    tested += pending
     gain = acquisition(model, spaces, tested)
     tops = []
     for ratio, space in spaces.at.items():

@@ -8,10 +8,10 @@ not been.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.bits import Vector
 from pipeline.search import SearchError, acquire
@@ -27,7 +27,24 @@ if TYPE_CHECKING:
     from pipeline.trial.result import Result
 
 _FAILURES_IN_A_ROW = 3
-Attempt = Callable[["Trial", Candidate, int], "Result | BaseException"]
+
+
+class Attempts(Protocol):
+    """Runs trials, as many side by side as it has workers, and records how they ended."""
+
+    @property
+    def free(self) -> int:
+        """Return how many more trials would be worked on now."""
+
+    @property
+    def busy(self) -> bool:
+        """Return whether it works on anything."""
+
+    def begin(self, trial: Trial, candidate: Candidate) -> None:
+        """Hand out an open trial."""
+
+    def end(self) -> tuple[Vector, Exception | None] | None:
+        """Wait until something ends; return a trial's vector with the error that ended it, or None: it was no trial."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +145,16 @@ def stale(finished: Sequence[tuple[str, Result]], objective: str, memory: str = 
 
 
 def propose(
-    finished: Sequence[Result], problem: Problem, objective: str, exclude: set[Vector], seed: int
+    finished: Sequence[Result],
+    problem: Problem,
+    objective: str,
+    exclude: set[Vector],
+    seed: int,
+    pending: Sequence[Vector] = (),
 ) -> Candidate | None:
     """Return the vector that should improve the front most; None if every feasible one is excluded.
 
-    An imported result teaches until this study has tried its vector itself.
+    An imported result teaches until this study has tried its vector itself. Before any result the vector is random.
 
     Args:
         finished: The study's results.
@@ -140,6 +162,7 @@ def propose(
         objective: Name of the quality.
         exclude: Vectors not to propose.
         seed: Of some of the sampler's starts.
+        pending: Vectors that are tried now, among the excluded ones.
     """
     generator = random.Random(seed)
     measured = [Observation(result.vector, *result.score(objective)) for result in finished]
@@ -148,48 +171,59 @@ def propose(
         vector = problem.spaces.unseen(exclude, generator)
     else:
         taught = [observation for observation in problem.history if observation.vector not in tried]
-        vector = acquire.propose([*measured, *taught], problem.spaces, problem.beliefs, exclude | tried, generator)
+        known = [*measured, *taught]
+        vector = acquire.propose(known, problem.spaces, problem.beliefs, exclude | tried, generator, pending)
     return None if vector is None else Candidate(vector, "sampler")
 
 
-def run(study: Study, settings: Settings, problem: Problem, attempt: Attempt) -> Ended:
+def run(study: Study, settings: Settings, problem: Problem, attempts: Attempts) -> Ended:
     """Run trials until the study holds ``settings.n_trials`` finished ones, or the front stopped growing.
+
+    What decides is the same for one worker and for many: with several, a proposal counts on what is tried already, and
+    when the search is at its end, trials that have begun are waited for.
 
     Args:
         study: The study; resumed if it holds trials already.
         settings: How the search goes.
         problem: What is searched.
-        attempt: Runs one trial: (open trial, candidate, finished so far) -> its result, or the error that ended it.
+        attempts: Runs the trials.
 
     Raises:
         SearchError: Three trials in a row failed.
     """
     queue = _queue(study, settings, problem)
     failed: set[Vector] = set()
+    pending: list[Vector] = []
     in_a_row = 0
     while True:
         records = study.finished()
-        finished = [record.result for record in records]
-        if reason := _end(settings, [(record.method, record.result) for record in records]):
+        reason = _end(settings, [(record.method, record.result) for record in records])
+        if not reason and attempts.free > 0 and len(records) + len(pending) < settings.n_trials:
+            finished = [record.result for record in records]
+            seen = {result.vector for result in finished} | failed | set(pending)
+            queue = [candidate for candidate in queue if candidate.vector not in seen]
+            seed = settings.seed + len(finished) + len(pending)
+            candidate = queue.pop(0) if queue else propose(finished, problem, settings.objective, seen, seed, pending)
+            if candidate is not None:
+                attempts.begin(study.start(candidate, problem.options), candidate)
+                pending.append(candidate.vector)
+                continue
+            reason = "every feasible vector was tried"
+        if not attempts.busy:
             return Ended(reason, len(failed))
-        seen = {result.vector for result in finished} | failed
-        queue = [candidate for candidate in queue if candidate.vector not in seen]
-        candidate = (
-            queue.pop(0)
-            if queue
-            else propose(finished, problem, settings.objective, seen, settings.seed + len(finished))
-        )
-        if candidate is None:
-            return Ended("every feasible vector was tried", len(failed))
-        outcome = attempt(study.start(candidate, problem.options), candidate, len(finished))
-        if not isinstance(outcome, BaseException):
+        ended = attempts.end()
+        if ended is None:
+            continue
+        vector, error = ended
+        pending.remove(vector)
+        if error is None:
             in_a_row = 0
             continue
-        failed.add(candidate.vector)
+        failed.add(vector)
         in_a_row += 1
         if in_a_row == _FAILURES_IN_A_ROW:
             raise SearchError(
-                f"{in_a_row} trials in a row failed, the last with {type(outcome).__name__}: {outcome}. Mend the cause "
+                f"{in_a_row} trials in a row failed, the last with {type(error).__name__}: {error}. Mend the cause "
                 "and run the same command: finished trials are kept"
             )
 

@@ -14,6 +14,7 @@ import math
 import uuid
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -195,6 +196,19 @@ class Study:
             if "method" in trial.user_attrs and RATIO in trial.params:
                 candidates.append(Candidate(vector_of(trial.params), trial.user_attrs["method"]))
         return candidates
+
+    def take_up(self, name: str, run_id: str, result: Result) -> bool:
+        """Finish a trial that a killed process left open with what its worker had written; return whether it was open.
+
+        A result that ``complete`` would refuse is not taken: the trial is run again.
+        """
+        for trial in self._running():
+            same = RATIO in trial.params and vector_of(trial.params) == result.vector
+            if same and trial_name(trial.number) == name:
+                with suppress(SearchError):
+                    self.complete(Trial(self._study, trial._trial_id), run_id, result)
+                    return True
+        return False
 
     def _running(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING])

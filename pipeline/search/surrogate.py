@@ -15,6 +15,7 @@ learnt factor below one: trials answer the same items, and what the items have i
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,7 @@ class Model:
         values = np.array([seen.score for seen in observations])
         errors = np.array([seen.stderr for seen in observations])
         at = np.array([self._ratios.index(seen.vector.ratio) for seen in observations])
+        self._error = errors.mean()
         self._level = values.mean()
         self._scale = max(_spread_within(values, at), errors.mean(), 1e-9)
         hot = np.array([self._hot(seen.vector.bits) for seen in observations])
@@ -122,6 +124,22 @@ class Model:
         with warnings.catch_warnings():  # a term that does not matter ends at its bound
             warnings.simplefilter("ignore", ConvergenceWarning)
             self._process.fit(inputs, (values - self._level) / self._scale)
+
+    def expecting(self, pending: Sequence[Vector]) -> Model:
+        """Return what the model would be if some vectors turned out as it expects, with the noise of a mean trial.
+
+        Conditioning on the mean leaves all means as they are, and makes what is near to those vectors less uncertain.
+        What the terms weigh is not learnt again: what was not measured says nothing about it.
+        """
+        at = np.array([self._ratios.index(vector.ratio) for vector in pending])
+        hot = np.array([self._hot(vector.bits) for vector in pending])
+        inputs = self._inputs(at, hot, self._error / self._scale)
+        process = GaussianProcessRegressor(self._process.kernel_, alpha=1e-8, optimizer=None)
+        means = self._process.predict(inputs)
+        process.fit(np.vstack([self._process.X_train_, inputs]), np.concatenate([self._process.y_train_, means]))
+        expecting = copy.copy(self)
+        expecting._process = process
+        return expecting
 
     def _hot(self, bits: Bits) -> np.ndarray:
         """Return a bit vector as indicators of (width, unit)."""

@@ -27,6 +27,7 @@ from pipeline.search.search import Settings
 from pipeline.search.study import Study
 from pipeline.stages import further, trials
 from pipeline.stages.agreement import verified_runs
+from pipeline.stages.attempts import Attempts
 from pipeline.stages.recorder import (
     Recorder,
     log_result,
@@ -37,6 +38,7 @@ from pipeline.stages.recorder import (
     unfinished,
 )
 from pipeline.stages.supplies import KEPT, Supplies, read_json
+from pipeline.stages.work import answers_of, crew
 from pipeline.tracking import Run
 from pipeline.trial import trial
 from pipeline.trial.result import Result
@@ -223,12 +225,14 @@ def _searched(supplies: Supplies, cell_run: Run) -> tuple[tuple[int, ...], dict[
     identity = study_identity(params, (supplies.pruned, supplies.bank), prefix="table-")
     study = _study(identity, settings)
     cell_run.tags({"study_digest": study.name, "journal": study.journal})
-    recorder = Recorder(cell_run, study, params, supplies.contexts, supplies.spaces)
+    recorder = Recorder(cell_run, study, params, supplies.spaces)
     problem = search.Problem(supplies.spaces, {ratio: supplies.priors}, history)
     recorder.announce()
+    recorder.take_up(answers_of(study))
     recorder.agree()
-    with recorder.screen, tracking.patient():
-        search.run(study, settings, problem, recorder.attempt())
+    screen = console.Search(params.search.n_trials)
+    with screen, tracking.patient(), crew(params, supplies.contexts, study, screen) as hands:
+        search.run(study, settings, problem, Attempts(recorder, hands, screen))
     runs = verified_runs(study.name, study.journal, study.finished())
     points = pareto.points(runs, settings.objective, settings.memory)
     members = pareto.judge(pareto.front(points), points, problem.beliefs)

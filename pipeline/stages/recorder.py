@@ -6,7 +6,7 @@ search: what it lacks waits (``tracking.patient``). What is lost with the proces
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,17 +16,14 @@ from pipeline.bits import Vector
 from pipeline.identity import Identity
 from pipeline.params import Params, digest
 from pipeline.paths import ALPACA, BENCHMARKS, UNFINISHED
-from pipeline.results import labels
 from pipeline.search.allocate import Spaces
-from pipeline.search.history import paper_ratio
-from pipeline.search.search import Attempt, Settings
-from pipeline.search.study import Candidate, Study, trial_name
+from pipeline.search.search import Settings
+from pipeline.search.study import Study
 from pipeline.stages.agreement import by_journal_run
 from pipeline.tracking import Run
 
 if TYPE_CHECKING:
-    from pipeline.search.study import Trial
-    from pipeline.stages.trials import Contexts
+    from pipeline.search.crew import Answers
     from pipeline.trial.recover import Steps
     from pipeline.trial.result import Result
 
@@ -81,21 +78,17 @@ def search_settings(params: Params, units: int) -> Settings:
 
 
 class Recorder:
-    """Runs trials and keeps their MLflow runs in step with the study.
+    """Keeps the trials' MLflow runs in step with the study.
 
     Args:
         run: The search's own run.
         study: The study.
         params: The params.
-        contexts: What the trials share, by ratio; None where none is run.
-        spaces: The feasible vectors; None where none is run.
+        spaces: The feasible vectors; None where no trial is run.
     """
 
-    def __init__(
-        self, run: Run, study: Study, params: Params, contexts: Contexts | None = None, spaces: Spaces | None = None
-    ):
-        self.run, self.study, self.params, self.contexts, self.spaces = run, study, params, contexts, spaces
-        self.screen = console.Search(params.search.n_trials)
+    def __init__(self, run: Run, study: Study, params: Params, spaces: Spaces | None = None):
+        self.run, self.study, self.params, self.spaces = run, study, params, spaces
         self._followed = 0  # finished trials whose front's hypervolume is logged
 
     def agree(self) -> None:
@@ -108,13 +101,13 @@ class Recorder:
         for record in [*self.study.finished(), *self.study.references()]:
             tracked = known.get(record.run_id)
             if tracked is None:  # the store was lost, is another one, or could not be reached
-                run = self._open(record.name, record.method, record.result.vector, reference=record.number is None)
+                run = self.open(record.name, record.method, record.result.vector, reference=record.number is None)
                 run.tags({tracking.JOURNAL_ID: record.run_id})
             else:
                 run = Run(tracked.run_id, tracked.experiment_id)
                 tracking.move(run.run_id, self.run)
             if tracked is None or tracked.status != "FINISHED":
-                _finish(run, record.name, record.result)
+                finish(run, record.name, record.result)
 
     def announce(self) -> None:
         """Say what was damaged in the journal, and what it holds that is not used."""
@@ -130,77 +123,25 @@ class Recorder:
                 "their results may differ"
             )
 
-    def references(self) -> None:
-        """Measure the reference rows that the study lacks, or of which it lacks further tasks."""
-        further = self.contexts.any.further if self.contexts else None
-        known = {
-            record.name
-            for record in self.study.references()
-            if further is None or further.measured(record.result.scores.other)
-        }
-        for name in self.params.search.references:
-            if name not in known:
-                self._reference(name)
+    def take_up(self, answers: Answers) -> None:
+        """Put what workers had written before their search was killed into the journal; ``agree`` does the rest."""
+        taken = []
+        for name, (run_id, result) in answers.read().items():
+            if name in self.params.search.references:
+                self.study.record_reference(name, run_id, result)
+            elif not self.study.take_up(name, run_id, result):
+                continue
+            taken.append(name)
+        answers.clear()
+        if taken:
+            console.note(f"taken up: {', '.join(taken)}, which workers had finished when the search was interrupted")
 
-    def _reference(self, name: str) -> None:
-        from pipeline.stages import trials
-        from pipeline.trial import trial
+    def missing(self, measured: Callable[[Result], bool]) -> list[str]:
+        """Return the reference rows that the study lacks, or that do not hold what is asked of them."""
+        known = {record.name for record in self.study.references() if measured(record.result)}
+        return [name for name in self.params.search.references if name not in known]
 
-        assert self.contexts is not None
-        width = 8 if name == "uniform8" else bit_text.DENSE
-        ratio = 0.0 if name == "dense" else paper_ratio(list(self.contexts.folders))
-        vector = Vector(ratio, (width,) * len(self.contexts.any.units))
-        run = self._open(name, name, vector, reference=True)
-        kept = unfinished(self.study.name, name)
-        self.screen.begin(f"reference {labels.method(name)}")
-        try:
-            if name == "dense":
-                result = trials.untouched(self.params, self.contexts.any)
-            else:
-                context, work = self.contexts.at(ratio), trial.Work(further=True)
-                result, _ = trial.run(context, vector.bits, work, progress=self.screen.steps, keep=kept)
-        except Exception as error:
-            run.finish("FAILED", error)
-            console.note(f"reference {name} failed: {error}")
-            return
-        self.study.record_reference(name, run.run_id, result)
-        _finish(run, name, result)
-
-    def attempt(self) -> Attempt:
-        """Return what runs one trial for ``search.run``: tracked, recorded, its failure returned.
-
-        The search's own run gets the hypervolume of the front after each trial, those of earlier processes first.
-        """
-        self._follow()
-        self.screen.finished = [
-            _finished(record.name, record.result, self.study.objective) for record in self.study.finished()
-        ]
-        return self._attempt
-
-    def _attempt(self, opened: Trial, candidate: Candidate, done: int) -> Result | BaseException:
-        from pipeline.trial import trial
-
-        assert self.contexts is not None
-        vector, name = candidate.vector, trial_name(opened.number)
-        run = self._open(name, candidate.method, vector, reference=False)
-        label = f"{name} ({labels.method(candidate.method)})"
-        self.screen.begin(label)
-        kept = unfinished(self.study.name, bit_text.write_vector(vector))
-        try:
-            context = self.contexts.at(vector.ratio)
-            result, _ = trial.run(context, vector.bits, progress=self.screen.steps, keep=kept)
-            self.study.complete(opened, run.run_id, result)
-        except Exception as error:
-            self.study.fail(opened, error)
-            run.finish("FAILED", error)
-            console.note(f"{label} failed: {type(error).__name__}: {error}")
-            return error
-        _finish(run, name, result)
-        self._follow()
-        self.screen.finish(_finished(name, result, self.study.objective), told(label, result))
-        return result
-
-    def _follow(self) -> None:
+    def follow(self) -> None:
         """Log the hypervolume after each finished trial that has none yet."""
         from pipeline.search import pareto
 
@@ -214,7 +155,7 @@ class Recorder:
         self.run.series("hypervolume", enumerate(growth, self._followed + 1))
         self._followed = len(results)
 
-    def _open(self, name: str, method: str, vector: Vector, reference: bool) -> Run:
+    def open(self, name: str, method: str, vector: Vector, reference: bool) -> Run:
         """Open the run of a trial or a reference with what it is: its vector, and what compares it with others."""
         kind, text = "reference" if reference else "trial", bit_text.write(vector.bits)
         belongs = {"stage": kind, "study": self.study.name, "journal": self.study.journal}
@@ -235,7 +176,8 @@ class Recorder:
         return run
 
 
-def _finish(run: Run, name: str, result: Result) -> None:
+def finish(run: Run, name: str, result: Result) -> None:
+    """Log a result into its run and end it."""
     log_result(run, name, result)
     run.finish()
 
@@ -270,10 +212,6 @@ def _figures(result: Result) -> str:
     quality = f"response {text:.3f}, gold answer {gold:.3f}, {100 * result.accuracy:.1f} %"
     pruned = f"{100 * result.ratio:g} % pruned"
     return f"{quality}, {training_memory(result, 3)}, {pruned}, {bit_text.summary(result.bits)}"
-
-
-def _finished(name: str, result: Result, objective: str) -> console.Finished:
-    return console.Finished(name, result.score(objective)[0], sum(result.seconds.values()))
 
 
 def training_memory(result: Result, digits: int) -> str:

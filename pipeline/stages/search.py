@@ -21,7 +21,9 @@ from pipeline.search import search
 from pipeline.search.history import export_history, import_history
 from pipeline.search.study import Record, Study
 from pipeline.stages import priors, trials
+from pipeline.stages.attempts import Attempts
 from pipeline.stages.recorder import Recorder, search_settings, study_identity
+from pipeline.stages.work import answers_of, crew
 from pipeline.tracking import Run
 
 
@@ -44,13 +46,16 @@ def run(params: Params, run: Run) -> None:
     study = Study(STUDY, identity, settings.objective, settings.memory)
     run.tags({"study_digest": study.name, "journal": study.journal})
     tracking.show_search(run, study.name, settings.objective)
-    recorder = Recorder(run, study, params, contexts, spaces)
+    recorder = Recorder(run, study, params, spaces)
     recorder.announce()
+    recorder.take_up(answers_of(study))
     recorder.agree()
+    screen = console.Search(settings.n_trials)
     with tracking.patient():
-        with recorder.screen:
-            recorder.references()
-            ended = search.run(study, settings, search.Problem(spaces, known, history), recorder.attempt())
+        with screen, crew(params, contexts, study, screen) as hands:
+            attempts = Attempts(recorder, hands, screen)
+            attempts.references(contexts.any, params.prune.ratios)
+            ended = search.run(study, settings, search.Problem(spaces, known, history), attempts)
         console.note(f"search ended: {ended.reason}")
         figures = _write(study, ended, run)
     run.metrics(figures)
