@@ -128,11 +128,17 @@ def prepare(arm: Arm, ratios: Sequence[float] = ()) -> tuple[Params, Context, fl
         arm: The arm.
         ratios: Pruning ratios of other arms, whose models are made with this one's where they are missing.
     """
-    named = {key: (key, value) for key, value in arm.changes.items()}
-    faults = overrides.adopt(overrides.DEFAULT, "", named)
-    params, start = checks.load(more=faults), time.perf_counter()
-    context = Supplies(params, ratios).context
+    params, made = supplies(arm, ratios)
+    start = time.perf_counter()
+    context = made.context
     return params, context, time.perf_counter() - start
+
+
+def supplies(arm: Arm, ratios: Sequence[float] = ()) -> tuple[Params, Supplies]:
+    """Return an arm's params and what its models come from, which is made when it is first asked for."""
+    named = {key: (key, value) for key, value in arm.changes.items()}
+    params = checks.load(more=overrides.adopt(overrides.DEFAULT, "", named))
+    return params, Supplies(params, ratios)
 
 
 def measure(arm: Arm, params: Params, context: Context, judge: Judge) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One shape for all blocks against a shape for each: what it costs at 16 bits, at 4, and after a recovery.
 
     python -m benchmarks.shapes FOLDER text=FILE [ratios=0.1,0.2,0.35] [ways=free,uniform] [steps=32] [limit=200]
-        [KEY=VALUE ...]
+        [rounds=5] [KEY=VALUE ...]
 
 In a folder with ``artifacts/base``, ``data/`` and ``params.yaml``; KEY=VALUE changes the params of all arms, as
 ``quantize.samples=24``. Ways: ``free`` with the block ranges of the params, ``everywhere`` (free shapes, all blocks may
@@ -19,17 +19,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import recovery
 from benchmarks.recovery import Arm, Judge
-from pipeline import architecture
-from pipeline.export import speed
+from pipeline import architecture, checkpoint
+from pipeline.export import dense, gguf_file, llama, speed
 from pipeline.identity import TRIAL, code
+from pipeline.paths import BASE
 from pipeline.trial.assemble import assemble
 
 RESULTS = Path("reports/shapes.json")
@@ -67,13 +69,31 @@ def line(name: str, found: dict[str, Any]) -> str:
     )
 
 
+def speeds(pruned: Mapping[str, Path], rounds: int) -> dict[str, speed.Timed]:
+    """Return the speed of models in llama.cpp, all linears at 4 bits.
+
+    Args:
+        pruned: Name -> checkpoint; the first one is what the others are compared with.
+        rounds: How often each is timed.
+    """
+    files, tokenizer = {}, checkpoint.load_tokenizer(BASE)
+    with tempfile.TemporaryDirectory(dir=".") as scratch:
+        for name, folder in pruned.items():
+            model = dense.read(folder)
+            model = replace(model, bits=dict.fromkeys(architecture.linears(model.config), 4))
+            files[name] = Path(scratch) / f"{len(files)}.gguf"
+            gguf_file.write(files[name], model, tokenizer, name)
+        return speed.interleaved(files, rounds, llama.threads(), model.config.vocab_size)
+
+
 def main(folder: Path, given: dict[str, str]) -> None:
-    """Print a line for each way to cut and ratio."""
+    """Print a line for each way to cut and ratio, then their speeds."""
     os.chdir(folder)
     text = Path(given.pop("text")).read_text(encoding="utf-8")
     ratios = [float(ratio) for ratio in given.pop("ratios", "0.1,0.2,0.35").split(",")]
     ways = given.pop("ways", "free,uniform").split(",")
-    steps, limit = int(given.pop("steps", "32")), int(given.pop("limit", "200"))
+    steps, limit, rounds = (int(given.pop(key, usual)) for key, usual in (("steps", 32), ("limit", 200), ("rounds", 5)))
+    pruned = {"untouched": BASE}
     measured_by = code(*TRIAL, "pipeline.stages.prune", "pipeline.stages.quantize")
     for ratio in ratios:
         first = None
@@ -82,11 +102,20 @@ def main(folder: Path, given: dict[str, str]) -> None:
             arm = Arm(f"{way} {ratio}", changes, steps, 4, limit)
             key = f"{json.dumps(asdict(arm), sort_keys=True)} {measured_by}"
             found = recovery.kept(RESULTS, key, partial(measure, arm, text, ratios))
+            pruned[arm.name] = recovery.supplies(arm, ratios)[1].pruned
             print(line(arm.name, found), flush=True)
             if first is None:
                 first = found
             else:
                 print(f"    gains {recovery.gains(found, first)}", flush=True)
+    if rounds and llama.installed():
+        timed = speeds(pruned, rounds)
+        whole = timed["untouched"]
+        for name, each in timed.items():
+            faster = speed.ratio([one.generated for one in each.rounds], [one.generated for one in whole.rounds])
+            print(
+                f"{name}: {each.prompt:.0f} prompt tokens a second, {each.generated:.0f} generated, {faster:.2f} times"
+            )
 
 
 if __name__ == "__main__":
