@@ -159,7 +159,7 @@ def test_plan_gets_its_own_arguments(asked):
         (["--set", "seed=1 seed=2"], "set: seed stands there twice"),
         (["--set", "prune.ratios=[0.3"], "prune.ratios: '[0.3' is no YAML value (line 1"),
         (["--set", "prune.ratios=0.3", "--ratios", "0.4"], "prune.ratios: set twice, by set and by ratios"),
-        (["--preset", "llama"], "preset: 'llama' is no preset; there are default, gemma-3-1b, llama-13b"),
+        (["--preset", "llama"], "preset: 'llama' is no preset; there are default, gemma-3-1b, gemma-3-270m, llama-13b"),
         (["--preset", "../params"], "preset: '../params' is no preset"),
     ],
 )

