@@ -111,7 +111,7 @@ def toy_config(name):
         "num_key_value_heads": kv_heads, "vocab_size": VOCABULARY + 8, "bos_token_id": 0, "eos_token_id": 1,
         "pad_token_id": 1, "head_dim": size,
     }  # fmt: skip
-    if name == "default":  # its ranges of blocks count from both ends
+    if preset(name)["prune"]["mlp_blocks"]["last"] < 0:  # ranges of blocks that count from both ends
         fields["num_hidden_layers"] = 16
     return kind(**{key: value for key, value in fields.items() if key != "model_type"})
 
@@ -139,7 +139,9 @@ def finished(request, tmp_path_factory, empty_store, tokenizer):
     raw["register"]["name"] = f"qpruner-{name}"
     for section, values in SIZES.items():
         raw[section] |= values
-    if name == "default":
+    if name != "default":  # a half of the ratios, as the default takes all of its own through the stages
+        raw["prune"]["ratios"] = raw["prune"]["ratios"][-2:]
+    else:
         raw["search"]["references"] = preset(name)["search"]["references"]
     (folder / "params.yaml").write_text(yaml.safe_dump(raw))
     with pytest.MonkeyPatch.context() as patched:
