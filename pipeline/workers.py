@@ -44,7 +44,7 @@ _LONGEST = 30  # characters of the path that it lies in: those of sockets, which
 _TRIES = 3  # to start a local Ray
 _STARTS = 3  # workers in a row that may die before they are ready
 _POLL = 1.0  # seconds between two looks at interrupts
-_PATIENCE = 60  # seconds without any worker before that is said
+_PATIENCE = 600  # seconds without any worker before that is said: a large model takes minutes to verify and load
 _PASSED = ("HF_", "OMP_", "ONEDNN_", "TOKENIZERS_", "TORCH", "TQDM_", "XDG_", "MPL")  # variables of a cluster's workers
 
 

@@ -11,9 +11,12 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 from tests.end_to_end.project import BIN
 from tests.faults.outage import Server
@@ -204,3 +207,11 @@ class Team:
         self.server.up()
         login = {"MLFLOW_TRACKING_USERNAME": "bob", "MLFLOW_TRACKING_PASSWORD": PASSWORD}
         self.environment = {"MLFLOW_TRACKING_URI": self.server.uri, **login, **self.store.keys}
+
+
+def brought_up(folder: Path) -> Iterator[Team]:
+    """What a fixture yields from: the services until its tests have ended, or a skip that says what is missing."""
+    if missing := lacking():
+        pytest.skip(f"lacks {missing}")
+    with ExitStack() as ending:
+        yield Team(folder, ending)

@@ -2,8 +2,7 @@
 
 import re
 
-from conftest import ROOT
-
+from tests.fixtures.models import ROOT
 from tests.services import services
 
 

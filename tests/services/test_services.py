@@ -13,6 +13,11 @@ from pipeline.tracking import outbox, runs
 from tests.services import services
 
 
+@pytest.fixture(scope="module")
+def team(tmp_path_factory):
+    yield from services.brought_up(tmp_path_factory.mktemp("team"))
+
+
 @pytest.fixture
 def here(team, tmp_path, monkeypatch):
     """This process as a member of the team, in an empty folder."""

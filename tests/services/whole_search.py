@@ -19,6 +19,11 @@ UPSTREAM = ("fetch", "prune", "importance", "quantize")
 
 
 @pytest.fixture(scope="module")
+def team(tmp_path_factory):
+    yield from services.brought_up(tmp_path_factory.mktemp("team"))
+
+
+@pytest.fixture(scope="module")
 def project(team, tmp_path_factory):
     """A member's clone, with the team's remote in its git history."""
     folder = tiny_project(tmp_path_factory.mktemp("first"))
