@@ -76,7 +76,8 @@ def speeds(pruned: Mapping[str, Path], rounds: int) -> dict[str, speed.Timed]:
         pruned: Name -> checkpoint; the first one is what the others are compared with.
         rounds: How often each is timed.
     """
-    files, tokenizer = {}, checkpoint.load_tokenizer(BASE)
+    files: dict[str, Path] = {}
+    tokenizer = checkpoint.load_tokenizer(BASE)
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         for name, folder in pruned.items():
             model = dense.read(folder)
