@@ -41,6 +41,7 @@ INSTALL = "make workers"
 _STORE = 80 * 2**20  # bytes of Ray's object store, near its least: results are small, and artifacts lie in files
 _FOLDER = "qpruner-ray-"  # before the random name of a local Ray's folder
 _LONGEST = 30  # characters of the path that it lies in: those of sockets, which lie in it, are limited to 107
+_SERVERS = ("raylet", "gcs_server")  # processes of a local Ray that nothing goes on without
 _TRIES = 3  # to start a local Ray
 _STARTS = 3  # workers in a row that may die before they are ready
 _POLL = 1.0  # seconds between two looks at interrupts
@@ -108,6 +109,7 @@ class Workers:
     def __init__(self, size: int, prepare: Callable[[], Work], gpus: int):
         self.size, self._prepare, self._gpus = size, prepare, gpus
         self._folder = str(Path.cwd())
+        self._servers = [child for child in psutil.Process().children() if child.name() in _SERVERS and _lives(child)]
         self._tasks: deque[Task] = deque()
         self._deaths = 0  # of workers that were not ready yet, in a row
         self._workers = [self._new(f"worker {number + 1}") for number in range(size)]
@@ -120,7 +122,7 @@ class Workers:
         """Return the next answer.
 
         Raises:
-            SearchError: Workers cannot start.
+            SearchError: Workers cannot start, or a local Ray has lost a process of its own.
         """
         import ray
 
@@ -129,6 +131,8 @@ class Workers:
             self._hand_out()
             calls = {worker.call: worker for worker in self._workers if worker.call is not None}
             ended, _ = ray.wait(list(calls), timeout=_POLL)
+            if not ended and not all(map(_lives, self._servers)):  # Ray itself would wait on
+                raise SearchError("a process of Ray's own ended; run the same command: what workers finished is kept")
             for call in ended:
                 answer = self._ended(calls[call], call)
                 if answer is not None:
@@ -190,6 +194,12 @@ class Workers:
         for worker in self._workers:
             with suppress(Exception):
                 ray.kill(worker.actor)
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _cause(error: Exception) -> str:

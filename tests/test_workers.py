@@ -85,6 +85,17 @@ def test_workers_that_cannot_start_end_the_search_with_the_cause(here):
         pool.wait()
 
 
+def test_ray_that_lost_a_process_of_its_own_ends_the_search(here):
+    with workers.started(1, partial(working.sleeping, here, SLEEP)) as pool:
+        pool.submit(task("sleeps"))
+        (raylet,) = [child for child in psutil.Process().children() if child.name() == "raylet"]
+        raylet.kill()
+        with pytest.raises(SearchError, match="a process of Ray's own ended; run the same command"):
+            while True:
+                pool.wait()
+    assert [child for child in psutil.Process().children(recursive=True) if "ray" in child.name()] == []
+
+
 def test_address_where_no_ray_answers_is_named(here):
     with pytest.raises(SearchError, match="search.cluster: no Ray answers at auto"), workers.started(1, print, "auto"):
         pass
