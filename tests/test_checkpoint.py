@@ -239,6 +239,17 @@ def lora_gradients(model):
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(6, 64), (8, 48), (8, 80), (5, 100), (3, 50), (7,)])
+def test_four_bits_are_decoded_block_by_block_whatever_the_rows(kind, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    stored, state = bnb.functional.quantize_4bit(weight, quant_type=kind, blocksize=64)
+    halves = torch.stack((stored.flatten() >> 4, stored.flatten() & 15), 1).flatten()[: weight.numel()]
+    scales = state.absmax.repeat_interleave(64)[: weight.numel()]
+    by_hand = (state.code[halves.long()] * scales).reshape(shape)
+    torch.testing.assert_close(bnb.functional.dequantize_4bit(stored, state), by_hand)
+
+
 def test_adapters_have_the_same_gradients_after_an_evaluation(mixed):
     # On processors with AVX512-BF16 bitsandbytes repacks 4-bit weights in evaluation, and gradients went wrong.
     model = adapted(mixed[3])

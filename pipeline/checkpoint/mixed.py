@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 
 import bitsandbytes as bnb
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch._C import DispatchKeySet
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.bitsandbytes import (
@@ -127,6 +131,44 @@ def use_plain_cpu_layout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def whole_blocks(shape: Sequence[int], block: int) -> list[int]:
+    """Return a shape of as many elements whose rows are whole blocks, or one row if blocks do not divide them."""
+    count = math.prod(shape)
+    if shape[-1] % block == 0:
+        return list(shape)
+    return [count // block, block] if count % block == 0 else [1, count]
+
+
+def decode_by_blocks() -> torch.library.Library:
+    """Make bitsandbytes' decoder of 4 bits right for every shape on CPUs with AVX512; return what keeps it so.
+
+    Its kernel (0.50.2) takes each row to begin a block of scales, which is false where a row's length is no multiple
+    of a block's. Codes and scales lie end to end, so they may be read in rows that are.
+    """
+    kernel = torch.library.get_kernel("bitsandbytes::dequantize_4bit", "CPU")
+
+    def decoded(
+        keys: DispatchKeySet,
+        codes: Tensor,
+        scales: Tensor,
+        block: int,
+        kind: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        rows = whole_blocks(shape, block)
+        return kernel.call_boxed(keys, codes, scales, block, kind, rows, dtype).reshape(shape)
+
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is replaced
+        library.impl("dequantize_4bit", decoded, "CPU", with_keyset=True, allow_override=True)
+    return library
+
+
+_DECODER = decode_by_blocks()  # it would be taken back with the library
 
 
 def register() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -63,8 +64,19 @@ def command(project: Path, *arguments: str, more: dict | None = None, **options)
 def start(project: Path, *arguments: str, more: dict | None = None, output=subprocess.DEVNULL) -> subprocess.Popen:
     """Start a command in the project, in a process group of its own."""
     return subprocess.Popen(
-        arguments, cwd=project, env=environment() | (more or {}), stdout=output, stderr=output, start_new_session=True
+        arguments,
+        cwd=project,
+        env=environment() | (more or {}),
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
+
+
+def heed_interrupts() -> None:
+    """Let SIGINT end a process again, which a shell's background jobs ignore, and all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def runs(project: Path) -> list:

@@ -113,7 +113,7 @@ def kill(project: Path, number: int, seed: int, seconds: dict[str, float]) -> Tr
     done.remark(f"after {moment:.0f} s" + (", when it had ended" if ended_before else ""))
     if alive:
         done.left += len(alive)
-        done.remark(f"alive {_GRACE:.0f} s later: {[str(each) for each in alive]}")
+        done.remark(f"alive {_GRACE:.0f} s later: {state.named(alive)}")
         for each in alive:
             with suppress(psutil.NoSuchProcess):
                 each.kill()

@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
@@ -63,6 +64,15 @@ def wait_for_end(project: Path, seconds: float) -> list[psutil.Process]:
     while (alive := processes(project)) and time.monotonic() < limit:
         time.sleep(0.2)
     return alive
+
+
+def named(alive: list[psutil.Process]) -> list[str]:
+    """Their command lines, for a message."""
+    lines = []
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            lines.append(" ".join(process.cmdline()))
+    return lines
 
 
 def litter(project: Path) -> list[str]:

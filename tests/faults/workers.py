@@ -24,7 +24,8 @@ from types import SimpleNamespace
 
 import psutil
 
-from tests.faults.state import journal_trials, processes, wait_for_end
+from tests.end_to_end.project import heed_interrupts
+from tests.faults.state import journal_trials, named, processes, wait_for_end
 from tests.faults.tally import Tally, Try
 from tests.fixtures import working
 
@@ -150,7 +151,15 @@ def start(folder: Path, workers: int, trials: int, output) -> subprocess.Popen:
         "TMPDIR": str(temporary(folder)),
     }
     command = [sys.executable, "-m", "tests.faults.workers", "search", str(workers), str(trials)]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
+    )
 
 
 def kill(folder: Path, number: int, seed: int, workers: int, trials: int) -> Try:
@@ -181,7 +190,7 @@ def kill(folder: Path, number: int, seed: int, workers: int, trials: int) -> Try
         process.wait()
     done.left += len(alive)
     if alive:
-        done.remark(f"alive {_GRACE:.0f} s later: {[str(each) for each in alive]}")
+        done.remark(f"alive {_GRACE:.0f} s later: {named(alive)}")
     if death.startswith(("SIGINT", "SIGTERM")):
         done.read((place / "killed.txt").read_text())
     if (death == "SIGKILL to a worker" or "none was there" in done.note) and process.returncode:

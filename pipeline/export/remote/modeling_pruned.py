@@ -8,6 +8,9 @@ transformers, bitsandbytes and peft.
 * ``adapter/``: LoRA adapters, which are added on loading.
 """
 
+import math
+import warnings
+
 import bitsandbytes as bnb
 import torch
 import transformers
@@ -156,5 +159,23 @@ class MixedBitsQuantizer(Bnb4BitHfQuantizer):
         return {"deserialize": _Dispatch}
 
 
+def _decode_by_blocks():
+    """Let bitsandbytes decode 4 bits in rows of whole blocks: with AVX512 its kernel for CPUs is wrong on others."""
+    kernel = torch.library.get_kernel("bitsandbytes::dequantize_4bit", "CPU")
+
+    def decoded(keys, codes, scales, block, kind, shape, dtype):
+        count = math.prod(shape)
+        rows = [count // block, block] if count % block == 0 else [1, count]
+        rows = list(shape) if shape[-1] % block == 0 else rows
+        return kernel.call_boxed(keys, codes, scales, block, kind, rows, dtype).reshape(shape)
+
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        library.impl("dequantize_4bit", decoded, "CPU", with_keyset=True, allow_override=True)
+    return library
+
+
+_DECODER = _decode_by_blocks()
 AUTO_QUANTIZER_MAPPING["mixed_bits"] = MixedBitsQuantizer
 AUTO_QUANTIZATION_CONFIG_MAPPING["mixed_bits"] = MixedBitsConfig
