@@ -20,7 +20,7 @@ ifeq ($(LOGNAME)$(USER),)
 export LOGNAME := $(shell id -un 2>/dev/null || echo uid-$$(id -u))
 endif
 
-.PHONY: search test lint fmt ui bench doctor check setup workers clean help
+.PHONY: search test lint fmt ui bench doctor check setup workers services team clean help
 .DEFAULT_GOAL := help
 
 search: setup ## the main job, from the model to the registry; PRESET=llama-7b N_TRIALS=30 SET="prune.ratios=0.3"
@@ -70,7 +70,13 @@ $(VENV)/installed: requirements.txt requirements-dev.txt | python
 	touch $@
 
 workers: setup ## Ray, for search.workers on several GPUs or machines (docs/cluster.md); 75 MB
-	python -m pip install --quiet --disable-pip-version-check -r requirements-workers.txt
+	$(INSTALL) -r requirements-workers.txt
+
+services: setup ## what a team's shared services need beside PostgreSQL (docs/cluster.md)
+	$(INSTALL) -r requirements-services.txt
+
+team: workers services ## tests with Ray and with a team's services, which make test skips where these are missing
+	python -m pytest -q tests/test_workers.py tests/services
 
 .PHONY: python
 python:

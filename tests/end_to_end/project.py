@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -72,6 +73,13 @@ def start(project: Path, *arguments: str, more: dict | None = None, output=subpr
         start_new_session=True,
         preexec_fn=heed_interrupts,
     )
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """Kill what ``start`` started and all in its group; return once the process is gone."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def heed_interrupts() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.end_to_end.project import command, edit, start, tiny_project
+from tests.end_to_end.project import command, edit, end_group, start, tiny_project
 from tests.faults import state
 from tests.faults.tally import Try
 
@@ -107,9 +107,7 @@ def kill(project: Path, number: int, seed: int, seconds: dict[str, float]) -> Tr
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
             whom(process, what)
         alive = state.wait_for_end(project, _GRACE)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end_group(process)
     done.remark(f"after {moment:.0f} s" + (", when it had ended" if ended_before else ""))
     if alive:
         done.left += len(alive)

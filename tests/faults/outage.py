@@ -1,7 +1,5 @@
 """An MLflow server on loopback that stops in the middle of a search, for a while or for good."""
 
-import os
-import signal
 import socket
 import subprocess
 import time
@@ -11,7 +9,7 @@ from pathlib import Path
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from tests.end_to_end.project import command, edit, environment, start
+from tests.end_to_end.project import command, edit, end_group, environment, start
 from tests.faults import state
 from tests.faults.kills import run
 from tests.faults.tally import Try
@@ -56,9 +54,7 @@ class Server:
 
     def down(self) -> None:
         if self.process:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            end_group(self.process)
             self.process = None
 
     def runs(self, where: str = "") -> list:
@@ -94,8 +90,7 @@ def outage(project: Path, number: int, seconds: float | None) -> Try:
             try:
                 process.wait(timeout=400)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                end_group(process)
                 done.unclear += 1
                 done.remark("the search had not ended 400 s after the server's death")
         text = output.read_text()

