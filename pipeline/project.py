@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline import bits, checks, console, device, doctor, overrides, params, storage, tracking
+from pipeline import bits, checks, console, device, doctor, overrides, params, signals, storage, tracking
 from pipeline.locks import Lock
 from pipeline.params import Params, ParamsError
 from pipeline.paths import STUDY
@@ -186,7 +186,7 @@ def _stop_all(child: subprocess.Popen, itself: bool) -> None:
             process.terminate()
         except psutil.NoSuchProcess:
             continue
-    for process in psutil.wait_procs(family, timeout=30)[1]:
+    for process in signals.wait(family, within=30):
         with suppress(psutil.NoSuchProcess):
             process.kill()
     child.wait(timeout=30)

@@ -8,18 +8,30 @@ plain ``dvc repro`` later on compares with the file again.
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from dvc.cli import main
-from dvc.dependency import param
 
-from pipeline import overrides
+def repro(arguments: Sequence[str]) -> int:
+    """Run DVC; return its exit status."""
+    # Seconds of imports, before DVC looks after Ctrl-C: it should end them without a traceback.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from dvc.cli import main
+
+    from pipeline import overrides
+
+    show(overrides.read(), Path(overrides.DEFAULT).resolve())
+    signal.signal(signal.SIGINT, before)
+    return main(list(arguments))
 
 
-def show(document: object) -> None:
-    """Let DVC read a document wherever it would read ``params.yaml`` of this folder."""
-    file, read = Path(overrides.DEFAULT).resolve(), param.load_path
+def show(document: object, file: Path) -> None:
+    """Let DVC read a document wherever it would read a file."""
+    from dvc.dependency import param
+
+    read = param.load_path
 
     def load_path(path: str, *arguments: object, **named: object) -> object:
         return document if Path(path).resolve() == file else read(path, *arguments, **named)
@@ -28,5 +40,4 @@ def show(document: object) -> None:
 
 
 if __name__ == "__main__":
-    show(overrides.read())
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(repro(sys.argv[1:]))

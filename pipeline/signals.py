@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -27,6 +27,7 @@ _ANCESTORS = "QPRUNER_ANCESTORS"  # processes of this project above this one, as
 _STARTERS = ("DVC_ROOT", "MLFLOW_RUN_ID")  # set by the programs that start us through a shell
 _AGAIN = 5.0  # seconds after which an interrupt that was not heeded is raised again
 _LOOK = 1.0  # seconds between two looks at the ancestors
+_PAUSE = 0.05  # seconds between two looks at processes that are waited for
 
 
 class Interrupted(KeyboardInterrupt):
@@ -155,6 +156,21 @@ def started_by() -> psutil.Process | None:
             process = process.parent()
         return process
     return None
+
+
+def wait(processes: Iterable[psutil.Process], within: float) -> list[psutil.Process]:
+    """Wait until processes have ended; return those that live on.
+
+    One that nobody reaps has ended, too: in a container without an init process it stays a zombie for good.
+
+    Args:
+        processes: Any, not only children.
+        within: Seconds.
+    """
+    limit = time.monotonic() + within
+    while (alive := [process for process in processes if _lives(process)]) and time.monotonic() < limit:
+        time.sleep(_PAUSE)
+    return alive
 
 
 def _name(process: psutil.Process) -> str:

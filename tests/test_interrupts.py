@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-from pipeline import project
+from pipeline import project, signals
 
 # A process that starts another one and waits, as DVC does with a stage. Both print their id once they are ready.
 PARENT = """
@@ -50,20 +50,20 @@ def family():
 @pytest.fixture
 def waits(monkeypatch):
     """How long each wait for processes was allowed to be; the waits themselves are cut to two seconds."""
-    asked, wait_procs = [], psutil.wait_procs
+    asked, wait = [], signals.wait
 
-    def shortened(processes, timeout):
-        asked.append(timeout)
-        return wait_procs(processes, timeout=2)
+    def shortened(processes, within):
+        asked.append(within)
+        return wait(processes, within=2)
 
-    monkeypatch.setattr(project.psutil, "wait_procs", shortened)
+    monkeypatch.setattr(project.signals, "wait", shortened)
     return asked
 
 
 def test_stage_that_ends_when_asked_is_not_killed(family, waits):
     parent, child = family(OBEDIENT)
     project._stop_all(parent, itself=True)
-    assert waits == [30] and not child.is_running()
+    assert waits == [30] and signals.wait([child], within=20) == []
     assert parent.returncode in (0, -signal.SIGTERM)  # it ends by itself when its child has
 
 

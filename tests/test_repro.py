@@ -1,6 +1,7 @@
 """DVC reruns what an override changes, and never sees the file changed."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 from pipeline import documents, overrides
+from tests.end_to_end.project import heed_interrupts
 
 PARAMS = "seed: 42\nprune: # a comment\n  ratios: 0.2\n  noise: 1e-05\n"
 STAGES = (
@@ -72,3 +74,23 @@ def test_stage_runs_with_the_projects_own_python(tmp_path, named):
         check=True,
     )  # fmt: skip
     assert done.stdout == f"{named} -m pipeline prune\n"
+
+
+def test_interrupt_while_dvc_is_imported_shows_no_traceback(tmp_path):
+    package = tmp_path / "dvc"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "cli.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.repro", "repro"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=30)
+    assert (process.returncode, shown) == (-signal.SIGINT, "")

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from pipeline import tracking
+from pipeline import signals, tracking
 
 
 @pytest.fixture(autouse=True)
@@ -104,11 +104,26 @@ subprocess.run([sys.executable, "-c", {middle!r}])
     assert not stage.is_running() and (tmp_path / "ended").exists()
 
 
+def test_process_that_nobody_reaps_is_not_waited_for():
+    zombie, living = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])
+    try:
+        started = time.monotonic()
+        assert signals.wait([psutil.Process(zombie.pid)], within=30) == []
+        assert time.monotonic() - started < 20
+        assert psutil.Process(zombie.pid).status() == psutil.STATUS_ZOMBIE
+        both = [psutil.Process(zombie.pid), psutil.Process(living.pid)]
+        assert signals.wait(both, within=0.2) == both[1:]
+    finally:
+        living.kill()
+        zombie.wait()
+        living.wait()
+
+
 def test_second_signal_does_not_cut_short_what_ends_the_runs():
     code = """
 import os
 import signal
-from pipeline import tracking
+from pipeline import signals, tracking
 tracking.on_termination_interrupt()
 finish = tracking.Run.finish
 def told_again(run, *arguments):

@@ -295,9 +295,9 @@ def kill_project_run() -> None:
 _LAST_WORD = """
 import sys
 import psutil
-from pipeline import tracking
+from pipeline import signals, tracking
 if psutil.pid_exists(int(sys.argv[2])):
-    psutil.wait_procs([psutil.Process(int(sys.argv[2]))], timeout=120)
+    signals.wait([psutil.Process(int(sys.argv[2]))], within=120)
 tracking.Run(sys.argv[1], "").finish("KILLED")
 tracking.reap()
 """
