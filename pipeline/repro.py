@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline import console, overrides
+
 
 def repro(arguments: Sequence[str]) -> int:
     """Run DVC; return its exit status."""
@@ -20,9 +22,8 @@ def repro(arguments: Sequence[str]) -> int:
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     from dvc.cli import main
 
-    from pipeline import overrides
-
     show(overrides.read(), Path(overrides.DEFAULT).resolve())
+    mend_lock(Path(".dvc/tmp"))
     signal.signal(signal.SIGINT, before)
     return main(list(arguments))
 
@@ -37,6 +38,26 @@ def show(document: object, file: Path) -> None:
         return document if Path(path).resolve() == file else read(path, *arguments, **named)
 
     param.load_path = load_path
+
+
+def mend_lock(folder: Path) -> None:
+    """Remove DVC's list of the files that its processes work on, if it was cut off.
+
+    DVC writes it in place, and refuses every command once it was killed while it did. It is read as DVC does, under the
+    same guard, so that no other process is writing it now.
+    """
+    from dvc import rwlock
+    from dvc.fs import localfs
+
+    file = folder / rwlock.RWLOCK_FILE
+    if not file.exists():
+        return
+    try:
+        with rwlock._edit_rwlock(str(folder), localfs, False):
+            pass
+    except (rwlock.RWLockFileCorruptedError, rwlock.RWLockFileFormatError):
+        file.unlink(missing_ok=True)
+        console.note(f"{file} was cut off when DVC was killed; it is removed")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """DVC reruns what an override changes, and never sees the file changed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -94,3 +95,17 @@ def test_interrupt_while_dvc_is_imported_shows_no_traceback(tmp_path):
     process.send_signal(signal.SIGINT)
     _, shown = process.communicate(timeout=30)
     assert (process.returncode, shown) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("cut", ["", '{"write": {', '{"write": 3}'])
+def test_dvcs_list_that_was_cut_off_stops_no_command(folder, cut):
+    (folder / ".dvc/tmp/rwlock").write_text(cut)
+    assert "rwlock was cut off when DVC was killed; it is removed" in call(folder, "pipeline.repro", "repro")
+    assert state(folder)[0] == 1
+
+
+def test_dvcs_list_of_living_processes_stays(folder):
+    kept = {"write": {str(folder / "elsewhere"): {"pid": os.getpid(), "cmd": "another"}}, "read": {}}
+    (folder / ".dvc/tmp/rwlock").write_text(json.dumps(kept))
+    assert "cut off" not in call(folder, "pipeline.repro", "repro")
+    assert json.loads((folder / ".dvc/tmp/rwlock").read_text())["write"] == kept["write"]

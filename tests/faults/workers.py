@@ -32,6 +32,12 @@ from tests.fixtures import working
 SLEEP = 1.0
 _GRACE = 60.0  # seconds in which all processes have to end
 _PATIENCE = 900.0
+# Imports of the tests' own, before the search looks after signals: an interrupt ends them without a traceback.
+_SEARCH = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+runpy.run_module("tests.faults.workers", run_name="__main__", alter_sys=True)
+"""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -150,7 +156,7 @@ def start(folder: Path, workers: int, trials: int, output) -> subprocess.Popen:
         "OMP_NUM_THREADS": "1",
         "TMPDIR": str(temporary(folder)),
     }
-    command = [sys.executable, "-m", "tests.faults.workers", "search", str(workers), str(trials)]
+    command = [sys.executable, "-c", _SEARCH, "search", str(workers), str(trials)]
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -238,6 +244,7 @@ def compare(done: Try, place: Path, before: list, written: list, trials: int) ->
 
 def main(arguments: list[str]) -> None:
     if arguments[0] == "search":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             search(*map(int, arguments[1:]))
         except KeyboardInterrupt:
