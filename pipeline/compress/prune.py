@@ -75,8 +75,11 @@ def at_ratios(
     for ratio in ratios:
         check(dense.config, replace(settings, ratio=ratio))
     check_finite(dense)
-    first = scored(dense, calibration, settings, seed)
+    first = scored(dense, calibration, settings, seed) if any(ratios) else ([], None)
     for ratio in ratios:
+        if not ratio:
+            yield Pruned(*remove(dense, whole), (before, before), whole)
+            continue
         model, config, left, (scores, grams) = dense, dense.config, whole, first
         state: dict[str, torch.Tensor] = {}
         for step in range(1, settings.steps + 1):
