@@ -18,7 +18,16 @@ from pipeline.architecture import KINDS, BlockShape
 from pipeline.compress import saliency, uniform
 from pipeline.compress.grams import Grams, input_grams, typical_energy
 from pipeline.compress.modules import Keep, Scores
-from pipeline.compress.structures import PruneError, Settings, block_range, fitted, kept, prunable, spared
+from pipeline.compress.structures import (
+    PruneError,
+    Settings,
+    block_range,
+    experts_fault,
+    fitted,
+    kept,
+    prunable,
+    spared,
+)
 from pipeline.compress.structures import ratio as ratio_fault
 from pipeline.data.alpaca import Batch
 from pipeline.data.calibration import noised
@@ -52,7 +61,7 @@ def run(model: PreTrainedModel, calibration: Sequence[Batch], settings: Settings
     """Prune a model to the settings' ratio.
 
     Args:
-        model: The model; left as it is except for gradients.
+        model: The model; left as it is except for gradients, and for the order of channels within experts.
         calibration: Token batches with every position labelled.
         settings: How it is pruned.
         seed: For random importance and noise.
@@ -112,6 +121,7 @@ def check(config: PretrainedConfig, settings: Settings) -> None:
             asked for and the ranges spare blocks.
     """
     faults = [
+        experts_fault(config, settings.importance, settings.compensate, [settings.ratio]),
         spared(settings, len(architecture.shapes(config))),
         block_range(config, "attention_blocks", settings.attention_blocks),
         block_range(config, "mlp_blocks", settings.mlp_blocks),
