@@ -43,7 +43,8 @@ class Pruned:
         config: Config of the smaller model.
         state: Its tensors.
         parameters: Parameters before and after.
-        kept: Of each block, the structures that stayed, in the numbering of the original model.
+        kept: Of each block, the structures that stayed, in the numbering of the original model; channels of experts in
+            the order that scoring put them in.
     """
 
     config: PretrainedConfig

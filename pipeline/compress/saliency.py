@@ -28,7 +28,7 @@ def importance(
     """Return the score of every coupled structure of a model, by the chosen measure, in the CPU's memory.
 
     Args:
-        model: The model. Gradients of its parameters are used and cleared.
+        model: The model. Gradients of its parameters are used and cleared; ``order_experts`` changes it.
         calibration: Token batches, on the model's device.
         settings: The measure, ``level`` and ``aggregate`` are read, and for the surgeon what may go.
         seed: For random importance.
