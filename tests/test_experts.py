@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pipeline import architecture, checkpoint, checks, fits
+from pipeline.architecture import BlockShape
 from pipeline.checkpoint import configs, weights
 from pipeline.checkpoint.experts import routes
 from pipeline.checkpoint.headers import WeightsError
@@ -23,7 +25,7 @@ from pipeline.data.alpaca import IGNORED, Batch, Example
 from pipeline.errors import UserError
 from pipeline.export import limits
 from pipeline.params import ParamsError
-from pipeline.trial import even, fused, loss, memory, recover, training
+from pipeline.trial import even, fused, loss, memory, recover, traced, training
 from pipeline.trial.recover import Rows
 from pipeline.trial.setting import Setting
 
@@ -392,9 +394,25 @@ def test_whole_chain_at_ratio_zero(tmp_path):
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
+SETTING = Setting(tokens=192, rows=3, r=4, double_quant=False, inference_tokens=96, inference_rows=2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"fast": True}, {"gradient_checkpointing": True}, {"full": True}, {"tokens": 4, "rows": 2}],  # 8 choices among 9
+)
+def test_prediction_equals_a_trace_of_the_whole_under_any_setting(changes):
+    shapes = [BlockShape(4, 2, 96), BlockShape(2, 1, 50), BlockShape(4, 2, 96)]
+    config = checkpoint.pruned_config(tiny_config(FAMILY, num_hidden_layers=3, num_experts=9), shapes)
+    generator, setting = random.Random(1), replace(SETTING, **changes)
+    widths = {name: generator.choice((4, 8)) for name in architecture.linears(config)}
+    found = memory.predict(config, widths, setting)
+    peaks = [step(traced.model_of(config, widths, setting), setting)[1] for step in (traced.training, traced.inference)]
+    assert [found.training, found.inference] == peaks
+
+
 def test_prediction_of_eight_bits_adds_the_inputs_that_experts_read():
-    config = checkpoint.buildable(tiny_config(FAMILY))
-    setting = Setting(tokens=192, rows=3, r=4, double_quant=False, inference_tokens=96, inference_rows=2)
+    config, setting = checkpoint.buildable(tiny_config(FAMILY)), SETTING
     widths = dict.fromkeys(architecture.linears(config), 4)
     names = [f"model.layers.1.mlp.experts.{index}.down_proj" for index in range(6)]
     less, more = (memory.predict(config, widths | dict.fromkeys(names, bits), setting) for bits in (4, 8))
