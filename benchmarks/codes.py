@@ -100,13 +100,14 @@ def stored(weights: Sequence[torch.Tensor], gram: torch.Tensor, chosen: Codes) -
     return codes.calibrated(weights, gram, bits, four_bit, chosen.double_quant, chosen.fit)
 
 
-def put(model: Any, matrices: Iterable[dict[str, torch.Tensor]], chosen: Codes) -> float:
+def put(model: Any, matrices: Iterable[dict[str, torch.Tensor | None]], chosen: Codes) -> float:
     """Replace every linear by what its codes stand for; return the mean share of its outputs' energy that is lost."""
     lost, groups = [], iter(layer_bank.groups_of(model.config))
     for block in matrices:
         while block:
             group = next(groups)
             gram = [block.pop(name) for name in group][0]
+            assert gram is not None  # only experts may read too little text
             weights = [model.get_submodule(name).weight for name in group]
             dense = [weight.detach().clone() for weight in weights]
             for weight, before, tensors in zip(weights, dense, stored(dense, gram, chosen), strict=True):
@@ -131,7 +132,7 @@ def main(folder: Path, setting: Setting, asked: Sequence[Codes]) -> None:
     tokenizer = checkpoint.load_tokenizer(folder)
     text, parts = Path(setting.text).read_text(encoding="utf-8"), calibration_set(tokenizer, setting)
     print(f"{setting}: {linear_grams.count_tokens(parts)} calibration tokens", flush=True)
-    shared: list[dict[str, torch.Tensor]] = []  # Gram matrices of the dense model
+    shared: list[dict[str, torch.Tensor | None]] = []  # Gram matrices of the dense model
     for chosen in asked:
         model, start = checkpoint.load_model(folder, dtype=torch.float32), time.perf_counter()
         lost = 0.0

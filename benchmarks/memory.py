@@ -50,6 +50,7 @@ SMALL = {
     "head_dim": 32,
     "pad_token_id": 0,  # some families have one beyond this vocabulary
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 352}
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,10 @@ class Case:
         if self.name == "SmolLM2's shapes":
             config = checkpoint.load_config("artifacts/base")
         else:
-            config_class = getattr(transformers, architecture.FAMILIES[self.family].config_class)
-            config = config_class(**SMALL, tie_word_embeddings=self.family != "llama")
+            about = architecture.FAMILIES[self.family]
+            config_class = getattr(transformers, about.config_class)
+            sizes = SMALL | (EXPERTS if about.experts else {})
+            config = config_class(**sizes, tie_word_embeddings=self.family != "llama")
         shapes = [BlockShape(*shape) for shape in self.shapes] or architecture.shapes(config)
         return checkpoint.pruned_config(config, shapes)
 
@@ -107,6 +110,7 @@ CASES = [
     Case("mistral", family="mistral"),
     Case("qwen2, pruned", family="qwen2", shapes=PRUNED),
     Case("qwen3", family="qwen3"),
+    Case("qwen3_moe, pruned", family="qwen3_moe", shapes=((8, 4, 352), (4, 2, 332), (2, 1, 352), (6, 3, 128))),
     Case("smollm3", family="smollm3"),
     Case("olmo2, pruned", family="olmo2", shapes=PRUNED),
     Case("gemma3", family="gemma3_text"),

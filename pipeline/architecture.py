@@ -1,14 +1,16 @@
 """What follows from a family's description: blocks, coupled structures, linears, sizes, units of bits.
 
 Families are described in ``families``; torch is imported where a tensor is made, so that settings are checked without
-it. A block is attention, then a gated MLP. Its structures are key/value heads with their query heads, and MLP channels.
+it. A block is attention, then a gated MLP or experts, each a gated MLP. Its structures are key/value heads with their
+query heads, and MLP channels; of experts a channel of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Protocol, cast
 
 from pipeline.families import CHANNELS, FAMILIES, HEAD, HIDDEN, KEYS, QUERIES, REASONS, Family, Linear
@@ -51,7 +53,7 @@ class BlockShape:
     Attributes:
         heads: Query heads.
         kv_heads: Key/value heads; each goes together with ``heads / kv_heads`` query heads.
-        channels: MLP channels.
+        channels: MLP channels; of experts those of each.
     """
 
     heads: int
@@ -127,8 +129,57 @@ def defaults(name: object) -> Mapping[str, object]:
 
 
 def description(config: Config) -> Family:
-    """Return the description of a config's family."""
-    return FAMILIES[family(config)]
+    """Return the description of a config's family, with the linears of each of its experts."""
+    about = FAMILIES[family(config)]
+    return about if about.experts is None else _with_experts(family(config), experts(config))
+
+
+@cache
+def _with_experts(name: str, count: int) -> Family:
+    """Return a family's description with the linears of each of so many experts in place of those named with ``*``."""
+    about = FAMILIES[name]
+
+    def each(names: Sequence[str]) -> tuple[str, ...]:
+        shared = [name for name in names if "*" not in name]
+        own = [name.replace("*", str(index)) for index in range(count) for name in names if "*" in name]
+        return (*shared, *own)
+
+    known = {name: linear for linear in about.linears for name in each([linear.name])}
+    names = each([linear.name for linear in about.linears])
+    return replace(
+        about,
+        linears=tuple(replace(known[name], name=name) for name in names),
+        groups={group: each(members) for group, members in about.groups.items()},
+    )
+
+
+def experts(config: Config) -> int:
+    """Return the number of experts of a block; 0: it has one MLP."""
+    about = FAMILIES[family(config)].experts
+    return 0 if about is None else next((value for key in about.count if (value := getattr(config, key, None))), 0)
+
+
+def expert_fields(name: object) -> tuple[str, ...]:
+    """Return the fields with counts of experts that a ``config.json`` of a ``model_type`` may have."""
+    about = FAMILIES[str(name).removeprefix("pruned_")].experts if supported(name) else None
+    return () if about is None else about.fields
+
+
+def channels_field(config: Config) -> str:
+    """Return the field of a config with the channels of an MLP or of an expert."""
+    about = FAMILIES[family(config)].experts
+    return "intermediate_size" if about is None else about.width
+
+
+def unlike(config: Config) -> str | None:
+    """Return why the description of a config's family does not fit it, or None."""
+    if (about := FAMILIES[family(config)].experts) is None:
+        return None
+    if getattr(config, about.chosen) > experts(config):
+        return f"{about.chosen} is more than the {experts(config)} experts"
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        return "some blocks have an MLP in place of experts (mlp_only_layers, decoder_sparse_step): all must be alike"
+    return None
 
 
 def head_dim(config: Config) -> int:
@@ -141,7 +192,8 @@ def shapes(config: Config) -> list[BlockShape]:
     pruned = getattr(config, "block_shapes", None)
     if pruned:
         return [BlockShape(*shape) for shape in pruned]
-    whole = BlockShape(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
+    channels = getattr(config, channels_field(config))
+    whole = BlockShape(config.num_attention_heads, config.num_key_value_heads, channels)
     return [whole] * config.num_hidden_layers
 
 
@@ -157,17 +209,17 @@ def linear_name(block: int, name: str) -> str:
 
 def linear_names(config: Config) -> tuple[str, ...]:
     """Return the names that a block's linears have within it."""
-    return tuple(linear.name for linear in description(config).linears)
+    return tuple(description(config).by_name)
 
 
 def linear_of(config: Config, name: str) -> Linear:
     """Return the description of a linear by its name within its block."""
-    return next(linear for linear in description(config).linears if linear.name == name)
+    return description(config).by_name[name]
 
 
 def target_modules(config: Config) -> list[str]:
     """Return the names by which PEFT finds the linears."""
-    return [name.rpartition(".")[2] for name in linear_names(config)]
+    return list(parts(config, "linear"))
 
 
 def linears(config: Config) -> Iterator[str]:
@@ -178,11 +230,60 @@ def linears(config: Config) -> Iterator[str]:
 
 
 def parts(config: Config, granularity: str) -> Mapping[str, tuple[str, ...]]:
-    """Return what one bit choice covers in a block, in the order of the computation: name -> linears."""
+    """Return what one bit choice covers in a block, in the order of the computation: name -> linears.
+
+    Experts share theirs: they are many, and which of them a text needs only the text tells.
+    """
     if granularity == "group":
         return description(config).groups
     names = linear_names(config)
-    return {"block": names} if granularity == "block" else {name.rpartition(".")[2]: (name,) for name in names}
+    if granularity == "block":
+        return {"block": names}
+    alike: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        last = name.rpartition(".")[2]
+        alike[last] = (*alike.get(last, ()), name)
+    return alike
+
+
+def same_inputs(config: Config) -> tuple[tuple[str, ...], ...]:
+    """Return the linears of a block, those together that read the same inputs."""
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    for linear in description(config).linears:
+        key = linear.name.rpartition(".")[0], linear.inputs
+        found[key] = (*found.get(key, ()), linear.name)
+    return tuple(found.values())
+
+
+def mlps(config: Config) -> tuple[tuple[str, ...], ...]:
+    """Return the linears of a block's MLP, or of each of its experts, in the order of the computation."""
+    found: dict[str, tuple[str, ...]] = {}
+    groups = description(config).groups
+    for name in (*groups["gate_up"], *groups["down"]):
+        at = name.rpartition(".")[0]
+        found[at] = (*found.get(at, ()), name)
+    return tuple(found.values())
+
+
+def expert_of(config: Config, name: str) -> int | None:
+    """Return the number of the expert that a linear of a block belongs to, by its name there; None: to none."""
+    about = description(config).experts
+    if about is None or not name.startswith(f"{about.module}."):
+        return None
+    return int(name.removeprefix(f"{about.module}.").partition(".")[0])
+
+
+def tokens_read(config: Config, name: str, tokens: int) -> int:
+    """Return how many of a pass's tokens a linear of a block reads; of an expert if all are chosen equally often."""
+    about, expert = description(config).experts, expert_of(config, name)
+    if about is None or expert is None:
+        return tokens
+    return evenly(tokens * getattr(config, about.chosen), experts(config))[expert]
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """Return how many of ``total`` tokens each of ``count`` experts reads if they are shared out evenly."""
+    return [total // count + (index < total % count) for index in range(count)]
 
 
 def units(config: Config, granularity: str) -> tuple[Unit, ...]:
@@ -290,6 +391,7 @@ def dense_parameters(config: Config) -> int:
     for shape in shapes(config):
         total += sum(size(config, shape, axis) for axis in about.norms.values())
         total += sum(linear_shape(config, shape, each.name)[0] for each in about.linears if has_bias(config, each))
+        total += experts(config) * hidden  # the router
     return total
 
 

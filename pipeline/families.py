@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 # What rows, columns and norms stand for.
 HIDDEN, QUERIES, KEYS, CHANNELS, HEAD = "hidden", "queries", "keys", "channels", "head"
@@ -33,14 +34,39 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Experts in place of one MLP: a router sends each token to some of them.
+
+    Attributes:
+        module: The module of a block that holds them, each a gated MLP by its number.
+        router: What chooses among them, by a weight of [experts, hidden]; it is never quantized.
+        count: Fields of the config with their number, the one that counts first.
+        chosen: Field of the config with how many of them read a token.
+        width: Field of the config with the channels of one.
+    """
+
+    module: str
+    router: str
+    count: tuple[str, ...]
+    chosen: str
+    width: str
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Return the fields of the config that are read."""
+        return (*self.count, self.chosen, self.width)
+
+
+@dataclass(frozen=True)
 class Family:
     """What the pipeline has to know of a model family.
 
     Attributes:
         config_class: Transformers' class of its config.
         model_class: Transformers' class of its causal language model, whose blocks are ``model.layers``.
-        linears: Of a block, in the order of the computation.
-        groups: Linears that read the same inputs and that serving runtimes fuse: name -> their names.
+        linears: Of a block, in the order of the computation; those of each expert are named with ``*`` for its number.
+        groups: Linears that read the same inputs, of experts each its own, and that serving runtimes fuse: name ->
+            their names.
         norms: Of a block: module -> what its values stand for.
         defaults: Fields that a ``config.json`` may leave out, where transformers' class has another default than most.
         activation: Field of the config that names the MLP's function.
@@ -53,6 +79,7 @@ class Family:
         gguf: llama.cpp's architecture that computes the same and reads heads and widths by block; "": there is none.
         unlike_gguf: Where there is none, what those that read sizes by block do not have.
         twin: Family that computes the same, whose class takes head counts that this one's refuses.
+        experts: Where the MLP is experts; None: it is one gated MLP.
     """
 
     config_class: str
@@ -69,6 +96,12 @@ class Family:
     gguf: str = ""
     unlike_gguf: str = ""
     twin: str = ""
+    experts: Experts | None = None
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Linear]:
+        """Return the linears by their names."""
+        return {linear.name: linear for linear in self.linears}
 
 
 def _attention(bias: bool | str, out_bias: bool | str) -> tuple[Linear, ...]:
@@ -80,20 +113,24 @@ def _attention(bias: bool | str, out_bias: bool | str) -> tuple[Linear, ...]:
     )
 
 
-def _mlp(bias: bool | str = False) -> tuple[Linear, ...]:
+def _mlp(bias: bool | str = False, at: str = "mlp") -> tuple[Linear, ...]:
     return (
-        Linear("mlp.gate_proj", (CHANNELS,), HIDDEN, bias),
-        Linear("mlp.up_proj", (CHANNELS,), HIDDEN, bias),
-        Linear("mlp.down_proj", (HIDDEN,), CHANNELS, bias),
+        Linear(f"{at}.gate_proj", (CHANNELS,), HIDDEN, bias),
+        Linear(f"{at}.up_proj", (CHANNELS,), HIDDEN, bias),
+        Linear(f"{at}.down_proj", (HIDDEN,), CHANNELS, bias),
     )
 
 
-_GROUPS = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
+def _groups(at: str = "mlp") -> dict[str, tuple[str, ...]]:
+    return {
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "o": ("self_attn.o_proj",),
+        "gate_up": (f"{at}.gate_proj", f"{at}.up_proj"),
+        "down": (f"{at}.down_proj",),
+    }
+
+
+_GROUPS = _groups()
 _BEFORE = {"input_layernorm": HIDDEN, "post_attention_layernorm": HIDDEN}
 _OF_A_HEAD = {"self_attn.q_norm": HEAD, "self_attn.k_norm": HEAD}
 _AROUND = {
@@ -118,6 +155,18 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": Family(
         "Qwen3Config", "Qwen3ForCausalLM", _BIASED, _GROUPS, _BEFORE | _OF_A_HEAD, _UNUSED_WINDOW | {"head_dim": 128},
         window="typed", gguf="openelm",
+    ),
+    "qwen3_moe": Family(  # Qwen3 with experts in every block
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM",
+        _attention("attention_bias", "attention_bias") + _mlp(at="mlp.experts.*"), _groups("mlp.experts.*"),
+        _BEFORE | _OF_A_HEAD,
+        _UNUSED_WINDOW | {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
+                          "moe_intermediate_size": 768},
+        window="all", per_block=(), unlike_gguf="experts",
+        experts=Experts(
+            "mlp.experts", "mlp.gate", ("num_local_experts", "num_experts"), "num_experts_per_tok",
+            "moe_intermediate_size",
+        ),
     ),
     "smollm3": Family(  # every fourth block has no rotary positions
         "SmolLM3Config", "SmolLM3ForCausalLM", _LLAMA, _GROUPS, _BEFORE,
@@ -158,7 +207,6 @@ REASONS: Mapping[str, str] = {
     "gemma3": "it reads images too; save its language model alone, which is of the family gemma3_text",
     "gpt_oss": "its experts are stored in 4 bits of their own (MXFP4), and pruning and the layer bank need dense ones",
     "phi": "Phi-1 and Phi-2 have an MLP without a gate",
-    "phimoe": "its MLP's channels stand in experts",
-    "mixtral": "its MLP's channels stand in experts",
-    "qwen3_moe": "its MLP's channels stand in experts",
+    "phimoe": "of the families with experts only qwen3_moe is described",
+    "mixtral": "of the families with experts only qwen3_moe is described",
 }

@@ -66,7 +66,7 @@ def units_a_block(granularity: str) -> int:
 
 def unusable(config: Config) -> str | None:
     """Refuse a config whose sizes are no sizes: transformers would fail on it with a traceback, or never end."""
-    for size in (*_SIZES, "head_dim"):
+    for size in (*_SIZES, "head_dim", *architecture.expert_fields(getattr(config, "model_type", None))):
         value = getattr(config, size, None)
         if value is None:
             continue
@@ -82,6 +82,8 @@ def unusable(config: Config) -> str | None:
     hidden = getattr(config, "hidden_size", None) or heads
     if getattr(config, "head_dim", None) is None and hidden % heads:
         return f"model.source: its config.json has hidden_size {hidden}, no multiple of its {heads} attention heads"
+    if fault := architecture.unlike(config):
+        return f"model.source: its config.json describes a model that is not supported: {fault}"
     return None
 
 

@@ -339,7 +339,8 @@ def padded_batches():
     return [Batch(parts[0].tokens, labels), *parts[1:], *batches(1, rows=2, length=20, seed=1)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Those of experts, which receive some of the tokens: test_experts.py.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_moe"])
 def test_gram_matrices_are_those_of_what_each_linear_receives(family):
     model, parts = tiny_model(family), padded_batches()
     found = {}

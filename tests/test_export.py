@@ -270,7 +270,7 @@ for folder in sys.argv[1:]:
 def test_folders_load_where_this_project_is_not_and_answer_the_same(tmp_path, tokenizer):
     folders, expected = [], []
     for family in FAMILIES:
-        forms = {"hf": FREE} | ({"plain": UNIFORM} if family in ("llama", "qwen2", "phi3") else {})
+        forms = {"hf": FREE} | ({"plain": UNIFORM} if family in ("llama", "qwen2", "phi3", "qwen3_moe") else {})
         for form, shapes in forms.items():
             built, folder = tmp_path / family / f"built-{form}", tmp_path / family / form
             save_built(built, tokenizer, family, shapes)

@@ -122,6 +122,7 @@ def test_linear_model_is_a_bound_where_single_linears_share_an_input():
         "fused adapters, 16-bit",
         "fused adapters, mixed, pruned",
         "gemma2, pruned",
+        "qwen3_moe, pruned",
     ],
 )
 def test_trace_for_a_cpu_agrees_with_the_allocations_of_real_steps(name, monkeypatch):

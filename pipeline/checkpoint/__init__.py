@@ -2,7 +2,8 @@
 
 Two things that transformers does not have are added and registered when this package is imported:
 
-* ``pruned_llama`` and its siblings, whose blocks have a shape each (``pruned.py``);
+* ``pruned_llama`` and its siblings, whose blocks have a shape each (``pruned.py``) and whose experts are linears
+  (``experts.py``);
 * the quantization method ``mixed_bits``, which gives each linear its own bit-width out of 4, 8 and 16 (``mixed.py``).
 """
 
@@ -21,6 +22,7 @@ from pipeline.checkpoint.mixed import MixedBitsConfig, MixedBitsQuantizer, use_p
 from pipeline.checkpoint.pruned import (
     PRUNED,
     STORED,
+    buildable,
     compute_in,
     from_state,
     pruned_config,
@@ -33,6 +35,7 @@ __all__ = [
     "STORED",
     "MixedBitsConfig",
     "MixedBitsQuantizer",
+    "buildable",
     "compute_in",
     "from_state",
     "load_base",

@@ -23,6 +23,7 @@ _REQUIRED = {
     "max_position_embeddings": 1 << 30,
 }
 _OPTIONAL = {"num_key_value_heads": 1 << 12, "head_dim": 1 << 12}
+_MOST_OF_EXPERTS = 1 << 20
 _TYPES = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -42,19 +43,23 @@ def read_config(folder: Path) -> PretrainedConfig:
     if faults:
         raise WeightsError("; ".join(f"config.json: {fault}" for fault in faults) + "; take the model's own config")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # checks of many kinds, all of them on values out of the file
         raise WeightsError(
             f"config.json is not understood: {first_line(error)}; take the model's own config"
         ) from error
+    if fault := architecture.unlike(config):
+        raise WeightsError(f"config.json: {fault}; take another model of the family")
+    return config
 
 
 def _count_faults(values: Mapping[str, object]) -> list[str]:
     counts: dict[str, int] = {}
     faults = []
-    for key, most in (_REQUIRED | _OPTIONAL).items():
+    optional = _OPTIONAL | dict.fromkeys(architecture.expert_fields(values.get("model_type")), _MOST_OF_EXPERTS)
+    for key, most in (_REQUIRED | optional).items():
         value = values.get(key)
-        if key in _OPTIONAL and value is None:
+        if key in optional and value is None:
             continue
         if key not in values:
             faults.append(f"{key} is missing")

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pipeline.checkpoint.pruned import STORED, compute_in
+from pipeline.checkpoint.pruned import STORED, buildable, compute_in
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,6 +57,7 @@ def _loaded(
     quiet()
     model = AutoModelForCausalLM.from_pretrained(
         folder,
+        config=buildable(load_config(folder)),
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -99,9 +100,11 @@ class MixedBitsQuantizer(Bnb4BitHfQuantizer):
         for bits in (4, 8):
             of_this_width = {name for name, width in config.linear_bits.items() if width == bits}
             if of_this_width:
+                others = "|".join(re.escape(name) for name in linears if name not in of_this_width)
                 replace_with_bnb_linear(
                     model,
-                    modules_to_not_convert=[f"^{name}$" for name in linears if name not in of_this_width],
+                    # One expression: each module is compared with each, and experts are thousands of linears.
+                    modules_to_not_convert=[f"^(?:{others})$"],
                     quantization_config=config.for_bits(bits),
                     pre_quantized=self.pre_quantized,
                 )

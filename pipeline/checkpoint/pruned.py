@@ -12,7 +12,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from pipeline.architecture import BlockShape, head_dim, shapes
+from pipeline.architecture import BlockShape, channels_field, description, head_dim, shapes
+from pipeline.checkpoint.experts import Experts
 from pipeline.families import FAMILIES, Family
 
 STORED = torch.bfloat16  # what every checkpoint holds, whatever a machine computes in
@@ -24,7 +25,7 @@ class _OfBlock:
     def __init__(self, whole: PretrainedConfig, shape: BlockShape):
         self._whole = whole
         self.num_attention_heads, self.num_key_value_heads = shape.heads, shape.kv_heads
-        self.intermediate_size = shape.channels
+        setattr(self, channels_field(whole), shape.channels)
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__") or name == "_whole":  # a copy asks before it has any attribute
@@ -45,13 +46,16 @@ class _PrunedConfig:
 
 
 class _PrunedModel:
-    """Builds each block at its own shape."""
+    """Builds each block at its own shape, with each expert a module of its own."""
 
     def __init__(self, config: _PrunedConfig, *args: object, **kwargs: object):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if getattr(config, "block_shapes", None):
             for index, block in enumerate(self.model.layers):  # type: ignore[attr-defined]
-                self.model.layers[index] = type(block)(config.block(index), index)  # type: ignore[attr-defined]
+                block = type(block)(config.block(index), index)
+                if (about := description(config).experts) is not None:  # type: ignore[arg-type]
+                    block.set_submodule(about.module, Experts(block.get_submodule(about.module)))
+                self.model.layers[index] = block  # type: ignore[attr-defined]
             self.post_init()  # type: ignore[attr-defined]
 
 
@@ -84,6 +88,13 @@ def pruned_config(config: PretrainedConfig, block_shapes: list[BlockShape]) -> P
     fields["head_dim"] = head_dim(config)
     fields["block_shapes"] = [[shape.heads, shape.kv_heads, shape.channels] for shape in block_shapes]
     return _config_class(PRUNED[config.model_type.removeprefix("pruned_")])(**fields)
+
+
+def buildable(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the config under which a model is built here: its own, or ``pruned_*`` where experts become linears."""
+    if getattr(config, "block_shapes", None) or description(config).experts is None:
+        return config
+    return pruned_config(config, shapes(config))
 
 
 def from_state(

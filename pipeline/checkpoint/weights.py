@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pipeline.checkpoint.configs import first_line
 from pipeline.checkpoint.headers import DENSE, INDEX, WHOLE, Tensor, WeightsError, tensors, weight_files
+from pipeline.checkpoint.pruned import buildable
 from pipeline.console import note
 from pipeline.storage import write_text
 
@@ -94,7 +95,7 @@ def _shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of a model's tensors, without the memory for them."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(buildable(config), trust_remote_code=False)
     except Exception as error:  # of many kinds, all of them from values out of the file
         raise WeightsError(
             f"config.json describes no model that can be built: {first_line(error)}; take the model's own config"

@@ -39,6 +39,7 @@ def checks(config: SimpleNamespace) -> Iterator[Check]:
     for key in ("attention_blocks", "mlp_blocks"):
         yield _block_range(config, key)
     yield _one_shape(config)
+    yield _experts(config)
     yield _ratio(config, "prune.ratios", lambda given: given.prune.ratios)
     yield _ratio(config, "table.ratios", lambda given: given.table.ratios)
     yield _ratio(config, "ablation.ratio", lambda given: [given.ablation.ratio])
@@ -72,6 +73,15 @@ def _one_shape(config: SimpleNamespace) -> Check:
             yield from _some(structures.spared(given.prune, config.num_hidden_layers))
 
     return check
+
+
+def _experts(config: SimpleNamespace) -> Check:
+    return Check(
+        ("prune.importance", "prune.compensate", "prune.ratios"),
+        lambda given: _some(
+            structures.experts_fault(config, given.prune.importance, given.prune.compensate, given.prune.ratios)
+        ),
+    )
 
 
 def _ratio(config: SimpleNamespace, key: str, ratios: Callable[[SimpleNamespace], Iterable[float]]) -> Check:

@@ -102,7 +102,7 @@ def write(
     seed: int,
     folder: Path,
     device: torch.device = CPU,
-    grams: Iterable[Mapping[str, torch.Tensor]] = (),
+    grams: Iterable[Mapping[str, torch.Tensor | None]] = (),
     tokens: int = 0,
 ) -> int:
     """Write the layer bank; return how many linears had too little calibration text, so that inputs were not heeded.
@@ -141,25 +141,29 @@ def write(
     (folder / "quantize.json").write_text(json.dumps(asdict(settings), indent=1))
     if unheeded:
         console.note(
-            f"{unheeded} linears are rounded to the nearest: {tokens} calibration tokens are too few for them; "
-            f"{linear_grams.tokens_needed(_widest(weights, groups))} would do (quantize.samples, quantize.max_length)"
+            f"{unheeded} linears are rounded to the nearest: too few of {tokens} calibration tokens reach them; "
+            f"{linear_grams.tokens_needed(_widest(weights, groups))} would do for each (quantize.samples, "
+            "quantize.max_length)"
         )
     return unheeded
 
 
 def _inputs(
-    groups: Sequence[Sequence[str]], grams: Iterator[Mapping[str, torch.Tensor]], tokens: int
+    groups: Sequence[Sequence[str]], grams: Iterator[Mapping[str, torch.Tensor | None]], tokens: int
 ) -> Iterator[Inputs | None]:
     """Yield what each group receives; None where the tokens are too few to tell.
 
     Raises:
         BankError: A Gram matrix is not finite.
     """
-    block: Mapping[str, torch.Tensor] = {}
+    block: Mapping[str, torch.Tensor | None] = {}
     for group in groups:
         if group[0] not in block:
             block = next(grams)
         gram = block[group[0]]
+        if gram is None:
+            yield None
+            continue
         if not gram.isfinite().all():
             raise BankError(
                 f"{group[0]}: what this layer receives is not finite (NaN or infinite), so its codes cannot be "

@@ -77,7 +77,12 @@ def quantized(state: Mapping[str, torch.Tensor], bank: Bank, widths: Mapping[str
 
 def groups_of(config: PretrainedConfig) -> list[tuple[str, ...]]:
     """Return the names of the linears that a bank holds; those that receive the same inputs stand together."""
-    return [unit.linears for unit in architecture.units(config, "group")]
+    together = architecture.same_inputs(config)
+    return [
+        tuple(architecture.linear_name(block, name) for name in names)
+        for block in range(config.num_hidden_layers)
+        for names in together
+    ]
 
 
 def names_of(config: PretrainedConfig) -> list[str]:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline import architecture
+from pipeline.checkpoint.experts import routes
 from pipeline.data.alpaca import IGNORED, Batch
 
 # With a damping of 0.01 error feedback from one token an input is worse than the nearest codes on other text, from two
@@ -40,10 +41,11 @@ def collect(
     batches: Sequence[Batch],
     sequential: bool = False,
     device: torch.device | None = None,
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Iterator[dict[str, torch.Tensor | None]]:
     """Yield, block by block, X^T X / tokens of every linear's inputs X: full name -> [in, in] fp32, in CPU memory.
 
-    Linears with the same inputs (q, k, v; gate, up) share one tensor. The computing device holds one block with its
+    Linears with the same inputs (q, k, v; gate, up) share one tensor. An expert's have None where it reads too few of
+    the tokens (``enough_tokens``). The computing device holds one block with its
     matrices; the CPU's memory holds the hidden states of all batches between two blocks.
 
     Args:
@@ -60,18 +62,25 @@ def collect(
     states, calls = [state for state, _ in starts], [call for _, call in starts]
     real = [_real(part).to(there) for part in batches]
     total = count_tokens(batches)
-    groups = architecture.parts(model.config, "group").values()
+    groups = architecture.same_inputs(model.config)
     for number, block in enumerate(architecture.blocks(model)):
         halves: dict[str, torch.Tensor] = {}
+        tokens: dict[str, int] = {}
         following = []
         block.to(there)
         for state, call, mask in zip(states, calls, real, strict=True):
-            with _inputs(block, [group[0] for group in groups]) as seen:
+            with _inputs(model, block, [group[0] for group in groups]) as seen:
                 following.append(_passed(block, state, call[number], there))
-            for name, value in seen.items():
-                _add_gram(halves, name, value[mask].float())
-        whole = {name: ((half.triu() + half.triu(1).T) / total).cpu() for name, half in halves.items()}
-        yield {architecture.linear_name(number, name): whole[group[0]] for group in groups for name in group}
+            for name, (value, places) in seen.items():
+                inputs = value.flatten(0, -2)[(mask.flatten() if places is None else mask.flatten()[places])]
+                tokens[name] = tokens.get(name, 0) + len(inputs)
+                _add_gram(halves, name, inputs.float())
+        whole = {
+            name: ((half.triu() + half.triu(1).T) / total).cpu()
+            for name, half in halves.items()
+            if tokens[name] == total or enough_tokens(len(half), tokens[name])
+        }
+        yield {architecture.linear_name(number, name): whole.get(group[0]) for group in groups for name in group}
         if sequential:
             following = [_passed(block, state, call[number], there) for state, call in zip(states, calls, strict=True)]
         block.to(home)
@@ -106,14 +115,24 @@ def _real(part: Batch) -> torch.Tensor:
 
 
 @contextmanager
-def _inputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect what some of a block's linears receive: name -> [B, L, in]."""
-    seen: dict[str, torch.Tensor] = {}
+def _inputs(
+    model: PreTrainedModel, block: nn.Module, names: Sequence[str]
+) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor | None]]]:
+    """Collect what some of a block's linears receive: name -> (what, [..., in], of which tokens; None: of all)."""
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    sent: dict[int, torch.Tensor] = {}  # to each expert
+    about, count = architecture.description(model.config).experts, architecture.experts(model.config)
+
+    def route(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        sent.update((expert, tokens) for expert, tokens, _ in routes(inputs[1], count))
 
     def keep(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        seen[name] = inputs[0]
+        expert = architecture.expert_of(model.config, name)
+        seen[name] = inputs[0], None if expert is None else sent[expert]
 
     with ExitStack() as hooks:
+        if about is not None:
+            hooks.callback(block.get_submodule(about.module).register_forward_pre_hook(route).remove)
         for name in names:
             handle = block.get_submodule(name).register_forward_pre_hook(partial(keep, name))
             hooks.callback(handle.remove)

@@ -18,7 +18,16 @@ from pipeline.architecture import KINDS, BlockShape
 from pipeline.compress import saliency, uniform
 from pipeline.compress.grams import Grams, input_grams, typical_energy
 from pipeline.compress.modules import Keep, Scores
-from pipeline.compress.structures import PruneError, Settings, block_range, fitted, kept, prunable, spared
+from pipeline.compress.structures import (
+    PruneError,
+    Settings,
+    block_range,
+    experts_fault,
+    fitted,
+    kept,
+    prunable,
+    spared,
+)
 from pipeline.compress.structures import ratio as ratio_fault
 from pipeline.data.alpaca import Batch
 from pipeline.data.calibration import noised
@@ -34,7 +43,8 @@ class Pruned:
         config: Config of the smaller model.
         state: Its tensors.
         parameters: Parameters before and after.
-        kept: Of each block, the structures that stayed, in the numbering of the original model.
+        kept: Of each block, the structures that stayed, in the numbering of the original model; channels of experts in
+            the order that scoring put them in.
     """
 
     config: PretrainedConfig
@@ -52,7 +62,7 @@ def run(model: PreTrainedModel, calibration: Sequence[Batch], settings: Settings
     """Prune a model to the settings' ratio.
 
     Args:
-        model: The model; left as it is except for gradients.
+        model: The model; left as it is except for gradients, and for the order of channels within experts.
         calibration: Token batches with every position labelled.
         settings: How it is pruned.
         seed: For random importance and noise.
@@ -75,8 +85,11 @@ def at_ratios(
     for ratio in ratios:
         check(dense.config, replace(settings, ratio=ratio))
     check_finite(dense)
-    first = scored(dense, calibration, settings, seed)
+    first = scored(dense, calibration, settings, seed) if any(ratios) else ([], None)
     for ratio in ratios:
+        if not ratio:
+            yield Pruned(*remove(dense, whole), (before, before), whole)
+            continue
         model, config, left, (scores, grams) = dense, dense.config, whole, first
         state: dict[str, torch.Tensor] = {}
         for step in range(1, settings.steps + 1):
@@ -109,6 +122,7 @@ def check(config: PretrainedConfig, settings: Settings) -> None:
             asked for and the ranges spare blocks.
     """
     faults = [
+        experts_fault(config, settings.importance, settings.compensate, [settings.ratio]),
         spared(settings, len(architecture.shapes(config))),
         block_range(config, "attention_blocks", settings.attention_blocks),
         block_range(config, "mlp_blocks", settings.mlp_blocks),

@@ -28,7 +28,7 @@ def importance(
     """Return the score of every coupled structure of a model, by the chosen measure, in the CPU's memory.
 
     Args:
-        model: The model. Gradients of its parameters are used and cleared.
+        model: The model. Gradients of its parameters are used and cleared; ``order_experts`` changes it.
         calibration: Token batches, on the model's device.
         settings: The measure, ``level`` and ``aggregate`` are read, and for the surgeon what may go.
         seed: For random importance.
@@ -74,7 +74,9 @@ def _importance(
     if kind == "surgeon":
         return surgeon(model, calibration, settings, grams or input_grams(model, calibration))
     first, second = gradients(model, calibration, kind)
-    return structure_scores(model, weight_scores(model, first, second, kind), settings.level, settings.aggregate)
+    scores = weight_scores(model, first, second, kind)
+    order_experts(model, scores, settings.level)
+    return structure_scores(model, scores, settings.level, settings.aggregate)
 
 
 def gradients(model: PreTrainedModel, calibration: Sequence[Batch], kind: str) -> tuple[Tensors, Tensors]:
@@ -100,8 +102,9 @@ def gradients(model: PreTrainedModel, calibration: Sequence[Batch], kind: str) -
         loss(model, part).backward()
         share = len(part.tokens) / len(rows)
         for name, weight in weights.items():
-            assert weight.grad is not None  # a linear of every block takes part in the loss
-            gradient = weight.grad.cpu().float()
+            # None: an expert that none of these tokens was sent to.
+            gradient = torch.zeros_like(weight, device="cpu") if weight.grad is None else weight.grad.cpu()
+            gradient = gradient.float()
             if kind != "taylor2":
                 first[name] = first.get(name, 0) + share * gradient
             if squares:
@@ -136,6 +139,37 @@ def weight_scores(model: PreTrainedModel, first: Tensors, second: Tensors, kind:
     return scores
 
 
+@torch.no_grad()
+def order_experts(model: PreTrainedModel, scores: Tensors, level: str) -> None:
+    """Put each expert's channels in the order of their scores, so that one leaves each expert that can best spare it.
+
+    A structure is the channel of one number in every expert of a block. In which order an expert has its channels does
+    not change what it computes. Changes the model and the scores; without experts neither.
+
+    Args:
+        model: The model.
+        scores: As for ``structure_scores``.
+        level: As for ``structure_scores``.
+    """
+    if not architecture.experts(model.config):
+        return
+    for index in range(model.config.num_hidden_layers):
+        for names in architecture.mlps(model.config):
+            *readers, writer = [architecture.linear_name(index, name) for name in names]
+            order = sum(
+                [_vectors(scores[name], 0, level) for name in readers], start=_vectors(scores[writer], 1, level)
+            ).argsort(descending=True, stable=True)
+            for name, dim in (*((name, 0) for name in readers), (writer, 1)):
+                weight = weight_of(model, name)
+                scores[name] = scores[name].index_select(dim, order)  # first: a score may be the weight itself
+                weight.copy_(weight.index_select(dim, order.to(weight.device)))
+
+
+def _vectors(weights: torch.Tensor, dim: int, level: str) -> torch.Tensor:
+    """Return the score of each row (``dim`` 0) or column (1) of a matrix of weights' scores."""
+    return weights.abs().sum(1 - dim) if level == "parameter" else weights.sum(1 - dim).abs()
+
+
 def structure_scores(model: PreTrainedModel, scores: Tensors, level: str, aggregate: str) -> Scores:
     """Sum the scores of weights to the score of each coupled structure.
 
@@ -153,8 +187,7 @@ def structure_scores(model: PreTrainedModel, scores: Tensors, level: str, aggreg
             for member in architecture.members(model.config, shape, kind):
                 weights = scores[architecture.linear_name(index, member.linear)]
                 weights = weights.narrow(member.dim, member.start, member.size)
-                across = 1 - member.dim
-                vectors = weights.abs().sum(across) if level == "parameter" else weights.sum(across).abs()
+                vectors = _vectors(weights, member.dim, level)
                 by_member.append(vectors.unflatten(0, (-1, member.width)).sum(1))
             block[kind] = aggregated(torch.stack(by_member), aggregate)
         summed.append(block)

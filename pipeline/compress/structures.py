@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -171,6 +172,25 @@ def calibrated(importance: str, compensate: bool) -> bool:
 def fitted(importance: str, compensate: bool) -> bool:
     """Return whether pruning reads what layers receive, not only gradients of the loss."""
     return compensate or importance in ("activation", "surgeon")
+
+
+def experts_fault(config: Config, importance: str, compensate: bool, ratios: Sequence[float]) -> str | None:
+    """Return what is wrong with pruning a model with experts by what its linears receive, or None.
+
+    Each expert receives other tokens, and many of them few.
+    """
+    if not any(ratios) or not architecture.experts(config):
+        return None
+    if fitted(importance, False) or importance == "fisher_mask":
+        asked = f"prune.importance: {importance}"
+    elif compensate:
+        asked = "prune.compensate: true"
+    else:
+        return None
+    return (
+        f"{asked} cannot be had of a model with experts, each of which receives other tokens; set prune.importance to "
+        "taylor1 and prune.compensate to false, or prune.ratios to [0]"
+    )
 
 
 def span_of(limits: Limits, kind: str) -> Range:

@@ -53,7 +53,8 @@ def rounded(built: Dense, weight: Load, batches: Sequence[Batch], compute: Compu
     tokens = linear_grams.count_tokens(batches)
     blocks = linear_grams.collect(built.model(compute), batches)
     result: dict[str, torch.Tensor] = {}
-    for grams in progress(blocks, "rounding for llama.cpp", total=built.config.num_hidden_layers):
+    for block in progress(blocks, "rounding for llama.cpp", total=built.config.num_hidden_layers):
+        grams = {name: gram for name, gram in block.items() if gram is not None}
         groups = [group for group in _groups(built, grams) if linear_grams.enough_tokens(len(grams[group[0]]), tokens)]
         with cores.each() as pool:
             for part in pool.map(partial(_fitted, weight, grams, compute.device), groups):

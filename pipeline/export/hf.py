@@ -76,7 +76,7 @@ def plain_config(config: Any) -> PretrainedConfig:
     fields |= {
         "num_attention_heads": shapes[0].heads,
         "num_key_value_heads": shapes[0].kv_heads,
-        "intermediate_size": shapes[0].channels,
+        architecture.channels_field(config): shapes[0].channels,
         "head_dim": architecture.head_dim(config),
         "dtype": str(checkpoint.STORED).removeprefix("torch."),
     }

@@ -43,9 +43,12 @@ def config_of(values: Mapping[str, object], origin: str) -> PretrainedConfig:
     if not architecture.supported(kind):
         raise UserError(f"{origin}: {architecture.unsupported(kind)}")
     try:
-        return AutoConfig.for_model(kind, **plain)
+        config = AutoConfig.for_model(kind, **plain)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{origin} is no valid config of {kind}: {error}") from None
+    if fault := architecture.unlike(config):
+        raise UserError(f"{origin} describes a model that is not supported: {fault}")
+    return config
 
 
 def pruned(config: PretrainedConfig, ratio: float, multiple_of: int = 1) -> PretrainedConfig:

@@ -205,8 +205,9 @@ def used(model: PeftModel) -> Iterator[None]:
             continue
         for group in ("qkv", "o"):
             _give_together([layers[name] for name in about.groups[group]], give)
-        names = (*about.groups["gate_up"], *about.groups["down"])
-        if len(names) == _GATED and getattr(base.config, about.activation) == "silu":
+        for names in architecture.mlps(base.config):
+            if len(names) != _GATED or getattr(base.config, about.activation) != "silu":
+                continue
             *before, down = [layers[name] for name in names]
             mlp = base.get_submodule(architecture.linear_name(index, names[0]).rpartition(".")[0])
             give(mlp, lambda x, before=before, down=down: _applied([down], *_applied(before, x))[0])

@@ -5,7 +5,8 @@ forward pass of ``evaluate`` on CUDA, from a trace of the real modules without d
 full and every position to be labelled. Left out, and needed on a real GPU: the CUDA context, cuBLAS workspaces, the
 allocator's rounding (to 512 bytes, and up to 1 MiB for large tensors) and fragmentation. Optimizer states that
 bitsandbytes pages are in managed memory, which the allocator does not count. Within 0.8 % of an H100's own peaks on
-LLaMA-7B's shapes (docs/results.md).
+LLaMA-7B's shapes (docs/results.md). Experts are taken to be chosen equally often: what they keep of all tokens is the
+same however they share them, and only the passing needs of the busiest one are not.
 """
 
 from __future__ import annotations
@@ -95,8 +96,12 @@ def training(config: PretrainedConfig, widths: Mapping[str, int], setting: Setti
     if setting.full:  # a block's widths say what it trains, so each is traced as it is
         return _traced(config, model, tuple(bits for _, bits in blocks), setting, "training")
     weights, peak = _last_block_at(config, model, blocks[-1][1], setting)
+    added: dict[Hashable, tuple[int, int]] = {}  # by what it depends on: experts are many linears
     for index, (shape, bits) in enumerate(blocks[:-1]):
-        stored, kept = _added(config, index, shape, bits, setting)
+        kind = index == 0, shape, bits
+        if kind not in added:
+            added[kind] = _added(config, index, shape, bits, setting)
+        stored, kept = added[kind]
         weights += stored
         peak += stored + kept
     return weights, peak
@@ -140,14 +145,15 @@ def _added(
     tokens = setting.tokens // setting.rows * setting.rows
     if setting.fast:
         return stored, 0  # fused adapters keep that input at any bits
-    about = architecture.description(config)
+    kept_anyway = architecture.description(config).output_kept
     again = setting.gradient_checkpointing  # frees what autograd saved, which these inputs are not
     kept = 0
-    for place, group in enumerate(about.groups.values()):
+    for place, group in enumerate(architecture.same_inputs(config)):
         inputs = architecture.linear_of(config, group[0]).inputs
-        free = not again and (inputs == QUERIES and about.output_kept or (block == 0 and place == 0))
+        free = not again and (inputs == QUERIES and kept_anyway or (block == 0 and place == 0))
         if not free and any(width[name] == 8 for name in group):
-            kept += 2 * tokens * architecture.size(config, shape, inputs)
+            read = architecture.tokens_read(config, group[0], tokens)
+            kept += 2 * read * architecture.size(config, shape, inputs)
     return stored, kept
 
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from pipeline import architecture
+from pipeline import architecture, checkpoint
 from pipeline.trial import adapters, fast, loss
 from pipeline.trial.fast import Ways
 from pipeline.trial.kernels import CUDA, META, Kernels, Machine, Operation
@@ -91,6 +91,7 @@ def model_of(
         machine: Where it will run.
     """
     config = copy.deepcopy(config)  # `from_config` writes the type into it, and a trial builds its model from it
+    config = checkpoint.buildable(config)
     with META:
         model = AutoModelForCausalLM.from_config(config, dtype=machine.dtype, attn_implementation=machine.attention)
         for name, bits in widths.items():

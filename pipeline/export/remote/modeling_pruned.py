@@ -3,12 +3,13 @@
 This file travels with the model: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. It needs
 transformers, bitsandbytes and peft.
 
-* ``block_shapes`` of ``config.json``: [heads, key/value heads, MLP channels] of each block.
+* ``block_shapes`` of ``config.json``: [heads, key/value heads, MLP channels] of each block; of experts those of each.
 * ``quantization_config``: ``linear_bits`` (name of a linear -> 4 or 8), ``four_bit`` (nf4 or fp4), ``double_quant``.
 * ``adapter/``: LoRA adapters, which are added on loading.
 """
 
 import math
+import re
 import warnings
 
 import bitsandbytes as bnb
@@ -28,6 +29,7 @@ FAMILIES = (  # as this file was made for: name, classes of config and model in 
     ("mistral", "MistralConfig", "MistralForCausalLM"),
     ("qwen2", "Qwen2Config", "Qwen2ForCausalLM"),
     ("qwen3", "Qwen3Config", "Qwen3ForCausalLM"),
+    ("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
     ("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM"),
     ("olmo2", "Olmo2Config", "Olmo2ForCausalLM"),
     ("gemma3_text", "Gemma3TextConfig", "Gemma3ForCausalLM"),
@@ -42,6 +44,7 @@ class _OfBlock:
     def __init__(self, whole, shape):
         self._whole = whole
         self.num_attention_heads, self.num_key_value_heads, self.intermediate_size = shape
+        self.moe_intermediate_size = self.intermediate_size  # blocks with experts have no other MLP
 
     def __getattr__(self, name):
         if name.startswith("__") or name == "_whole":  # a copy asks before it has any attribute
@@ -56,11 +59,44 @@ class _PrunedConfig:
         """Accept head counts that do not divide the hidden size: pruning takes whole heads."""
 
 
+class _Expert(nn.Module):
+    def __init__(self, hidden, channels, act_fn):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, channels, bias=False)
+        self.up_proj = nn.Linear(hidden, channels, bias=False)
+        self.down_proj = nn.Linear(channels, hidden, bias=False)
+        self.act_fn = act_fn
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _Experts(nn.ModuleList):
+    """Experts as linears of their own, where transformers has single tensors of all of them."""
+
+    def __init__(self, fused):
+        each = fused.hidden_dim, fused.intermediate_dim, fused.act_fn
+        super().__init__(_Expert(*each) for _ in range(fused.num_experts))
+
+    def forward(self, hidden, chosen, weights):
+        total, flat = torch.zeros_like(hidden), chosen.flatten()
+        sizes = torch.bincount(flat, minlength=len(self)).tolist()
+        for expert, part in zip(self, flat.argsort(stable=True).split(sizes), strict=True):
+            if len(part):
+                tokens, places = part // chosen.shape[1], part % chosen.shape[1]
+                output = expert(hidden[tokens]) * weights[tokens, places, None]
+                total.index_add_(0, tokens, output.to(total.dtype))
+        return total
+
+
 class _PrunedModel:
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         for index, block in enumerate(self.model.layers):
-            self.model.layers[index] = type(block)(_OfBlock(config, config.block_shapes[index]), index)
+            block = type(block)(_OfBlock(config, config.block_shapes[index]), index)
+            if hasattr(block.mlp, "experts"):
+                block.mlp.experts = _Experts(block.mlp.experts)
+            self.model.layers[index] = block
         self.post_init()
 
     @classmethod
@@ -140,9 +176,10 @@ class MixedBitsQuantizer(Bnb4BitHfQuantizer):
         for bits in (4, 8):
             of_this_width = {name for name, width in config.linear_bits.items() if width == bits}
             if of_this_width:
+                others = "|".join(re.escape(name) for name in linears if name not in of_this_width)
                 bnb_loading.replace_with_bnb_linear(
                     model,
-                    modules_to_not_convert=[f"^{name}$" for name in linears if name not in of_this_width],
+                    modules_to_not_convert=[f"^(?:{others})$"],
                     quantization_config=config.for_bits(bits),
                     pre_quantized=True,
                 )
