@@ -48,6 +48,14 @@ _AS_IT_SAYS = "params.yaml"  # the default of MLproject's parameters
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 (failed), 2 (the user's mistake) or 130 (interrupted)."""
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; finished trials and cells are kept, run the same command to go on", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main(arguments: list[str] | None) -> int:
     runtime.prepare()
     asked = _parser().parse_args(arguments)
     if asked.command == "doctor":
@@ -70,9 +78,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ParamsError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; finished trials and cells are kept, run the same command to go on", file=sys.stderr)
-        return INTERRUPTED
     except Exception as error:
         message = str(error) if isinstance(error, UserError) else _mendable(error)
         if message is None:

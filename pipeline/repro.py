@@ -13,14 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import console, overrides
-
 
 def repro(arguments: Sequence[str]) -> int:
     """Run DVC; return its exit status."""
     # Seconds of imports, before DVC looks after Ctrl-C: it should end them without a traceback.
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     from dvc.cli import main
+
+    from pipeline import overrides
 
     show(overrides.read(), Path(overrides.DEFAULT).resolve())
     mend_lock(Path(".dvc/tmp"))
@@ -49,6 +49,8 @@ def mend_lock(folder: Path) -> None:
     from dvc import rwlock
     from dvc.fs import localfs
 
+    from pipeline.console import note
+
     file = folder / rwlock.RWLOCK_FILE
     if not file.exists():
         return
@@ -57,7 +59,7 @@ def mend_lock(folder: Path) -> None:
             pass
     except (rwlock.RWLockFileCorruptedError, rwlock.RWLockFileFormatError):
         file.unlink(missing_ok=True)
-        console.note(f"{file} was cut off when DVC was killed; it is removed")
+        note(f"{file} was cut off when DVC was killed; it is removed")
 
 
 if __name__ == "__main__":

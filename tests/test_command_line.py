@@ -35,6 +35,18 @@ def real_checks(monkeypatch):
     monkeypatch.delattr(project, "lock")
 
 
+@pytest.mark.parametrize("moment", ["prepare", "parse", "work"])
+def test_interrupt_at_any_moment_is_one_line(monkeypatch, capsys, moment):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    places = {"prepare": (command.runtime, "prepare"), "parse": (command, "_parser"), "work": (command, "_run")}
+    monkeypatch.setattr(*places[moment], interrupted)
+    assert command.main(["fetch"]) == command.INTERRUPTED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "interrupted; finished trials and cells are kept, run the same command to go on"
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
