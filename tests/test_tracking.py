@@ -249,6 +249,21 @@ def test_run_whose_process_died_before_it_said_who_it_was_is_reaped():
     assert tracking.reap() == [made.info.run_id]
 
 
+@pytest.mark.parametrize("source", ["{}", "file://{}", "file://{parent}#{name}"])
+def test_run_of_an_mlflow_that_died_before_it_started_us_is_reaped(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    here = source.format(tmp_path, parent=tmp_path.parent, name=tmp_path.name)
+    waiting = subprocess.Popen([sys.executable, "-c", "input()", "bin/mlflow", "run", "."], stdin=subprocess.PIPE)
+    try:
+        kind = {"mlflow.source.type": "PROJECT"}
+        made = tracking.client().create_run("0", tags=kind | {"mlflow.source.name": here})
+        tracking.client().create_run("0", tags=kind | {"mlflow.source.name": "/elsewhere"})
+        assert tracking.reap() == []  # that mlflow may be starting it now
+    finally:
+        waiting.communicate()
+    assert tracking.reap() == [made.info.run_id]
+
+
 @pytest.mark.parametrize(
     "store, expected",
     [

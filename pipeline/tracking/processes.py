@@ -51,3 +51,26 @@ def dead(tags: Mapping[str, str]) -> bool:
     except (psutil.NoSuchProcess, KeyError):  # KeyError: killed while it wrote these tags
         return True
     return not alive
+
+
+def never_started(tags: Mapping[str, str], made: int) -> bool:
+    """Return whether a run was made by an ``mlflow run`` of this folder that died before it started our process.
+
+    MLflow makes its run first, and only our process says who it is. Until then the run belongs to any ``mlflow run``
+    that was there before it.
+
+    Args:
+        tags: The run's.
+        made: When it was made, in milliseconds since 1970.
+    """
+    folder = tags.get("mlflow.source.name", "").removeprefix("file://").replace("#", "/")  # of a folder below a clone's
+    if HOST in tags or Path(folder) != Path.cwd():
+        return False
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError, ValueError):  # gone, or a word that is no path
+            words, there = process.cmdline(), Path(process.cwd())
+            of_mlflow = "run" in words and any(Path(word).name == "mlflow" for word in words)
+            of_here = of_mlflow and any((there / word).resolve() == Path.cwd() for word in words)
+            if of_here and process.create_time() <= made / 1000 + 1:
+                return False
+    return True

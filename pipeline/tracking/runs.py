@@ -34,6 +34,7 @@ from pipeline.tracking.store import (
     client,
     experiment_id,
     experiments,
+    is_server,
     parent_run,
     quiet,
 )
@@ -249,6 +250,10 @@ def _reap(within: list[str]) -> list[str]:
     ours = f"attributes.status = 'RUNNING' and tags.`{processes.HOST}` = '{platform.node()}'"
     running = client().search_runs(within, ours, max_results=_PAGE)
     dead = [run.info.run_id for run in running if processes.dead(run.data.tags)]
+    if not is_server():  # else another machine may be starting it
+        made = "attributes.status = 'RUNNING' and tags.`mlflow.source.type` = 'PROJECT'"
+        running = client().search_runs(within, made, max_results=_PAGE)
+        dead += [run.info.run_id for run in running if processes.never_started(run.data.tags, run.info.start_time)]
     for run_id in dead:
         client().set_terminated(run_id, "KILLED")
     return dead
