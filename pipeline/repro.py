@@ -24,6 +24,7 @@ def repro(arguments: Sequence[str]) -> int:
 
     show(overrides.read(), Path(overrides.DEFAULT).resolve())
     mend_lock(Path(".dvc/tmp"))
+    set_cut_record_aside(Path("dvc.lock"))
     signal.signal(signal.SIGINT, before)
     return main(list(arguments))
 
@@ -60,6 +61,23 @@ def mend_lock(folder: Path) -> None:
     except (rwlock.RWLockFileCorruptedError, rwlock.RWLockFileFormatError):
         file.unlink(missing_ok=True)
         note(f"{file} was cut off when DVC was killed; it is removed")
+
+
+def set_cut_record_aside(file: Path) -> None:
+    """Rename DVC's record of its stages if it was cut off, as DVC refuses every command then.
+
+    Without it DVC looks for each stage's results in its cache, by what went in, and writes a new record.
+    """
+    from pipeline import documents
+    from pipeline.console import note
+
+    try:
+        record = documents.read(file) if file.exists() else {"stages": {}}
+    except documents.DocumentError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("stages"), dict):
+        kept = file.replace(file.with_name(f"{file.name}.damaged"))
+        note(f"{file} was cut off when DVC was killed; it is kept as {kept}, and stages are looked up in DVC's cache")
 
 
 if __name__ == "__main__":

@@ -109,3 +109,14 @@ def test_dvcs_list_of_living_processes_stays(folder):
     (folder / ".dvc/tmp/rwlock").write_text(json.dumps(kept))
     assert "cut off" not in call(folder, "pipeline.repro", "repro")
     assert json.loads((folder / ".dvc/tmp/rwlock").read_text())["write"] == kept["write"]
+
+
+@pytest.mark.parametrize("cut", ["", "schema: '2.0'\nstag", "schema: '2.0'\nstages:\n  prune:\n    cmd: 'echo"])
+def test_dvcs_record_that_was_cut_off_is_set_aside_and_made_again(folder, cut):
+    call(folder, "pipeline.repro", "repro")
+    whole = documents.read(folder / "dvc.lock")
+    (folder / "dvc.lock").write_text(cut)
+    said = call(folder, "pipeline.repro", "repro")
+    assert "it is kept as dvc.lock.damaged" in said
+    assert (folder / "dvc.lock.damaged").read_text() == cut
+    assert documents.read(folder / "dvc.lock")["stages"]["prune"]["params"] == whole["stages"]["prune"]["params"]

@@ -92,10 +92,11 @@ DAMAGES = [
     Damage("data/benchmarks/piqa.jsonl", cut, (*STAGE, "evaluate"), "piqa"),
     *(Damage("mlflow.db", how, (*STAGE, "pareto"), "mlflow.db") for how in (garbage, halved)),
     *(Damage(".dvc/tmp/qpruner.sources.json", how, run("fetch"), None) for how in (braces, garbage)),
+    *(Damage(path, how, run("fetch"), None) for path in (".dvc/tmp/rwlock", "dvc.lock") for how in (emptied, cut)),
 ]
 
 
-KEPT = ("artifacts", "reports", "data", "mlflow.db", ".dvc/tmp")  # copied away before, put back after
+KEPT = ("artifacts", "reports", "data", "mlflow.db", ".dvc/tmp", "dvc.lock")  # copied away before, put back after
 
 
 def name_of(damage: Damage) -> str:
