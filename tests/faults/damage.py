@@ -44,7 +44,10 @@ def garbage(path: Path) -> None:
 
 
 def locked(path: Path) -> None:
-    """The lock that Optuna leaves beside its journal when it is killed: a symbolic link to a name that is no file."""
+    """The lock that Optuna leaves beside its journal when it is killed: a symbolic link to a name that is no file.
+
+    Former versions let it; now the journal has no lock of its own, and an entry point removes old ones.
+    """
     path.with_name(path.name + ".lock").symlink_to("gone")
 
 
@@ -61,7 +64,6 @@ class Damage:
 JOURNAL = "artifacts/study/journal.log"
 DAMAGES = [
     *(Damage(JOURNAL, how, run("search"), None) for how in (cut, garbled, locked)),
-    Damage(JOURNAL, locked, ("dvc", "status"), None),
     *(Damage("artifacts/base/model.safetensors", how, (*STAGE, "prune"), "base") for how in (cut, halved)),
     *(
         Damage(f"artifacts/pruned/0.2/{name}", how, (*STAGE, "importance"), "pruned")
