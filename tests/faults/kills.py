@@ -127,4 +127,6 @@ def kill(project: Path, number: int, seed: int, seconds: dict[str, float]) -> Tr
         done.remark(f"exit status {again.returncode} of the same command: {again.stderr.strip()[-300:]}")
     state.wait_for_end(project, 10)
     state.compare(done, project, trials, cells)
+    if not done.clean:  # to be looked into: the next try writes over it
+        shutil.copyfile(output, output.with_name(f"killed-{number}.txt"))
     return done
