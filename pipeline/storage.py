@@ -230,6 +230,33 @@ def read_json(path: Path, stage: str, needs: Mapping[str, type] | None = None) -
     return values
 
 
+def read_lines(path: Path, stage: str) -> list[dict[str, Any]]:
+    """Return the mappings that a stage wrote into a file, one a line in JSON.
+
+    Raises:
+        CheckpointError: It is missing, or was truncated or edited.
+    """
+    try:
+        # Not splitlines: JSON strings may hold other line separators, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; {again(stage)}") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path} was truncated or edited; {again(stage)}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise CheckpointError(f"{path}, line {number}, was truncated or edited; {again(stage)}")
+        rows.append(row)
+    return rows
+
+
 def _mappings(values: object) -> Iterator[tuple[str, object]]:
     if isinstance(values, list):
         yield from ((f", entry {index}", entry) for index, entry in enumerate(values, 1))

@@ -189,3 +189,24 @@ def test_hidden_file_in_a_checkpoint_is_no_matter(tmp_path):
     folder = saved(tmp_path / "pruned", weights="w")
     (folder / ".DS_Store").write_text("")
     assert len(storage.verify(folder, "prune")) == 12
+
+
+def test_lines_are_read_as_they_were_written(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": "a\u2028b"}, {"text": "é"}]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert storage.read_lines(file, "fetch") == rows
+
+
+@pytest.mark.parametrize("harm", [b'{"text": "cut', b"[1]\n", b"3\n", b"[" * 100_000, b"\xff"])
+def test_damaged_lines_name_the_stage_that_wrote_them(tmp_path, harm):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"text": "whole"}\n' + harm)
+    place = "rows.jsonl" if harm == b"\xff" else "rows.jsonl, line 2,"
+    with pytest.raises(CheckpointError, match=f"{place} was truncated or edited; .*--single-item fetch"):
+        storage.read_lines(file, "fetch")
+
+
+def test_missing_lines_name_the_stage_that_writes_them(tmp_path):
+    with pytest.raises(CheckpointError, match=r"rows.jsonl is missing; .* fetch"):
+        storage.read_lines(tmp_path / "rows.jsonl", "fetch")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from pipeline import storage
 from pipeline.data import chat
 from pipeline.data.prompts import prompt
 from pipeline.errors import UserError
@@ -71,9 +71,12 @@ class Batch:
 
 
 def read(path: str | Path) -> list[TextRow]:
-    """Read the rows that ``fetch`` wrote."""
-    # Not splitlines: JSON strings may hold other line separators, such as U+2028.
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+    """Read the rows that ``fetch`` wrote.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    return storage.read_lines(Path(path), "fetch")
 
 
 def split(rows: Sequence[T], held_out: int, seed: int) -> tuple[list[T], list[T]]:

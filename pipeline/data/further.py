@@ -59,13 +59,15 @@ def load(names: Sequence[str], folder: Path, num_fewshot: int | None, text: bool
         text: Whether the perplexity of a text is among them.
 
     Raises:
-        CheckpointError: A file is missing.
+        CheckpointError: A file is missing or damaged.
     """
     from pipeline.data import tasks  # which imports lm-eval
 
     wanted = [*files(names, num_fewshot), *([f"{TEXT}.jsonl"] if text else [])]
     if lost := [file for file in wanted if not (folder / file).exists()]:
         raise storage.CheckpointError(f"{folder} has no {', '.join(lost)}; run: dvc repro fetch")
+    for file in wanted:
+        storage.read_lines(folder / file, "fetch")
     known, top = {name: definitions.expanded(name) for name in names}, list[str]()
     with tasks.scratch() as place:
         for name, (inside, groups) in known.items():

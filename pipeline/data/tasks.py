@@ -75,7 +75,7 @@ def load(names: Iterable[str], folder: str | Path) -> dict[str, Task]:
     """Return lm-eval's task objects on the items of ``<folder>/<task>.jsonl``, by name.
 
     Raises:
-        CheckpointError: A task's file is missing.
+        CheckpointError: A task's file is missing or damaged.
     """
     names = tuple(names)
     with scratch() as place:
@@ -83,6 +83,7 @@ def load(names: Iterable[str], folder: str | Path) -> dict[str, Task]:
             path = (Path(folder) / f"{name}.jsonl").resolve()
             if not path.exists():
                 raise storage.CheckpointError(f"{path} does not exist; run: dvc repro fetch")
+            storage.read_lines(path, "fetch")  # what lm-eval says of a damaged file names neither file nor line
             (place / f"{name}.yaml").write_text(documents.write(on_local_items(name, path, place)))
         return defined(place, names)["tasks"]
 

@@ -89,7 +89,6 @@ DAMAGES = [
         ]
         for how in (braces, cut, emptied)
     ),
-    *(Damage("reports/trials.csv", how, (*STAGE, "pareto"), "trials") for how in (halved, emptied)),
     Damage("data/alpaca.jsonl", cut, (*STAGE, "prune"), "alpaca"),
     Damage("data/benchmarks/piqa.jsonl", cut, (*STAGE, "evaluate"), "piqa"),
     *(Damage("mlflow.db", how, (*STAGE, "pareto"), "mlflow.db") for how in (garbage, halved)),
